@@ -1,0 +1,1 @@
+"""The pre-training programme: labels, mixing, objective."""

@@ -1,0 +1,1 @@
+"""Sound in: decoding, down-mixing, resampling, and the arithmetic between samples and frames."""

@@ -1,0 +1,79 @@
+"""Samples and frames: the only place where one is turned into the other (FACTS A2, A7, C5).
+
+Everything here takes plain ints, numpy arrays or JAX arrays and gives back the same kind. `Geometry` is the kernels and
+strides of a conv encoder; every released WavLM and HuBERT has the one that is the default.
+"""
+
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+SAMPLE_RATE = 16_000
+"""Hz. Every corpus is stored at this rate; nothing else reaches the model."""
+
+Count = TypeVar("Count", int, Any)
+
+
+class Geometry(NamedTuple):
+    """Kernels and strides of a conv encoder without padding, first layer first."""
+
+    kernels: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)
+    strides: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
+
+    @property
+    def hop(self) -> int:
+        """Samples from one frame to the next (320)."""
+        return int(np.prod(self.strides))
+
+    @property
+    def receptive_field(self) -> int:
+        """Samples that one frame sees (400)."""
+        return samples_for(1, self)
+
+
+STANDARD = Geometry()
+
+
+def num_frames(num_samples: Count, geometry: Geometry = STANDARD) -> Count:
+    """Frames that the conv encoder makes of `num_samples` samples; 0 below the receptive field.
+
+    floor((n - kernel) / stride) + 1, layer by layer. Hugging Face counts the same way; the authors' padding mask may give
+    one or two frames more (`microsoft_num_frames`, FACTS A7).
+    """
+    for kernel, stride in zip(geometry.kernels, geometry.strides, strict=True):
+        num_samples = (num_samples - kernel) // stride + 1
+        num_samples = max(num_samples, 0) if isinstance(num_samples, int) else num_samples * (num_samples > 0)
+    return num_samples
+
+
+def samples_for(frames: int, geometry: Geometry = STANDARD) -> int:
+    """The fewest samples that give `frames` frames: 320 * frames + 80 in the standard geometry (0 for 0 frames)."""
+    if frames == 0:
+        return 0
+    for kernel, stride in zip(reversed(geometry.kernels), reversed(geometry.strides), strict=True):
+        frames = (frames - 1) * stride + kernel
+    return frames
+
+
+def microsoft_num_frames(num_samples: Any, padded_samples: int, geometry: Geometry = STANDARD) -> Any:
+    """Frames that the authors' `forward_padding_mask` counts as valid in rows padded to `padded_samples`.
+
+    A frame is padding only if all samples of its block of floor(S / T) are: ceil(n / floor(S / T)) (FACTS A7).
+    """
+    frames = num_frames(padded_samples, geometry)
+    block = padded_samples // max(frames, 1)
+    valid = -(-num_samples // block)
+    return np.minimum(valid, frames) if isinstance(valid, (int, np.ndarray, np.integer)) else valid.clip(max=frames)
+
+
+def label_index(frame: Count, label_rate: int, geometry: Geometry = STANDARD) -> Count:
+    """The label that frame number `frame` takes: floor(frame * r), r labels a frame (FACTS C5).
+
+    At 50 Hz every label, at 100 Hz the first of each pair.
+    """
+    return (frame * (label_rate * geometry.hop)) // SAMPLE_RATE
+
+
+def expected_labels(num_samples: Count, label_rate: int, geometry: Geometry = STANDARD) -> Count:
+    """Labels that `num_samples` samples should carry at `label_rate` Hz, give or take one frame."""
+    return label_index(num_frames(num_samples, geometry), label_rate, geometry)

@@ -1,0 +1,241 @@
+"""What a WavLM is: sizes, norms, masks and dropouts (FACTS A11), and how it is to be computed.
+
+Field names are Hugging Face's, so that `config.json` is read and written by name. What Hugging Face keeps elsewhere
+(gradient multiplier, wave normalisation, padding convention) stands here too.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self, get_args
+
+Padding = Literal["exact", "huggingface", "microsoft"]
+Remat = Literal["none", "full", "dots"]
+Attention = Literal["auto", "dense", "chunked"]
+
+BASE_STRIDES = (5, 2, 2, 2, 2, 2, 2)
+BASE_KERNELS = (10, 3, 3, 3, 3, 2, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """How the model is computed: never part of what the model is, so never stored with its weights."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Activations and matrix products. Parameters, norms, softmax, gate and loss stay float32."""
+    remat: Remat = "none"
+    """What a Transformer layer recomputes in the backward pass: nothing, everything, or all but matrix products."""
+    unroll: int = 1
+    """Transformer layers per iteration of the layer scan; the number of layers unrolls it entirely."""
+    attention: Attention = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WavLMConfig:
+    """A WavLM, or with `position_bias=False` a HuBERT. Immutable and hashable: it can be a static argument of jit."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    feat_extract_norm: Literal["group", "layer"]
+    """"group": GroupNorm after the first conv layer (Base). "layer": LayerNorm after every one (Large)."""
+    do_stable_layer_norm: bool
+    """False: norm after the residual sum (Base). True: norm before each block, one more at the end (Large)."""
+    do_normalize: bool
+    """Each waveform is brought to mean 0 and variance 1 before the model (Large)."""
+    normalize_eps: float = 1e-5
+    """Added to the variance: 1e-5 in pre-training (authors), 1e-7 in Hugging Face's feature extractor (FACTS E12)."""
+
+    conv_dim: tuple[int, ...] = (512,) * 7
+    conv_kernel: tuple[int, ...] = BASE_KERNELS
+    conv_stride: tuple[int, ...] = BASE_STRIDES
+    conv_bias: bool = False
+    layer_norm_eps: float = 1e-5
+    num_conv_pos_embeddings: int = 128
+    num_conv_pos_embedding_groups: int = 16
+    position_bias: bool = True
+    """Gated relative position bias (FACTS A5). False makes it a HuBERT: no gate, no table."""
+    num_buckets: int = 320
+    max_bucket_distance: int = 800
+    initializer_range: float = 0.02
+
+    feature_grad_mult: float = 1.0
+    feat_proj_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    activation_dropout: float = 0.0
+    layerdrop: float = 0.0
+    layerdrop_first: bool = True
+    """Whether layer 0 can be dropped. Hugging Face never drops it (FACTS E4); the bias survives either way here."""
+
+    mask_time_prob: float = 0.8
+    mask_time_length: int = 10
+    mask_time_min_masks: int = 2
+    mask_feature_prob: float = 0.0
+    mask_feature_length: int = 10
+    mask_feature_min_masks: int = 0
+
+    padding: Padding = "exact"
+    """"exact": padding never changes a valid frame. "huggingface", "microsoft": as those sources do (FACTS A7, E5, E9)."""
+
+    def __post_init__(self) -> None:
+        self._check_literals()
+        lengths = {len(self.conv_dim), len(self.conv_kernel), len(self.conv_stride)}
+        if len(lengths) != 1 or not self.conv_dim:
+            raise ValueError(
+                f"model.conv_dim, conv_kernel, conv_stride: found {len(self.conv_dim)}, {len(self.conv_kernel)} and "
+                f"{len(self.conv_stride)} entries, expected one each per conv layer"
+            )
+        for name, divisor in (
+            ("hidden_size", self.num_attention_heads),
+            ("hidden_size", self.num_conv_pos_embedding_groups),
+            ("num_buckets", 4),
+        ):
+            if getattr(self, name) % divisor:
+                raise ValueError(f"model.{name}: found {getattr(self, name)}, expected a multiple of {divisor}")
+        for name in ("feat_proj_dropout", "hidden_dropout", "attention_dropout", "activation_dropout", "layerdrop"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"model.{name}: found {getattr(self, name)}, expected a probability in [0, 1)")
+
+    def _check_literals(self) -> None:
+        for name, allowed in (("feat_extract_norm", ("group", "layer")), ("padding", get_args(Padding))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"model.{name}: found {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def conv_layers(self) -> tuple[tuple[int, int, int], ...]:
+        """(channels, kernel, stride) of each conv layer."""
+        return tuple(zip(self.conv_dim, self.conv_kernel, self.conv_stride, strict=True))
+
+    @classmethod
+    def base(cls, **changes: Any) -> Self:
+        """WavLM Base as pre-trained (FACTS A4, A11, C1): 94.4 M parameters, 12 post-norm layers."""
+        return cls(**(_BASE | changes))
+
+    @classmethod
+    def base_plus(cls, **changes: Any) -> Self:
+        """WavLM Base+: Base's shape, trained on 94k hours; not one model value differs."""
+        return cls.base(**changes)
+
+    @classmethod
+    def large(cls, **changes: Any) -> Self:
+        """WavLM Large: 315.5 M parameters, 24 pre-norm layers; dropouts 0 as in HuBERT Large (FACTS E15)."""
+        return cls(**(_LARGE | changes))
+
+    @classmethod
+    def tiny(cls, **changes: Any) -> Self:
+        """A Base for tests and first tries: two layers, 32 wide, the same frames."""
+        return cls(**(_TINY | changes))
+
+    @classmethod
+    def from_huggingface(cls, values: Mapping[str, Any], *, do_normalize: bool | None = None) -> Self:
+        """The config that Hugging Face's `config.json` describes (WavLM or HuBERT).
+
+        Args:
+            values: the parsed JSON object; missing keys take transformers' own defaults.
+            do_normalize: from `preprocessor_config.json`; None: True for layer-normed conv encoders, else False.
+
+        Raises:
+            ValueError: where the JSON asks for something that this model does not do, naming the key.
+
+        """
+        kind = values.get("model_type", "wavlm")
+        if kind not in ("wavlm", "hubert"):
+            raise ValueError(f"config.json: model_type is {kind!r}, expected wavlm or hubert")
+        for key, allowed in _ONLY.items():
+            if values.get(key, allowed) != allowed:
+                raise ValueError(f"config.json: {key} is {values[key]!r}; this model only does {allowed!r}")
+        names = {field.name for field in dataclasses.fields(cls)}
+        merged = _HUGGINGFACE_DEFAULTS | {key: value for key, value in values.items() if key in names}
+        for key in ("conv_dim", "conv_kernel", "conv_stride"):
+            merged[key] = tuple(int(value) for value in merged[key])
+        merged |= {"position_bias": kind == "wavlm", "padding": "huggingface", "layerdrop_first": False}
+        merged["normalize_eps"] = 1e-7
+        merged["do_normalize"] = merged["feat_extract_norm"] == "layer" if do_normalize is None else do_normalize
+        return cls(**merged)
+
+    def to_huggingface(self) -> dict[str, Any]:
+        """The object for Hugging Face's `config.json` (a bare WavLMModel or HubertModel)."""
+        kind = "WavLM" if self.position_bias else "Hubert"
+        result: dict[str, Any] = {
+            "architectures": [f"{kind}Model"],
+            "model_type": kind.lower(),
+            "hidden_act": "gelu",
+            "feat_extract_activation": "gelu",
+            "num_feat_extract_layers": len(self.conv_dim),
+            "apply_spec_augment": True,
+        }
+        for field in dataclasses.fields(self):
+            if field.name not in _NOT_HUGGINGFACE:
+                value = getattr(self, field.name)
+                result[field.name] = list(value) if isinstance(value, tuple) else value
+        if not self.position_bias:
+            del result["num_buckets"], result["max_bucket_distance"]
+        return result
+
+
+_BASE: dict[str, Any] = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "feat_extract_norm": "group",
+    "do_stable_layer_norm": False,
+    "do_normalize": False,
+    "feature_grad_mult": 0.1,
+    "feat_proj_dropout": 0.1,
+    "hidden_dropout": 0.1,
+    "attention_dropout": 0.1,
+    "layerdrop": 0.05,
+}
+_LARGE: dict[str, Any] = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+    "feat_extract_norm": "layer",
+    "do_stable_layer_norm": True,
+    "do_normalize": True,
+}
+_TINY: dict[str, Any] = _BASE | {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "conv_dim": (32,) * 7,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+    "num_buckets": 32,
+    "max_bucket_distance": 80,
+}
+
+_ONLY = {
+    "hidden_act": "gelu",
+    "feat_extract_activation": "gelu",
+    "add_adapter": False,
+    "feat_proj_layer_norm": True,
+    "conv_pos_batch_norm": False,
+}
+"""Keys of `config.json` that have one supported value."""
+
+_HUGGINGFACE_DEFAULTS: dict[str, Any] = {
+    **_BASE,
+    "feature_grad_mult": 1.0,
+    "feat_proj_dropout": 0.0,
+    "activation_dropout": 0.1,
+    "layerdrop": 0.1,
+    "conv_dim": (512,) * 7,
+    "conv_kernel": BASE_KERNELS,
+    "conv_stride": BASE_STRIDES,
+    "mask_time_prob": 0.05,
+}
+"""What transformers assumes for a key that is missing from `config.json` (FACTS A11)."""
+
+_NOT_HUGGINGFACE = {"do_normalize", "normalize_eps", "position_bias", "feature_grad_mult", "layerdrop_first", "padding"}
+"""Fields that have no place in `config.json`."""

@@ -1,0 +1,1 @@
+"""Corpora on disk, the plan of an epoch, and the loader."""

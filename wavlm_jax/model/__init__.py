@@ -1,0 +1,1 @@
+"""The model tower: WavLM as pure functions of parameters, waveforms and keys."""

@@ -1,0 +1,136 @@
+"""From an untyped config section to a frozen dataclass, once, at the border.
+
+Nothing behind the border knows ml_collections. Unknown, missing and mistyped keys are errors that name the section, what
+was found, what was expected, and the nearest key.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+T = TypeVar("T")
+
+
+class SettingsError(ValueError):
+    """A config that cannot be right; the message names the key and the cure."""
+
+
+def read(section: Mapping[str, Any], kind: type[T], where: str) -> T:
+    """The settings dataclass `kind` filled from `section`.
+
+    Args:
+        section: a ConfigDict or dict; nested sections fill nested dataclasses.
+        kind: a frozen dataclass; fields without a default are required.
+        where: the section's path in the config, for messages ("optim").
+
+    Raises:
+        SettingsError: unknown key (with the nearest known one), missing key, wrong type, or whatever ValueError the
+            dataclass itself raises.
+
+    """
+    if not isinstance(section, Mapping) and not hasattr(section, "items"):
+        raise SettingsError(f"config.{where}: found {section!r}, expected a section with keys")
+    known = {field.name: field for field in dataclasses.fields(typing.cast("Any", kind))}
+    hints = typing.get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for key, value in section.items():
+        if key not in known:
+            raise SettingsError(f"config.{where}.{key}: no such key; {nearest(key, known)}")
+        values[key] = convert(value, hints[key], f"{where}.{key}")
+    for name, field in known.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if name not in values and required:
+            raise SettingsError(f"config.{where}.{name}: missing; expected {describe(hints[name])}")
+    try:
+        return kind(**values)
+    except SettingsError:
+        raise
+    except ValueError as error:
+        raise SettingsError(f"config.{where}: {error}") from error
+
+
+def nearest(key: str, known: Mapping[str, Any]) -> str:
+    """A hint for a mistyped key: the nearest known one, or all of them."""
+    close = difflib.get_close_matches(key, list(known), n=1)
+    return f"did you mean {close[0]}?" if close else f"known keys: {', '.join(sorted(known))}"
+
+
+def convert(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the type `hint`; an int passes for a float, a list for a tuple, nothing else is bent."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if origin is Literal:
+        return _one_of(value, arguments, where)
+    if origin in (typing.Union, types.UnionType):
+        return _optional(value, arguments, where)
+    if origin is tuple:
+        return _tuple(value, arguments, where)
+    if dataclasses.is_dataclass(hint):
+        return read(value, typing.cast("type[Any]", hint), where)
+    if origin in (dict, Mapping) or getattr(origin, "__name__", "") == "Mapping":
+        return _mapping(value, arguments, where)
+    return _scalar(value, hint, where)
+
+
+def describe(hint: Any) -> str:
+    """A type as a person would say it."""
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(repr(choice) for choice in get_args(hint))
+    return getattr(hint, "__name__", str(hint)) if get_origin(hint) is None else str(hint)
+
+
+def _fail(value: Any, expected: str, where: str) -> typing.NoReturn:
+    raise SettingsError(f"config.{where}: found {value!r} ({type(value).__name__}), expected {expected}")
+
+
+def _one_of(value: Any, choices: tuple[Any, ...], where: str) -> Any:
+    if value not in choices:
+        hint = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
+        also = f"; did you mean {hint[0]!r}?" if hint else ""
+        raise SettingsError(
+            f"config.{where}: found {value!r}, expected one of {', '.join(repr(c) for c in choices)}{also}"
+        )
+    return value
+
+
+def _optional(value: Any, choices: tuple[Any, ...], where: str) -> Any:
+    if value is None and type(None) in choices:
+        return None
+    others = [choice for choice in choices if choice is not type(None)]
+    for choice in others[:-1]:
+        try:
+            return convert(value, choice, where)
+        except SettingsError:
+            continue
+    return convert(value, others[-1], where)
+
+
+def _tuple(value: Any, arguments: tuple[Any, ...], where: str) -> tuple[Any, ...]:
+    if not isinstance(value, (tuple, list)):
+        _fail(value, "a tuple", where)
+    if arguments[-1] is Ellipsis:
+        return tuple(convert(item, arguments[0], f"{where}[{i}]") for i, item in enumerate(value))
+    if len(value) != len(arguments):
+        _fail(value, f"a tuple of {len(arguments)}", where)
+    return tuple(convert(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, arguments, strict=True)))
+
+
+def _mapping(value: Any, arguments: tuple[Any, ...], where: str) -> dict[str, Any]:
+    if not hasattr(value, "items"):
+        _fail(value, "a section with keys", where)
+    inner = arguments[1] if arguments else Any
+    return {str(key): convert(item, inner, f"{where}.{key}") for key, item in value.items()}
+
+
+def _scalar(value: Any, hint: Any, where: str) -> Any:
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, bool):
+        _fail(value, "int", where)
+    if not isinstance(value, hint):
+        _fail(value, describe(hint), where)
+    return value

@@ -1,0 +1,1 @@
+"""The training tower: one loop for every task."""
