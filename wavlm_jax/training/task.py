@@ -1,0 +1,71 @@
+"""What the loop trains: the one contract between a model and the training tower.
+
+A task is four pure functions. The loop knows neither speech nor Flax; a task knows neither devices nor files.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import jax
+import numpy as np
+from flax import struct
+
+from wavlm_jax.shapes import Batch, Params, Scalar, StepKey
+
+
+@struct.dataclass
+class LossSums:
+    """Sums over the rows of a (micro-)batch; the step adds them up over the global batch and divides once."""
+
+    loss: Scalar
+    """float32: sum of the loss."""
+    count: Scalar
+    """float32: what `loss` is divided by (masked frames, utterances); 0 where a batch has nothing to learn from."""
+    metrics: dict[str, tuple[Scalar, Scalar]]
+    """name -> (sum, count), float32: reported as sum / count."""
+
+
+class BatchSpec(NamedTuple):
+    """One static shape that a stream yields. Specs of one stream have different names."""
+
+    name: str
+    arrays: Mapping[str, jax.ShapeDtypeStruct]
+    """Global shapes: the first axis counts the rows of all hosts."""
+    microbatches: int
+    """Steps of gradient accumulation that the rows are split into."""
+    seconds: float
+    """Seconds of audio in a full batch, for throughput."""
+
+
+class BatchStream(Protocol):
+    """An endless (training) or finite (evaluation) sequence of batches; its only position is the batch number."""
+
+    specs: tuple[BatchSpec, ...]
+    """Every static shape that `batches` yields: all are compiled before the first step."""
+    num_batches: int | None
+    """None: endless."""
+
+    def batches(self, start: int = 0) -> Iterator[tuple[BatchSpec, dict[str, np.ndarray]]]:
+        """This host's rows of the batches number `start`, `start` + 1, ...: the same whenever they are asked for."""
+        ...
+
+    def name(self, index: int) -> str:
+        """The utterance that `batch["id"]` calls `index`, for reports."""
+        ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """Four pure functions, and one fact about rows."""
+
+    init: Callable[[StepKey], Params]
+    """Fresh parameters; only ever traced, so that they are born sharded."""
+    loss: Callable[[Params, Batch, StepKey | None], LossSums]
+    """Sums over the batch, whose `row` is the row's number in the global batch; key None = evaluation."""
+    stream: Callable[[str], BatchStream]
+    """"train", or the name of an evaluation split."""
+    initial_params: Callable[[Params], Params]
+    """From fresh parameters to those that training starts from: the same, or converted weights, or an earlier run."""
+    row_group: int = 1
+    """Consecutive rows that stay together on one device and in one micro-batch (mixing partners)."""
