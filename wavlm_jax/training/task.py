@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 import jax
 import numpy as np
 from flax import struct
+from jaxtyping import Array, Float
 
 from wavlm_jax.shapes import Batch, Params, Scalar, StepKey
 
@@ -24,6 +25,8 @@ class LossSums:
     """float32: what `loss` is divided by (masked frames, utterances); 0 where a batch has nothing to learn from."""
     metrics: dict[str, tuple[Scalar, Scalar]]
     """name -> (sum, count), float32: reported as sum / count."""
+    histograms: dict[str, Float[Array, "bins"]] = struct.field(default_factory=dict)
+    """name -> counts, float32: reported as the entropy of the normalised counts, in nats."""
 
 
 class BatchSpec(NamedTuple):
