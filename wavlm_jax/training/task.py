@@ -4,7 +4,7 @@ A task is four pure functions. The loop knows neither speech nor Flax; a task kn
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import jax
@@ -25,7 +25,7 @@ class LossSums:
     """float32: what `loss` is divided by (masked frames, utterances); 0 where a batch has nothing to learn from."""
     metrics: dict[str, tuple[Scalar, Scalar]]
     """name -> (sum, count), float32: reported as sum / count."""
-    histograms: dict[str, Float[Array, "bins"]] = struct.field(default_factory=dict)
+    histograms: dict[str, Float[Array, "bins"]] = field(default_factory=dict)
     """name -> counts, float32: reported as the entropy of the normalised counts, in nats."""
 
 
