@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from wavlm_jax.shapes import ConvFeatures, FrameMask, Hidden, Scalar, TimeMask
@@ -67,7 +68,7 @@ class PredictionHead(nn.Module):
 
 
 def _symmetric_uniform(bound: float) -> nn.initializers.Initializer:
-    def init(key: Key[Array, ""], shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:
+    def init(key: Key[Array, ""], shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return init
@@ -91,7 +92,7 @@ def masked_prediction(
     """Loss and metrics of a batch as sums and counts.
 
     Cross entropy is taken over masked (weight `masked_weight`) and unmasked valid frames. The penalty of each row, the
-    mean square of `conv_features` over its valid frames, is weighted by the number of its frames that count.
+    mean square of `conv_features` over its labelled frames, is weighted by the number of its frames that count.
 
     Args:
         scores: of `PredictionHead`.
@@ -109,7 +110,7 @@ def masked_prediction(
     correct = jnp.argmax(scores, axis=-1) == target
     masked, unmasked = known & time_mask, known & ~time_mask
     counting = (masked & (settings.masked_weight > 0)) | (unmasked & (settings.unmasked_weight > 0))
-    penalty = _row_penalty(conv_features, valid)
+    penalty = _row_penalty(conv_features, known)
     weighted_penalty = jnp.sum(penalty * jnp.sum(counting, axis=1))
     loss = (
         settings.masked_weight * _total(nll, masked)
@@ -140,10 +141,10 @@ def _count(where: Bool[Array, "rows frames"]) -> Scalar:
     return jnp.sum(where.astype(jnp.float32))
 
 
-def _row_penalty(features: ConvFeatures, valid: FrameMask) -> Float[Array, "rows"]:
-    """Mean square over the valid frames of each row, float32."""
+def _row_penalty(features: ConvFeatures, known: FrameMask) -> Float[Array, "rows"]:
+    """Mean square over the labelled frames of each row, float32."""
     square = jnp.mean(features.astype(jnp.float32) ** 2, axis=-1)
-    return jnp.sum(jnp.where(valid, square, 0.0), axis=1) / jnp.maximum(jnp.sum(valid, axis=1), 1)
+    return jnp.sum(jnp.where(known, square, 0.0), axis=1) / jnp.maximum(jnp.sum(known, axis=1), 1)
 
 
 def _histogram(
