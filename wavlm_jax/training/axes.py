@@ -1,0 +1,41 @@
+"""The parameter tables: which logical axes the parameters of the models of this library have.
+
+Names are Hugging Face's with "/" for "."; Transformer layers are stacked on axis 0. What is small (conv encoder, norms,
+biases, gate, masks) is kept whole on every device; what is large is split, see `sharding.RULES`.
+"""
+
+from wavlm_jax.training.sharding import AxesTable
+
+ENCODER_AXES: AxesTable = (
+    (r"(.*/)?masked_spec_embed", (None,)),
+    (r"(.*/)?feature_extractor/conv_layers[_/]\d+/conv/kernel", (None, None, None)),
+    (r"(.*/)?feature_extractor/conv_layers[_/]\d+/(conv/bias|layer_norm/(scale|bias))", (None,)),
+    (r"(.*/)?feature_projection/layer_norm/(scale|bias)", (None,)),
+    (r"(.*/)?feature_projection/projection/kernel", (None, "embed")),
+    (r"(.*/)?feature_projection/projection/bias", (None,)),
+    (r"(.*/)?encoder/pos_conv_embed/conv/weight_[vg]", (None, None, None)),
+    (r"(.*/)?encoder/pos_conv_embed/conv/bias", (None,)),
+    (r"(.*/)?encoder/layer_norm/(scale|bias)", (None,)),
+    (r"(.*/)?encoder/rel_attn_embed/embedding", (None, "heads")),
+    (r"(.*/)?encoder/layers/attention/[qkv]_proj/kernel", ("layers", "embed", "heads")),
+    (r"(.*/)?encoder/layers/attention/[qkv]_proj/bias", ("layers", "heads")),
+    (r"(.*/)?encoder/layers/attention/out_proj/kernel", ("layers", "heads", "embed")),
+    (r"(.*/)?encoder/layers/attention/out_proj/bias", ("layers", None)),
+    (r"(.*/)?encoder/layers/attention/gru_rel_pos_linear/kernel", ("layers", None, None)),
+    (r"(.*/)?encoder/layers/attention/gru_rel_pos_linear/bias", ("layers", None)),
+    (r"(.*/)?encoder/layers/attention/gru_rel_pos_const", ("layers", None, "heads", None, None)),
+    (r"(.*/)?encoder/layers/(final_)?layer_norm/(scale|bias)", ("layers", None)),
+    (r"(.*/)?encoder/layers/feed_forward/intermediate_dense/kernel", ("layers", "embed", "mlp")),
+    (r"(.*/)?encoder/layers/feed_forward/intermediate_dense/bias", ("layers", "mlp")),
+    (r"(.*/)?encoder/layers/feed_forward/output_dense/kernel", ("layers", "mlp", "embed")),
+    (r"(.*/)?encoder/layers/feed_forward/output_dense/bias", ("layers", None)),
+)
+"""A WavLM or HuBERT encoder, under any prefix."""
+
+WAVLM_AXES: AxesTable = (
+    *ENCODER_AXES,
+    (r"(.*/)?final_proj/kernel", ("embed", None)),
+    (r"(.*/)?final_proj/bias", (None,)),
+    (r"(.*/)?label_embeddings", (None, "embed")),
+)
+"""An encoder with the masked-prediction head."""

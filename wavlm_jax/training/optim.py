@@ -1,0 +1,142 @@
+"""fairseq's Adam and its schedule, as optax transforms (FACTS C6), and clipping by the global norm."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from wavlm_jax.shapes import Params, Scalar
+from wavlm_jax.training.sharding import path_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamSettings:
+    """Adam with decoupled weight decay; the values of WavLM and HuBERT are .9, .98, 1e-6, .01, "uncorrected"."""
+
+    b1: float
+    b2: float
+    eps: float
+    weight_decay: float
+    """Multiplied by the learning rate, as in AdamW."""
+    eps_added_to: Literal["uncorrected", "corrected"]
+    """"uncorrected": sqrt(v) + eps, then bias correction (fairseq). "corrected": the other way round (torch, optax)."""
+    no_decay: str | None
+    """Regular expression; parameters whose path contains it are not decayed. None: all are (fairseq)."""
+
+    def __post_init__(self) -> None:
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: found {getattr(self, name)}, expected a decay in [0, 1)")
+        if self.no_decay is not None:
+            try:
+                re.compile(self.no_decay)
+            except re.error as error:
+                raise ValueError(f"no_decay: {self.no_decay!r} is no regular expression: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSettings:
+    """Learning rate over time, clipping, and Adam's own section, which goes to `adam` whole."""
+
+    learning_rate: float
+    """The highest one."""
+    schedule: Literal["linear", "constant"]
+    """After the warm-up: down to 0 at the last update, or level."""
+    warmup_steps: int
+    """Updates from 0 up to the peak."""
+    max_grad_norm: float | None
+    """Gradients with a larger global norm are scaled down to it; None: never."""
+    adam: AdamSettings
+
+    def __post_init__(self) -> None:
+        if self.learning_rate < 0 or self.warmup_steps < 0:
+            raise ValueError(
+                f"learning_rate {self.learning_rate}, warmup_steps {self.warmup_steps}: expected 0 or more"
+            )
+        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+            raise ValueError(f"max_grad_norm: found {self.max_grad_norm}, expected a positive number or None")
+
+
+class AdamState(NamedTuple):
+    """Adam's memory, float32."""
+
+    updates: Int[Array, ""]
+    """Done so far; skipped steps do not count."""
+    mu: Params
+    nu: Params
+
+
+def make_schedule(settings: OptimSettings, num_steps: int) -> optax.Schedule:
+    """Learning rate as a function of u, the updates done before this one.
+
+    peak * u / warmup up to u = warmup, then (linear) peak * (num_steps - u) / (num_steps - warmup).
+
+    Raises:
+        ValueError: where the warm-up is not shorter than the training.
+
+    """
+    peak, warmup = settings.learning_rate, settings.warmup_steps
+    if warmup >= num_steps:
+        raise ValueError(
+            f"config.optim.warmup_steps: found {warmup}, expected fewer than train.num_steps ({num_steps})"
+        )
+
+    def schedule(updates: Any) -> Any:
+        done = jnp.asarray(updates, jnp.float32)
+        rising = done / max(warmup, 1)
+        falling = jnp.maximum(num_steps - done, 0) / (num_steps - warmup) if settings.schedule == "linear" else 1.0
+        return peak * jnp.where(done < warmup, rising, falling)
+
+    return schedule
+
+
+def adam(schedule: optax.Schedule, settings: AdamSettings) -> optax.GradientTransformation:
+    """Adam: w -= lr * (decay * w + sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps)), t = this update's number from 1.
+
+    With `eps_added_to="corrected"` eps is multiplied by sqrt(1 - b2^t) first, which is torch's AdamW.
+    """
+    b1, b2 = settings.b1, settings.b2
+
+    def init(params: Params) -> AdamState:
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
+        return AdamState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.copy, zeros))
+
+    def update(grads: Params, state: AdamState, params: Params | None = None) -> tuple[Params, AdamState]:
+        if params is None:
+            raise ValueError("adam needs the parameters for weight decay")
+        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
+        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
+        root = jnp.sqrt(_one_minus_power(b2, state.updates + 1))
+        scale = root / _one_minus_power(b1, state.updates + 1)
+        eps = settings.eps * (root if settings.eps_added_to == "corrected" else 1.0)
+        rate = schedule(state.updates)
+
+        def change(path: Any, w: Array, m: Array, v: Array) -> Array:
+            decay = 0.0 if _matches(settings.no_decay, path_name(path)) else settings.weight_decay
+            return -rate * (decay * w + scale * m / (jnp.sqrt(v) + eps))
+
+        return jax.tree_util.tree_map_with_path(change, params, mu, nu), AdamState(state.updates + 1, mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def clip(grads: Params, norm: Scalar, max_norm: float | None) -> Params:
+    """Gradients times min(1, max_norm / (norm + 1e-6)), as fairseq and torch clip."""
+    if max_norm is None:
+        return grads
+    factor = jnp.minimum(1.0, max_norm / (norm + 1e-6))
+    return jax.tree.map(lambda g: g * factor, grads)
+
+
+def _one_minus_power(base: float, exponent: Int[Array, ""]) -> Float[Array, ""]:
+    """1 - base ** exponent without cancellation in float32."""
+    return jnp.float32(1) if base == 0 else -jnp.expm1(exponent.astype(jnp.float32) * math.log(base))
+
+
+def _matches(pattern: str | None, name: str) -> bool:
+    return pattern is not None and re.search(pattern, name) is not None

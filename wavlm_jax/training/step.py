@@ -1,0 +1,146 @@
+"""One update and one evaluation, as pure functions of (state, batch).
+
+The result depends on the global batch alone: not on devices, hosts, mesh shape or the number of micro-batches.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Int
+
+from wavlm_jax.shapes import Batch, Params, Scalar, StepKey
+from wavlm_jax.training.optim import clip
+from wavlm_jax.training.sharding import ROWS
+from wavlm_jax.training.state import TrainState
+from wavlm_jax.training.task import BatchSpec, LossSums, Task
+
+
+@struct.dataclass
+class Report:
+    """What a step says about itself: scalars, the same on every device."""
+
+    sums: LossSums
+    """Of the global batch."""
+    values: dict[str, Scalar]
+    finite: Bool[Array, ""]
+    skipped: Int[Array, ""]
+    skipped_in_a_row: Int[Array, ""]
+
+
+def check_spec(spec: BatchSpec, row_group: int, shards: int) -> None:
+    """Whether the rows of `spec` can be split.
+
+    Raises:
+        ValueError: unless every array has the same rows, a multiple of micro-batches x row group x devices.
+
+    """
+    rows = {shape.shape[0] for shape in spec.arrays.values()}
+    if len(rows) != 1:
+        raise ValueError(f"batch {spec.name}: arrays have {sorted(rows)} rows, expected one number")
+    unit = spec.microbatches * row_group * shards
+    if (found := rows.pop()) % unit:
+        raise ValueError(
+            f"batch {spec.name}: {found} rows; expected a multiple of {unit} = {spec.microbatches} micro-batches "
+            f"x groups of {row_group} rows x {shards} devices; change data.row_multiple or the seconds per update"
+        )
+
+
+def split_rows(batch: Batch, microbatches: int, group: int) -> dict[str, Any]:
+    """Arrays (rows, ...) as (microbatches, rows / microbatches, ...), groups of `group` consecutive rows kept together.
+
+    Interleaved: each device's rows go to all micro-batches in turn, so that nothing moves between devices.
+    """
+
+    def split(array: Array) -> Array:
+        rows, *rest = array.shape
+        blocks = array.reshape(rows // (microbatches * group), microbatches, group, *rest)
+        parts = blocks.swapaxes(0, 1).reshape(microbatches, rows // microbatches, *rest)
+        return jax.lax.with_sharding_constraint(parts, PartitionSpec(None, ROWS))
+
+    return {name: split(array) for name, array in batch.items()}
+
+
+def add_up(function: Callable[[Batch], Any], batch: Batch, microbatches: int, group: int) -> Any:
+    """Sum of `function` over the micro-batches of `batch`, numbered by `row` beforehand; one at a time in memory."""
+    rows = next(iter(batch.values())).shape[0]
+    batch = {**batch, "row": jnp.arange(rows, dtype=jnp.int32)}
+    if microbatches == 1:
+        return function(batch)
+    parts = split_rows(batch, microbatches, group)
+    zeros = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))
+    )
+
+    def add(total: Any, part: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(part)), None
+
+    return jax.lax.scan(add, zeros, parts)[0]
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    max_grad_norm: float | None,
+    key: StepKey,
+    microbatches: int,
+) -> tuple[TrainState, Report]:
+    """One update. A loss or gradient that is not finite changes nothing but `step` and the counters.
+
+    Args:
+        state: donated by the caller.
+        batch: global arrays; `row` is added here.
+        task: its loss and row group.
+        optimizer: from `optim.adam`.
+        schedule: learning rate for the report; the optimizer has it too.
+        max_grad_norm: of the gradient of the mean loss.
+        key: the root key of the run; this step's is `fold_in(key, state.step)`.
+        microbatches: static.
+
+    """
+    step_key = jax.random.fold_in(key, state.step)
+    gradients = partial(_gradients, task, state.params, step_key)
+    sums, grads = add_up(gradients, batch, microbatches, task.row_group)
+    count = jnp.where(sums.count > 0, sums.count, 1.0)
+    grads = jax.tree.map(lambda g: g / count, grads)
+    norm = optax.global_norm(grads)
+    finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
+    updates, opt_state = optimizer.update(clip(grads, norm, max_grad_norm), state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+
+    def keep(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+    failed = 1 - finite.astype(jnp.int32)
+    new = TrainState(
+        step=state.step + 1,
+        params=keep(params, state.params),
+        opt_state=keep(opt_state, state.opt_state),
+        skipped=state.skipped + failed,
+        skipped_in_a_row=(state.skipped_in_a_row + 1) * failed,
+    )
+    values = {"grad_norm": norm, "learning_rate": schedule(state.opt_state.updates)}
+    return new, Report(sums, values, finite, new.skipped, new.skipped_in_a_row)
+
+
+def eval_step(params: Params, batch: Batch, *, task: Task, microbatches: int) -> LossSums:
+    """Sums over the global batch, without randomness."""
+    return add_up(lambda part: task.loss(params, part, None), batch, microbatches, task.row_group)
+
+
+def _gradients(task: Task, params: Params, key: StepKey, batch: Batch) -> tuple[LossSums, Params]:
+    def total(params: Params) -> tuple[Scalar, LossSums]:
+        sums = task.loss(params, batch, key)
+        return sums.loss, sums
+
+    (_, sums), grads = jax.value_and_grad(total, has_aux=True)(params)
+    return sums, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
