@@ -1,0 +1,56 @@
+"""WavLM Base pre-training on 960 h of speech (arXiv 2110.13900, Table 1 and FACTS C1).
+
+python -m wavlm_jax.data /data/LibriSpeech/train --out corpora/librispeech/train
+python -m pretrain.make_labels --config configs/pretrain/base.py          # iteration 1: MFCC; then --teacher RUN --layer 6
+python train.py --config configs/pretrain/base.py --workdir runs/base
+
+Known from the authors' code: mixing 0.2, masks 0.8 x 10, dropouts, feature_grad_mult 0.1, betas, eps, weight decay,
+    clip 10, 32k warm-up updates.
+From third-party notes on the paper: 400k updates, peak 5e-4.
+Not published, chosen here (marked below): seconds per update (HuBERT's 2,800), group of 4 mixing partners, buckets, frames
+    on the grid, last-frame masks, intervals, precision.
+Expected: not measured at this size here; docs/results.md has what small models reach on real speech.
+"""
+
+from ml_collections import ConfigDict
+
+
+def model() -> ConfigDict:
+    """WavLM Base (FACTS A4, A11)."""
+    return ConfigDict(
+        {
+            "hidden_size": 768,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "intermediate_size": 3072,
+            "feat_extract_norm": "group",
+            "do_stable_layer_norm": False,
+            "do_normalize": False,
+            "normalize_eps": 1e-5,
+            "conv_dim": (512,) * 7,
+            "conv_kernel": (10, 3, 3, 3, 3, 2, 2),
+            "conv_stride": (5, 2, 2, 2, 2, 2, 2),
+            "conv_bias": False,
+            "layer_norm_eps": 1e-5,
+            "num_conv_pos_embeddings": 128,
+            "num_conv_pos_embedding_groups": 16,
+            "position_bias": True,
+            "num_buckets": 320,
+            "max_bucket_distance": 800,
+            "initializer_range": 0.02,
+            "feature_grad_mult": 0.1,
+            "feat_proj_dropout": 0.1,
+            "hidden_dropout": 0.1,
+            "attention_dropout": 0.1,
+            "activation_dropout": 0.0,
+            "layerdrop": 0.05,
+            "layerdrop_first": True,  # chosen: the bias outlives a dropped layer 0 here, the authors' does not
+            "mask_time_prob": 0.8,
+            "mask_time_length": 10,
+            "mask_time_min_masks": 2,
+            "mask_feature_prob": 0.0,
+            "mask_feature_length": 10,
+            "mask_feature_min_masks": 0,
+            "padding": "exact",
+        }
+    )

@@ -1,0 +1,96 @@
+"""The curves of a run as one picture: python -m pretrain.curves RUN/metrics.jsonl --out curves.png."""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Record = Mapping[str, Any]
+
+PANELS = (
+    ("cross entropy of masked frames (nats)", ("masked_loss",)),
+    ("accuracy on masked frames", ("masked_accuracy",)),
+    ("gradient norm", ("gradient_norm",)),
+    ("entropy on masked frames (nats)", ("prediction_entropy", "label_entropy")),
+)
+"""Title of each panel and the metrics it shows, of training and of every evaluation split, in reading order."""
+
+
+def read_records(path: Path) -> list[Record]:
+    """The metrics of a run, one object a line.
+
+    Raises:
+        ValueError: for a line that is no JSON object, with its number.
+
+    """
+    records: list[Record] = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}:{number}: not a JSON line ({error}); was the run cut while writing it?"
+            ) from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}:{number}: found {type(record).__name__}, expected an object")
+        records.append(record)
+    return records
+
+
+def series(records: Sequence[Record], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values at which a metric was written."""
+    points = [(record["step"], record[name]) for record in records if name in record]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def names(records: Sequence[Record], metrics: Sequence[str]) -> list[str]:
+    """The names under which `metrics` were written: bare, or after the name of a split ("valid/masked_loss")."""
+    written = sorted({name for record in records for name in record})
+    return [name for name in written if name.rpartition("/")[2] in metrics]
+
+
+def draw(runs: Mapping[str, Sequence[Record]], out: Path, levels: Mapping[str, float] | None = None) -> None:
+    """A PNG with one panel for each of `PANELS`; several runs share the axes.
+
+    Args:
+        runs: records by the name that the legend shows.
+        out: where the PNG goes.
+        levels: horizontal lines on the accuracy panel, by name (unigram accuracy).
+
+    """
+    import matplotlib as mpl  # noqa: PLC0415  an optional dependency (extra `demo`)
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt  # noqa: PLC0415
+
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
+    for axis, (title, metrics) in zip(axes.flat, PANELS, strict=True):
+        for run, records in runs.items():
+            prefix = f"{run}: " if len(runs) > 1 else ""
+            for name in names(records, metrics):
+                axis.plot(*series(records, name), label=prefix + name, marker="." if "/" in name else "")
+        for name, level in (levels or {}).items():
+            if "accuracy" in title:
+                axis.axhline(level, linestyle=":", color="grey", label=name)
+        axis.set(title=title, xlabel="updates")
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize=7)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Read the runs named on the command line and draw them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("metrics", nargs="+", type=Path, help="metrics.jsonl of one or more runs")
+    parser.add_argument("--out", type=Path, required=True, help="the PNG to write")
+    arguments = parser.parse_args()
+    draw({str(path.parent): read_records(path) for path in arguments.metrics}, arguments.out)
+    print(arguments.out)
+
+
+if __name__ == "__main__":
+    main()
