@@ -5,12 +5,10 @@ devices, centroids are on all of them; the number of devices changes nothing but
 """
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +18,14 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int
 
 from pretrain.files import read_tensors, write_tensors
+from wavlm_jax.shapes import Scalar, StepKey
 
 Frames = Float[Array, "frames dim"]
+Batches = Float[Array, "batches batch dim"]
 Centroids = Float[Array, "clusters dim"]
+Counts = Float[Array, " clusters"]
+"""Frames that have moved a centroid since it was seeded: the next one moves it by 1 / (count + 1) of the way."""
+Index = Int[Array, ""]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +72,7 @@ class KMeans:
         write_tensors(path, {"centroids": self.centroids}, header)
 
     @classmethod
-    def load(cls, path: Path, made_from: str | None = None) -> Self:
+    def load(cls, path: Path, made_from: str | None = None) -> "KMeans":
         """Reads what `save` wrote.
 
         Raises:
@@ -80,14 +83,6 @@ class KMeans:
         if made_from is not None and header["made_from"] != made_from:
             raise ValueError(f"{path}: clusters of {header['made_from']}, expected {made_from}; delete it to fit anew")
         return cls(tensors["centroids"], float(header["inertia"]), int(header["passes"]))
-
-
-class FitState(NamedTuple):
-    """What one update hands to the next."""
-
-    centroids: Centroids
-    counts: Float[Array, " clusters"]
-    """Frames that have moved a centroid since it was seeded: the next one moves it by 1 / (count + 1)."""
 
 
 def row_sharding(rows: int) -> NamedSharding:
@@ -137,19 +132,136 @@ def fit(
         ValueError: fewer frames than clusters, or a checkpoint of another sample.
 
     """
-    batches = _batches(sample, num_clusters, settings, seed)
-    state, start, previous = _resume(checkpoint, made_from) or (_seed(batches, num_clusters, settings, seed), 0, np.inf)
-    placed = _place(batches)
-    number = start
-    while number < settings.passes and previous > 0:
+    frames = _batches(sample, num_clusters, settings, seed)
+    state = _load_state(checkpoint, made_from) or _FitState(_seeds(frames, num_clusters, settings, seed))
+    batches = _place(frames)
+    while not _finished(state.inertias, settings):
+        number = len(state.inertias)
         key = jax.random.fold_in(jax.random.key(seed), number)
-        last = number + 1 == settings.passes
-        state, inertia = _one_pass(state, placed, key, reseed=not last)
-        improved, number, current = previous - float(inertia), number + 1, float(inertia)
-        on_pass(number, current)
+        reseed = number + 1 < settings.passes
+        centroids, counts, inertia = _one_pass(state.centroids, state.counts, batches, key, reseed=reseed)
+        state = _FitState(centroids, counts, (*state.inertias, float(inertia)))
         if checkpoint is not None:
-            _save_state(checkpoint, state, number, current, made_from)
-        if improved < settings.tolerance * previous < np.inf:
-            break
-        previous = current
-    return KMeans(np.asarray(state.centroids), float(_inertia(placed, state.centroids)), number)
+            _save_state(checkpoint, state, made_from)
+        on_pass(number + 1, state.inertias[-1])
+    return KMeans(np.asarray(state.centroids), _mean_inertia(batches, state.centroids), len(state.inertias))
+
+
+class _FitState:
+    """Where a fit stands between two passes."""
+
+    def __init__(self, centroids: Centroids, counts: Counts | None = None, inertias: tuple[float, ...] = ()) -> None:
+        self.centroids = centroids
+        self.counts = jnp.zeros(len(centroids), jnp.float32) if counts is None else counts
+        self.inertias = inertias
+
+
+def _finished(inertias: tuple[float, ...], settings: KMeansSettings) -> bool:
+    """Enough passes, nothing left to gain, or the last pass gained too little."""
+    if len(inertias) >= settings.passes:
+        return True
+    if len(inertias) < 2:  # noqa: PLR2004 (a gain needs two passes)
+        return False
+    before, after = inertias[-2:]
+    return after == 0 or (settings.tolerance > 0 and before - after < settings.tolerance * before)
+
+
+def _batches(
+    sample: Float32[np.ndarray, "frames dim"], num_clusters: int, settings: KMeansSettings, seed: int
+) -> Float32[np.ndarray, "batches batch dim"]:
+    """The frames in random order, cut into batches that every pass visits in another order."""
+    if len(sample) < num_clusters:
+        raise ValueError(
+            f"labels.num_clusters: {num_clusters} clusters need as many frames, the sample has {len(sample)}"
+        )
+    size = min(settings.batch_frames, len(sample))
+    count = len(sample) // size
+    order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(sample))[: count * size]
+    return sample[order].reshape(count, size, -1)
+
+
+def _place(frames: Float32[np.ndarray, "batches batch dim"]) -> Batches:
+    """On the devices, each holding its rows of every batch."""
+    rows = row_sharding(frames.shape[1])
+    placed: Batches = jax.device_put(frames, NamedSharding(rows.mesh, PartitionSpec(None, "rows")))
+    return placed
+
+
+def _seeds(
+    frames: Float32[np.ndarray, "batches batch dim"], num_clusters: int, settings: KMeansSettings, seed: int
+) -> Centroids:
+    """The best of several k-means++ seedings, each on its own part of the frames; scored on the first batches."""
+    flat = frames.reshape(-1, frames.shape[-1])
+    size = min(len(flat), max(3 * frames.shape[1], 3 * num_clusters))
+    candidates = []
+    for number in range(settings.initialisations):
+        start = number * size % (len(flat) - size + 1)
+        seeds, _ = sklearn.cluster.kmeans_plusplus(flat[start : start + size], num_clusters, random_state=seed + number)
+        candidates.append(jnp.asarray(seeds, jnp.float32))
+    scored = _place(frames[: max(1, size // frames.shape[1])])
+    return min(candidates, key=lambda centroids: _mean_inertia(scored, centroids))
+
+
+@partial(jax.jit, static_argnames="reseed")
+def _one_pass(
+    centroids: Centroids, counts: Counts, batches: Batches, key: StepKey, *, reseed: bool
+) -> tuple[Centroids, Counts, Scalar]:
+    """One mini-batch update a batch, in random order; then clusters that no frame fell into get a new seed."""
+    order_key, seed_key = jax.random.split(key)
+    order = jax.random.permutation(order_key, len(batches))
+
+    def step(carry: tuple[Centroids, Counts], index: Index) -> tuple[tuple[Centroids, Counts], tuple[Counts, Scalar]]:
+        return _update(*carry, batches[index])
+
+    (centroids, counts), (members, inertias) = jax.lax.scan(step, (centroids, counts), order)
+    if reseed:
+        empty = members.sum(0) == 0
+        centroids = jnp.where(empty[:, None], _far_frames(batches[order[0]], centroids, seed_key), centroids)
+        counts = jnp.where(empty, 0, counts)
+    return centroids, counts, inertias.mean()
+
+
+def _update(
+    centroids: Centroids, counts: Counts, batch: Frames
+) -> tuple[tuple[Centroids, Counts], tuple[Counts, Scalar]]:
+    """Each centroid becomes the running mean of all frames that it was nearest to (Sculley 2010)."""
+    labels, distances = nearest(batch, centroids)
+    member = jax.nn.one_hot(labels, len(centroids), dtype=jnp.float32)
+    members = member.sum(0)
+    sums = jnp.matmul(member.T, batch, precision=jax.lax.Precision.HIGHEST)
+    total = counts + members
+    centroids = centroids + (sums - members[:, None] * centroids) / jnp.maximum(total, 1)[:, None]
+    return (centroids, total), (members, distances.mean())
+
+
+def _far_frames(batch: Frames, centroids: Centroids, key: StepKey) -> Centroids:
+    """One frame a cluster, without repeats, drawn with probability proportional to the squared distance (k-means++)."""
+    _, distances = nearest(batch, centroids)
+    scores = jnp.log(distances) + jax.random.gumbel(key, distances.shape)
+    _, chosen = jax.lax.top_k(scores, min(len(centroids), len(batch)))
+    return batch[jnp.resize(chosen, (len(centroids),))]
+
+
+@jax.jit
+def _inertias(batches: Batches, centroids: Centroids) -> Float[Array, " batches"]:
+    means: Float[Array, " batches"] = jax.lax.map(lambda batch: nearest(batch, centroids)[1].mean(), batches)
+    return means
+
+
+def _mean_inertia(batches: Batches, centroids: Centroids) -> float:
+    return float(np.asarray(_inertias(batches, centroids), np.float64).mean())
+
+
+def _save_state(path: Path, state: _FitState, made_from: str) -> None:
+    tensors = {"centroids": np.asarray(state.centroids), "counts": np.asarray(state.counts)}
+    write_tensors(path, tensors, {"made_from": made_from, "inertias": list(state.inertias)})
+
+
+def _load_state(path: Path | None, made_from: str) -> _FitState | None:
+    if path is None or not path.exists():
+        return None
+    tensors, header = read_tensors(path, {"centroids": ("float32", 2), "counts": ("float32", 1)})
+    if header["made_from"] != made_from:
+        raise ValueError(f"{path}: a fit of {header['made_from']}, expected {made_from}; delete it to start anew")
+    centroids, counts = jnp.asarray(tensors["centroids"]), jnp.asarray(tensors["counts"])
+    return _FitState(centroids, counts, tuple(float(value) for value in header["inertias"]))

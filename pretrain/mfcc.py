@@ -1,7 +1,7 @@
 """MFCC-39: the features of the first k-means labels (FACTS C9).
 
-Kaldi's MFCC (13 cepstra of 23 mel bins, 25 ms every 10 ms, Povey window, no energy, no dither, no mean normalisation) of
-a wave in [-1, 1], then slopes and slopes of slopes over five frames, as HuBERT's first iteration took them.
+Kaldi's MFCC (13 cepstra of 23 mel bins, 25 ms every 10 ms, Povey window, no energy, no dither, no mean normalisation)
+of a wave in [-1, 1], then slopes and slopes of slopes over five frames, as HuBERT's first iteration took them.
 """
 
 from collections.abc import Iterable
@@ -34,7 +34,7 @@ def mfcc(wave: Int16[np.ndarray, " samples"]) -> Float32[np.ndarray, "frames 39"
 
 
 def deltas(features: Float32[np.ndarray, "frames dim"]) -> Float32[np.ndarray, "frames dim"]:
-    """Slope of each dimension over five frames, first and last frame repeated: sum n (c[t+n] - c[t-n]) / 10, n = 1, 2."""
+    """Slope of each dimension over five frames: sum n (c[t+n] - c[t-n]) / 10, n = 1, 2; edge frames are repeated."""
     if not len(features):
         return features
     reach, frames = max(_SLOPE_WEIGHTS), len(features)
@@ -52,7 +52,7 @@ def _stacked(frames: Iterable[np.ndarray]) -> Float32[np.ndarray, "frames 13"]:
 
 
 def _options() -> kaldi_native_fbank.MfccOptions:
-    """Kaldi's options; what is not set here is Kaldi's default and equals FACTS C9 (low 20 Hz, high Nyquist, lifter 22)."""
+    """Kaldi's options; what is not set is Kaldi's default and equals FACTS C9 (20 Hz to Nyquist, lifter 22)."""
     options = kaldi_native_fbank.MfccOptions()
     options.frame_opts.samp_freq = SAMPLE_RATE
     options.frame_opts.dither = 0.0
