@@ -54,3 +54,54 @@ def model() -> ConfigDict:
             "padding": "exact",
         }
     )
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.task = "masked_prediction"
+    config.seed = 0
+    config.model = model()
+    config.compute = ConfigDict(
+        {
+            "dtype": "bfloat16",  # chosen: float32 parameters and Adam, bf16 activations
+            "remat": "dots",
+            "unroll": 1,
+            "attention": "auto",
+        }
+    )
+    config.data = ConfigDict(
+        {
+            "train": "corpora/librispeech/train",
+            "evaluation": ("corpora/librispeech/valid",),
+        }
+    )
+    config.batch = ConfigDict(
+        {
+            "buckets": (128, 256, 384, 512, 640, 768),  # chosen: frames, multiples of 128; 768 = 245,840 samples
+            "seconds_per_update": 2800.0,  # HuBERT's; the paper's own is not published
+            "seconds_per_device": 87.5,
+            "row_multiple": 64,
+        }
+    )
+    config.mixing = ConfigDict(
+        {
+            "prob": 0.2,
+            "group": 4,  # chosen: the authors mix within a device's 3 to 5 rows
+            "snr_db": (-5.0, 5.0),
+            "noise_corpus": None,
+            "noise_prob_given_mix": 0.0,
+            "noise_snr_db": (-5.0, 20.0),
+            "reference_quirks": False,
+        }
+    )
+    config.objective = ConfigDict(
+        {
+            "final_dim": 256,
+            "logit_temp": 0.1,
+            "masked_weight": 1.0,
+            "unmasked_weight": 0.0,
+            "penalty_weight": 10.0,
+            "special_rows": 0,  # 4 for weights that go to fairseq
+        }
+    )
+    return config
