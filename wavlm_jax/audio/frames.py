@@ -37,8 +37,8 @@ STANDARD = Geometry()
 def num_frames(num_samples: Count, geometry: Geometry = STANDARD) -> Count:
     """Frames that the conv encoder makes of `num_samples` samples; 0 below the receptive field.
 
-    floor((n - kernel) / stride) + 1, layer by layer. Hugging Face counts the same way; the authors' padding mask may give
-    one or two frames more (`microsoft_num_frames`, FACTS A7).
+    floor((n - kernel) / stride) + 1, layer by layer. Hugging Face counts the same way; the authors' padding mask may
+    give one or two frames more (`microsoft_num_frames`, FACTS A7).
     """
     for kernel, stride in zip(geometry.kernels, geometry.strides, strict=True):
         num_samples = (num_samples - kernel) // stride + 1
@@ -64,6 +64,18 @@ def microsoft_num_frames(num_samples: Any, padded_samples: int, geometry: Geomet
     block = padded_samples // max(frames, 1)
     valid = -(-num_samples // block)
     return np.minimum(valid, frames) if isinstance(valid, (int, np.ndarray, np.integer)) else valid.clip(max=frames)
+
+
+def huggingface_num_frames(num_samples: Any, padded_samples: int, geometry: Geometry = STANDARD) -> Any:
+    """Frames that transformers counts as valid in rows padded to `padded_samples`: the conv length formula.
+
+    A row without a frame by the formula is marked at index -1 or before, so it is valid up to there (FACTS E6).
+    """
+    frames = num_frames(padded_samples, geometry)
+    valid = num_samples
+    for kernel, stride in zip(geometry.kernels, geometry.strides, strict=True):
+        valid = (valid - kernel) // stride + 1
+    return valid + frames * (valid <= 0)
 
 
 def label_index(frame: Count, label_rate: int, geometry: Geometry = STANDARD) -> Count:

@@ -1,0 +1,175 @@
+"""Self-attention with a gated relative position bias: one function `attend`, several ways to compute it.
+
+"dense" holds all logits at once and is the measure of the others. "chunked" goes over blocks of queries and recomputes
+each in the backward pass, so memory grows with frames * block instead of frames squared. "auto" is dense up to
+`DENSE_FRAMES`.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from wavlm_jax.config import Attention as Implementation
+from wavlm_jax.config import Compute, WavLMConfig
+from wavlm_jax.model.elements import Site, dropout, linear, site_keys
+from wavlm_jax.model.position import Gate, GateProjection, Profile, gate, toeplitz
+from wavlm_jax.shapes import FrameMask, Hidden, RowKeys
+
+DENSE_FRAMES = 800
+"""Up to 16 s the logits of one row and head fit in 2.5 MB, and recomputing them costs more than it saves."""
+BLOCK = 128
+"""Queries that "chunked" handles at a time: one tile of a TPU."""
+
+Heads = Float[Array, "rows frames heads head_dim"]
+Probabilities = Float[Array, "rows heads queries frames"]
+
+
+class Bias(NamedTuple):
+    """What is added to the logits: gate[row, query, head] * profile[head, key - query]."""
+
+    profile: Profile
+    gate: Gate
+
+
+class AttentionDropout(NamedTuple):
+    """A share `rate` of the probabilities is dropped, row by row."""
+
+    rate: float
+    row_keys: RowKeys | None
+
+
+def attend(
+    query: Heads,
+    key: Heads,
+    value: Heads,
+    bias: Bias | None,
+    frame_mask: FrameMask | None,
+    drop: AttentionDropout,
+    implementation: Implementation,
+) -> Heads:
+    """Attention of every frame to all valid frames of its row.
+
+    Args:
+        query: (rows, frames, heads, head_dim), already divided by sqrt(head_dim).
+        key: as `query`.
+        value: as `query`.
+        bias: gated position bias, float32, or None (HuBERT).
+        frame_mask: (rows, frames), True where a frame may be attended to; None: everywhere. A row without a valid
+            frame attends to all its frames alike, so it stays finite.
+        drop: dropout of the probabilities.
+        implementation: how; all give the same result (different draws of dropout).
+
+    Returns:
+        (rows, frames, heads, head_dim) in the dtype of `value`. Logits and softmax are float32.
+
+    """
+    frames = query.shape[1]
+    if implementation == "auto":
+        implementation = "dense" if frames <= DENSE_FRAMES else "chunked"
+    if implementation == "dense":
+        probabilities = attention_probabilities(query, key, bias, frame_mask)
+        return _mix(probabilities, value, drop)
+    return _attend_in_blocks(query, key, value, bias, frame_mask, drop)
+
+
+def attention_probabilities(query: Heads, key: Heads, bias: Bias | None, frame_mask: FrameMask | None) -> Probabilities:
+    """Softmax over keys of query . key + gated bias: float32 (rows, heads, frames, frames)."""
+    frames = query.shape[1]
+    tile = None if bias is None else toeplitz(bias.profile, frames, frames)
+    return _probabilities(query, key, tile, None if bias is None else bias.gate, frame_mask)
+
+
+def _probabilities(
+    query: Array, key: Array, tile: Array | None, gates: Array | None, frame_mask: FrameMask | None
+) -> Probabilities:
+    logits = jnp.einsum("rqhd,rkhd->rhqk", query, key, preferred_element_type=jnp.float32)
+    if tile is not None and gates is not None:
+        logits = logits + gates.swapaxes(1, 2)[:, :, :, None] * tile[None]
+    if frame_mask is not None:
+        # Finite, so that a row without a valid frame gives a uniform softmax and not 0 / 0.
+        logits = jnp.where(frame_mask[:, None, None, :], logits, _EXCLUDED)
+    return jax.nn.softmax(logits, axis=-1)
+
+
+_EXCLUDED = -1e30
+
+
+def _mix(probabilities: Probabilities, value: Heads, drop: AttentionDropout) -> Heads:
+    kept = dropout(probabilities.astype(value.dtype), drop.rate, drop.row_keys, Site.ATTENTION)
+    return jnp.einsum("rhqk,rkhd->rqhd", kept, value)
+
+
+def _attend_in_blocks(
+    query: Heads, key: Heads, value: Heads, bias: Bias | None, frame_mask: FrameMask | None, drop: AttentionDropout
+) -> Heads:
+    rows, frames, heads, head_dim = query.shape
+    blocks = -(-frames // BLOCK)
+    padding = blocks * BLOCK - frames
+    padded = None if bias is None else jnp.pad(bias.profile, ((0, 0), (padding, 0)))
+
+    @jax.checkpoint
+    def one_block(number: Array, queries: Array, gates: Array | None) -> Array:
+        tile = None
+        if padded is not None:
+            start = (blocks - 1 - number) * BLOCK
+            window = jax.lax.dynamic_slice_in_dim(padded, start, BLOCK + frames - 1, axis=1)
+            tile = toeplitz(window, BLOCK, frames)
+        keys = None if drop.row_keys is None else site_keys(drop.row_keys, number)
+        probabilities = _probabilities(queries, key, tile, gates, frame_mask)
+        return _mix(probabilities, value, AttentionDropout(drop.rate, keys))
+
+    def in_blocks(x: Array) -> Array:
+        widths = [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)
+        return jnp.pad(x, widths).reshape(rows, blocks, BLOCK, *x.shape[2:]).swapaxes(0, 1)
+
+    gates = None if bias is None else in_blocks(bias.gate)
+    mixed = jax.lax.map(lambda block: one_block(*block), (jnp.arange(blocks), in_blocks(query), gates))
+    return mixed.swapaxes(0, 1).reshape(rows, blocks * BLOCK, heads, head_dim)[:, :frames]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention of one layer, with the gate of its position bias."""
+
+    config: WavLMConfig
+    compute: Compute
+
+    def setup(self) -> None:
+        """The four projections and, with position bias, the gate; names as in Hugging Face's WavLMAttention."""
+        config = self.config
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            linear(config.hidden_size, config, self.compute) for _ in range(4)
+        )
+        if config.position_bias:
+            self.gru_rel_pos_linear = GateProjection(config)
+            ones = nn.initializers.ones
+            self.gru_rel_pos_const = self.param("gru_rel_pos_const", ones, (config.num_attention_heads,))
+
+    def __call__(
+        self,
+        hidden: Hidden,
+        profile: Profile | None,
+        frame_mask: FrameMask | None,
+        row_keys: RowKeys | None,
+        output_attentions: bool,
+    ) -> tuple[Hidden, Probabilities | None]:
+        """The attended states and, if wanted, the probabilities of each head before dropout."""
+        query, key, value = (self._heads(projection(hidden)) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        query = query * self.config.head_dim**-0.5
+        bias = None
+        if profile is not None:
+            logits = self.gru_rel_pos_linear(self._heads(hidden))
+            bias = Bias(profile, gate(logits, self.gru_rel_pos_const))
+        drop = AttentionDropout(self.config.attention_dropout, row_keys)
+        if output_attentions:
+            probabilities = attention_probabilities(query, key, bias, frame_mask)
+            mixed = _mix(probabilities, value, drop)
+        else:
+            probabilities = None
+            mixed = attend(query, key, value, bias, frame_mask, drop, self.compute.attention)
+        return self.out_proj(mixed.reshape(hidden.shape)), probabilities
+
+    def _heads(self, x: Hidden) -> Heads:
+        return x.reshape(*x.shape[:2], self.config.num_attention_heads, self.config.head_dim)

@@ -1,0 +1,184 @@
+"""The Transformer: position embedding, stacked layers scanned with one body, layer drop (FACTS A3, A4, A6)."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.spmd import with_logical_constraint
+from jaxtyping import Array, Bool, Float, Int
+
+from wavlm_jax.config import Compute, WavLMConfig
+from wavlm_jax.model.attention import Attention
+from wavlm_jax.model.elements import Site, dropout, gelu, layer_norm, linear, site_keys
+from wavlm_jax.model.position import Profile, RelativePositionTable
+from wavlm_jax.model.positional_conv import PositionalConvolution
+from wavlm_jax.shapes import FrameMask, Hidden, RowKeys, StepKey
+
+AXES = ("rows", "frames", "width")
+"""Logical axes of the residual stream; the training tower says which mesh axes they lie on."""
+
+
+class Wanted(NamedTuple):
+    """What a forward pass returns besides the last hidden state."""
+
+    hidden_states: bool
+    attentions: bool
+
+
+class LayerInput(NamedTuple):
+    """What differs from layer to layer: its number, and whether layer drop keeps it (None: no layer drop)."""
+
+    number: Int[Array, "*layers"]
+    keep: Bool[Array, "*layers"] | None
+
+
+class LayerContext(NamedTuple):
+    """What all layers share."""
+
+    profile: Profile | None
+    frame_mask: FrameMask | None
+    row_keys: RowKeys | None
+
+
+class EncoderOutput(NamedTuple):
+    """Hidden states and attention maps; None where they were not wanted."""
+
+    last_hidden_state: Hidden
+    hidden_states: Float[Array, "states rows frames width"] | None
+    attentions: Float[Array, "layers rows heads frames frames"] | None
+
+
+class FeedForward(nn.Module):
+    """W2 . GELU(W1 x), each with its dropout."""
+
+    config: WavLMConfig
+    compute: Compute
+
+    def setup(self) -> None:
+        """The two linear maps, named as Hugging Face's."""
+        self.intermediate_dense = linear(self.config.intermediate_size, self.config, self.compute)
+        self.output_dense = linear(self.config.hidden_size, self.config, self.compute)
+
+    def __call__(self, x: Hidden, row_keys: RowKeys | None) -> Hidden:
+        """(rows, frames, width) in the compute dtype."""
+        inner = gelu(self.intermediate_dense(x))
+        inner = dropout(inner, self.config.activation_dropout, row_keys, Site.INTERMEDIATE)
+        return dropout(self.output_dense(inner), self.config.hidden_dropout, row_keys, Site.OUTPUT)
+
+
+class EncoderLayer(nn.Module):
+    """One Transformer layer, norm after the residual sum or (`do_stable_layer_norm`) before each block."""
+
+    config: WavLMConfig
+    compute: Compute
+    wanted: Wanted
+
+    def setup(self) -> None:
+        """Attention, feed-forward and their norms, named as Hugging Face's."""
+        self.attention = Attention(self.config, self.compute)
+        self.layer_norm = layer_norm(self.config)
+        self.feed_forward = FeedForward(self.config, self.compute)
+        self.final_layer_norm = layer_norm(self.config)
+
+    def __call__(self, hidden: Hidden, layer: LayerInput, context: LayerContext) -> tuple[Hidden, tuple[Any, Any]]:
+        """The layer's output as carry, and what is wanted of it (hidden state, attention map) to be stacked."""
+        keys = None if context.row_keys is None else site_keys(context.row_keys, layer.number)
+        order = self._norm_first if self.config.do_stable_layer_norm else self._norm_last
+        output, attention = order(hidden, context._replace(row_keys=keys))
+        if layer.keep is not None:
+            output = jnp.where(layer.keep, output, hidden)
+        output = with_logical_constraint(output, AXES)
+        return output, (output if self.wanted.hidden_states else None, attention)
+
+    def _norm_last(self, hidden: Hidden, context: LayerContext) -> tuple[Hidden, Any]:
+        attended, attention = self._attend(hidden, context)
+        hidden = self.layer_norm(hidden + attended).astype(hidden.dtype)
+        transformed = self.feed_forward(hidden, context.row_keys)
+        return self.final_layer_norm(hidden + transformed).astype(hidden.dtype), attention
+
+    def _norm_first(self, hidden: Hidden, context: LayerContext) -> tuple[Hidden, Any]:
+        attended, attention = self._attend(self.layer_norm(hidden).astype(hidden.dtype), context)
+        hidden = hidden + attended
+        normed = self.final_layer_norm(hidden).astype(hidden.dtype)
+        return hidden + self.feed_forward(normed, context.row_keys), attention
+
+    def _attend(self, hidden: Hidden, context: LayerContext) -> tuple[Hidden, Any]:
+        attended, attention = self.attention(
+            hidden, context.profile, context.frame_mask, context.row_keys, self.wanted.attentions
+        )
+        return dropout(attended, self.config.hidden_dropout, context.row_keys, Site.ATTENTION_OUTPUT), attention
+
+
+class Encoder(nn.Module):
+    """Position embedding, layers, and the norm that Base has before them and Large after."""
+
+    config: WavLMConfig
+    compute: Compute
+
+    @nn.compact
+    def __call__(
+        self,
+        hidden: Hidden,
+        frame_mask: FrameMask | None,
+        step_key: StepKey | None,
+        row_keys: RowKeys | None,
+        wanted: Wanted,
+    ) -> EncoderOutput:
+        """The encoded frames; padded frames of `hidden` must be 0."""
+        config = self.config
+        norm = layer_norm(config, name="layer_norm")
+        hidden = hidden + PositionalConvolution(config, self.compute, name="pos_conv_embed")(hidden)
+        if not config.do_stable_layer_norm:
+            hidden = norm(hidden).astype(hidden.dtype)
+        hidden = dropout(hidden, config.hidden_dropout, row_keys, Site.ENCODER_INPUT)
+        hidden = with_logical_constraint(hidden, AXES)
+
+        profile = None
+        if config.position_bias:
+            profile = RelativePositionTable(config, name="rel_attn_embed")(hidden.shape[1])
+        layers = LayerInput(jnp.arange(config.num_hidden_layers), kept_layers(config, step_key))
+        stack = scanned_layers(self.compute, config.num_hidden_layers)(config, self.compute, wanted, name="layers")
+        last, (states, attentions) = stack(hidden, layers, LayerContext(profile, frame_mask, row_keys))
+
+        if states is not None:
+            states = jnp.concatenate([hidden[None], states])
+        if config.do_stable_layer_norm:
+            last = norm(last).astype(last.dtype)
+        return EncoderOutput(last, states, attentions)
+
+
+def kept_layers(config: WavLMConfig, step_key: StepKey | None) -> Bool[Array, "layers"] | None:
+    """Which layers this step keeps: one draw a layer for the whole global batch; None: all of them (FACTS A6).
+
+    The position bias is computed outside the layers and survives when layer 0 is dropped, unlike in the authors' code;
+    without `layerdrop_first` layer 0 is never dropped, as in Hugging Face's.
+    """
+    if step_key is None or config.layerdrop == 0:
+        return None
+    key = jax.random.fold_in(step_key, Site.LAYERDROP)
+    keep = jax.random.bernoulli(key, 1 - config.layerdrop, (config.num_hidden_layers,))
+    return keep if config.layerdrop_first else keep.at[0].set(True)
+
+
+def scanned_layers(compute: Compute, num_layers: int) -> Any:
+    """`EncoderLayer` with parameters stacked on axis 0, recomputed in the backward pass as `compute.remat` says."""
+    layer: Any = EncoderLayer
+    if compute.remat != "none":
+        policy = _POLICIES[compute.remat]
+        layer = nn.remat(layer, policy=policy, prevent_cse=False)
+    return nn.scan(
+        layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(0, nn.broadcast),
+        length=num_layers,
+        unroll=compute.unroll,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+
+
+_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}

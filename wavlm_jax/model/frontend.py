@@ -1,0 +1,196 @@
+"""From waveform to conv features: normalisation, the strided convolutions, their norms, the projection (FACTS A2)."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from wavlm_jax.audio import frames
+from wavlm_jax.config import Compute, WavLMConfig
+from wavlm_jax.model.elements import Site, dropout, gelu, keep_where, layer_norm
+from wavlm_jax.shapes import ConvFeatures, FrameMask, Hidden, NumSamples, RowKeys, Waveform
+
+
+def normalize_waveform(waveform: Waveform, num_samples: NumSamples | None = None, eps: float = 1e-5) -> Waveform:
+    """Each row brought to mean 0 and variance 1 over its real samples; padding becomes 0 (FACTS B6, E13).
+
+    Args:
+        waveform: float32 (rows, samples), 16 kHz.
+        num_samples: (rows,) real samples a row; None: all of them.
+        eps: added to the (population) variance; 1e-5 in the authors' code, 1e-7 in Hugging Face's feature extractor.
+
+    Returns:
+        float32 (rows, samples). A constant or empty row becomes zeros.
+
+    """
+    total = waveform.shape[1]
+    real = prefix_mask(jnp.full(waveform.shape[:1], total) if num_samples is None else num_samples, total)
+    waveform = jnp.where(real, waveform, 0.0)
+    count = jnp.maximum(real.sum(axis=1, keepdims=True), 1)
+    centred = jnp.where(real, waveform - waveform.sum(axis=1, keepdims=True) / count, 0.0)
+    variance = jnp.square(centred).sum(axis=1, keepdims=True) / count
+    return centred * jax.lax.rsqrt(variance + eps)
+
+
+def prefix_mask(lengths: NumSamples, total: int) -> FrameMask:
+    """(rows, total), True at the first `lengths` places of each row."""
+    return jnp.arange(total)[None, :] < lengths[:, None]
+
+
+def strided_convolution(
+    x: Float[Array, "rows length channels"], kernel: Float[Array, "taps channels features"], stride: int
+) -> Float[Array, "rows frames features"]:
+    """A convolution without padding, as matrix products over blocks of `stride` steps.
+
+    With the input cut into blocks of `stride` steps, tap number b * stride + i of output t reads step i of block t + b:
+    one matrix product for each b, no patches copied. XLA's CPU backend does matrix products well and convolutions,
+    their gradients above all, badly (docs/LOG.md).
+    """
+    rows, length, channels = x.shape
+    taps, _, features = kernel.shape
+    num_frames = (length - taps) // stride + 1
+    num_blocks = num_frames - 1 + -(-taps // stride)
+    fitted = jax.lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (0, num_blocks * stride - length, 0), (0, 0, 0)))
+    blocks = fitted.reshape(rows, num_blocks, stride * channels)
+    result = jnp.zeros((), x.dtype)
+    for block, first in enumerate(range(0, taps, stride)):
+        weights = kernel[first : first + stride].reshape(-1, features)
+        product = blocks[:, block : block + num_frames, : weights.shape[0]] @ weights
+        result = result + product if block else product
+    return result
+
+
+class Convolution(nn.Module):
+    """A strided 1-D convolution without padding; kernel (taps, channels, features), Kaiming-normal."""
+
+    features: int
+    taps: int
+    stride: int
+    use_bias: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "rows length channels"]) -> Float[Array, "rows frames features"]:
+        """The convolved frames, floor((length - taps) / stride) + 1 of them."""
+        shape = (self.taps, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.variance_scaling(2.0, "fan_in", "normal"), shape)
+        y = strided_convolution(x.astype(self.dtype), kernel.astype(self.dtype), self.stride)
+        if not self.use_bias:
+            return y
+        bias = self.param("bias", uniform(1 / math.sqrt(self.taps * x.shape[-1])), (self.features,))
+        return y + bias.astype(self.dtype)[None, None, :]
+
+
+class ChannelNorm(nn.Module):
+    """GroupNorm with one group a channel: mean and variance over time, in float32.
+
+    With a frame mask the statistics run over valid frames only, so that padding cannot change them (FACTS E9).
+    """
+
+    eps: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "rows frames channels"], mask: FrameMask | None) -> ConvFeatures:
+        """The normalised channels, float32; rows without a valid frame give finite numbers."""
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        x = x.astype(jnp.float32)
+        if mask is None:
+            mean = x.mean(axis=1, keepdims=True)
+            variance = jnp.square(x - mean).mean(axis=1, keepdims=True)
+        else:
+            count = jnp.maximum(mask.sum(axis=1), 1)[:, None, None]
+            mean = keep_where(mask, x).sum(axis=1, keepdims=True) / count
+            variance = jnp.square(keep_where(mask, x - mean)).sum(axis=1, keepdims=True) / count
+        gain = jax.lax.rsqrt(variance + self.eps) * scale[None, None, :]
+        return (x - mean) * gain + bias[None, None, :]
+
+
+class ConvLayer(nn.Module):
+    """Convolution, norm (none, over time, or over channels), GELU."""
+
+    config: WavLMConfig
+    compute: Compute
+    index: int
+
+    def setup(self) -> None:
+        """The convolution, and the norm where this layer has one."""
+        features, taps, stride = self.config.conv_layers[self.index]
+        dtype = jnp.dtype(self.compute.dtype)
+        self.conv = Convolution(features, taps, stride, self.config.conv_bias, dtype)
+        if self.config.feat_extract_norm == "layer":
+            self.layer_norm: Any = nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, use_fast_variance=False)
+        elif self.index == 0:
+            self.layer_norm = ChannelNorm()
+
+    def __call__(self, x: Float[Array, "rows length channels"], mask: FrameMask | None) -> ConvFeatures:
+        """The layer's frames; those outside the mask (rows, frames) are 0."""
+        y = self.conv(x)
+        if self.config.feat_extract_norm == "layer":
+            y = self.layer_norm(y).astype(y.dtype)
+        elif self.index == 0:
+            y = self.layer_norm(y, mask).astype(y.dtype)
+        y = gelu(y)
+        return y if mask is None else keep_where(mask, y)
+
+
+class FeatureExtractor(nn.Module):
+    """The conv encoder: 20-ms frames of `conv_dim[-1]` channels from 16 kHz samples (FACTS A2)."""
+
+    config: WavLMConfig
+    compute: Compute
+
+    def setup(self) -> None:
+        """One module a conv layer, named as Hugging Face's."""
+        self.conv_layers = [ConvLayer(self.config, self.compute, i) for i in range(len(self.config.conv_dim))]
+
+    def __call__(self, waveform: Waveform, num_samples: NumSamples | None) -> ConvFeatures:
+        """Conv features (rows, frames, channels).
+
+        With `num_samples`, samples past a row's end are zeroed before the first layer and frames past it after every
+        layer, so that nothing a row is padded with can reach a number.
+        """
+        if num_samples is not None:
+            waveform = jnp.where(prefix_mask(num_samples, waveform.shape[1]), waveform, 0.0)
+        x = waveform[:, :, None]
+        for layer, kernel, stride in zip(
+            self.conv_layers, self.config.conv_kernel, self.config.conv_stride, strict=True
+        ):
+            mask = None
+            if num_samples is not None:
+                step = frames.Geometry((kernel,), (stride,))
+                num_samples = frames.num_frames(num_samples, step)
+                mask = prefix_mask(num_samples, frames.num_frames(x.shape[1], step))
+            x = layer(x, mask)
+        return x
+
+
+class FeatureProjection(nn.Module):
+    """LayerNorm, linear map to the Transformer's width, dropout."""
+
+    config: WavLMConfig
+    compute: Compute
+
+    def setup(self) -> None:
+        """Norm and projection; the projection starts as torch's default linear map (FACTS A9)."""
+        bound = uniform(1 / math.sqrt(self.config.conv_dim[-1]))
+        dtype = jnp.dtype(self.compute.dtype)
+        self.layer_norm = layer_norm(self.config)
+        self.projection = nn.Dense(self.config.hidden_size, dtype=dtype, kernel_init=bound, bias_init=bound)
+
+    def __call__(self, features: ConvFeatures, row_keys: RowKeys | None) -> Hidden:
+        """Hidden states (rows, frames, width) before masking."""
+        hidden = self.projection(self.layer_norm(features))
+        return dropout(hidden, self.config.feat_proj_dropout, row_keys, Site.FEATURE_PROJECTION)
+
+
+def uniform(bound: float) -> nn.initializers.Initializer:
+    """An initialiser that draws from [-bound, bound)."""
+
+    def initialise(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return initialise
