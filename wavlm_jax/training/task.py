@@ -60,7 +60,7 @@ class BatchStream(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """Four pure functions, and one fact about rows."""
+    """Four pure functions, and two facts about the data."""
 
     init: Callable[[StepKey], Params]
     """Fresh parameters; only ever traced, so that they are born sharded."""
@@ -72,3 +72,5 @@ class Task:
     """From fresh parameters to those that training starts from: the same, or converted weights, or an earlier run."""
     row_group: int = 1
     """Consecutive rows that stay together on one device and in one micro-batch (mixing partners)."""
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    """Name -> fingerprint of what training depends on besides the config (corpus, labels); a resume insists on them."""
