@@ -1,0 +1,261 @@
+"""From audio bytes to samples: decoding, down-mixing and resampling, with every fault of a file named (USERS #15).
+
+Everything is read through libsndfile (wav, flac, mp3, ogg, opus). Files are hostile: a FIFO does not hang, a header
+that lies is found out by counting, and nothing here allocates what a header only claims. Long files can be read in
+blocks, so that memory does not grow with their length.
+"""
+
+import hashlib
+import io
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+import numpy as np
+import soundfile
+import soxr
+from jaxtyping import Float32, Int16
+
+from wavlm_jax.audio.frames import SAMPLE_RATE
+
+FaultName = Literal[
+    "missing",
+    "not_a_file",
+    "outside_root",
+    "unreadable",
+    "truncated",
+    "empty",
+    "not_finite",
+    "wrong_rate",
+    "length_unknown",
+    "length_mismatch",
+    "checksum_mismatch",
+    "too_short",
+    "too_long",
+]
+"""What can be wrong with an audio file. The last two are wishes of a length policy, not damage."""
+
+AudioSource: TypeAlias = "bytes | memoryview | Path"
+FULL_SCALE = 32768
+"""int16 samples are float samples in [-1, 1) times this."""
+
+BLOCK_SAMPLES = 1 << 18
+_MOST_SAMPLES = 1 << 40
+"""libsndfile reports 2^63 - 1 samples for a FLAC whose header does not say; 2^40 are two years of 16 kHz audio."""
+_CANCELLED_POWER = 0.01
+"""Of the channels' mean power. Channels without relation keep 1 / channels of it, so only opposite ones fall below."""
+
+
+class AudioFault(ValueError):  # noqa: N818  (the contract's name; a fault is counted, an error stops)
+    """One file or utterance that cannot be used: `fault` is a short name for counting, `detail` says what was found."""
+
+    def __init__(self, fault: FaultName, detail: str) -> None:
+        if fault not in get_args(FaultName):
+            raise KeyError(fault)
+        super().__init__(fault, detail)
+        self.fault = fault
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.detail} ({self.fault})"
+
+
+@dataclass(frozen=True)
+class Wave:
+    """Decoded audio: `samples` in [-1, 1] (floating-point files may exceed it) at `rate` Hz."""
+
+    samples: Float32[np.ndarray, "samples channels"]
+    rate: int
+
+
+class Mono(NamedTuple):
+    """The mean of the channels, and whether they cancel each other (one microphone wired the wrong way round)."""
+
+    samples: Float32[np.ndarray, "samples"]
+    cancels: bool
+
+
+def decode(source: AudioSource) -> Wave:
+    """The whole of an audio file.
+
+    Raises:
+        AudioFault: missing, not_a_file, unreadable, truncated, empty, not_finite, length_unknown.
+
+    """
+    with open_audio(source) as audio:
+        samples = np.concatenate(list(read_blocks(audio, "float32")))
+        return Wave(samples=samples, rate=audio.samplerate)
+
+
+@contextmanager
+def open_audio(source: AudioSource) -> Iterator[soundfile.SoundFile]:
+    """A libsndfile handle, its header checked against what a header may claim; faults inside the block are named.
+
+    Raises:
+        AudioFault: missing, not_a_file, unreadable, empty, length_unknown; truncated for what libsndfile reports while
+            the caller reads.
+
+    """
+    handle = _regular_file(source) if isinstance(source, Path) else io.BytesIO(source)
+    with handle:
+        if not handle.seek(0, os.SEEK_END):
+            raise AudioFault("empty", "0 bytes")
+        handle.seek(0)
+        try:
+            with soundfile.SoundFile(handle) as audio:
+                _check_header(audio, handle)
+                yield audio
+        except (soundfile.LibsndfileError, soundfile.SoundFileRuntimeError, OSError) as error:
+            raise _named(error) from error
+
+
+def read_blocks(
+    audio: soundfile.SoundFile, dtype: Literal["int16", "float32"]
+) -> Iterator[Float32[np.ndarray, "samples channels"] | Int16[np.ndarray, "samples channels"]]:
+    """The file from its start in blocks of at most `BLOCK_SAMPLES` values, checked: finite, as many as the header says.
+
+    Raises:
+        AudioFault: not_finite, truncated.
+
+    """
+    done, size = 0, BLOCK_SAMPLES // audio.channels
+    while done < audio.frames:
+        block = audio.read(min(size, audio.frames - done), dtype=dtype, always_2d=True)
+        if not len(block):
+            raise AudioFault("truncated", f"found {done} samples, its header says {audio.frames}")
+        if block.dtype != np.int16 and not np.isfinite(block).all():
+            where = done + int(np.argmin(np.isfinite(block).all(axis=1)))
+            raise AudioFault("not_finite", f"sample {where} is NaN or infinite")
+        done += len(block)
+        yield block
+
+
+def read_crop(source: AudioSource, start: int, num_samples: int | None) -> Int16[np.ndarray, "samples"]:
+    """`num_samples` samples (None: all that are left) from sample `start` on of a mono 16-bit file; decodes only those.
+
+    Raises:
+        AudioFault: whatever keeps the crop from being read, and truncated where it is shorter than asked for.
+
+    """
+    with open_audio(source) as audio:
+        wanted = audio.frames - start if num_samples is None else num_samples
+        if start:
+            audio.seek(start)
+        samples: Int16[np.ndarray, "samples"] = audio.read(wanted, dtype="int16")
+    if samples.ndim != 1 or len(samples) != wanted:
+        found = "x".join(str(size) for size in samples.shape)
+        raise AudioFault("truncated", f"found {found} samples from sample {start} on, expected {wanted}")
+    return samples
+
+
+def to_mono(samples: Float32[np.ndarray, "samples channels"]) -> Mono:
+    """The mean over the channels (the down-mix rule for stereo, 5.1 and the rest)."""
+    if samples.shape[1] == 1:
+        return Mono(samples[:, 0], cancels=False)
+    mono = samples.mean(axis=1, dtype=np.float32)
+    return Mono(mono, cancels_out(power(mono), power(samples)))
+
+
+def power(samples: np.ndarray) -> float:
+    """Mean square over all samples and channels."""
+    return float(np.mean(np.square(samples, dtype=np.float64))) if samples.size else 0.0
+
+
+def cancels_out(mono_power: float, channel_power: float) -> bool:
+    """Whether a down-mix lost nearly all the power that its channels have."""
+    return channel_power > 0 and mono_power < _CANCELLED_POWER * channel_power
+
+
+def resample(
+    samples: Float32[np.ndarray, "samples"], rate: int, target: int = SAMPLE_RATE
+) -> Float32[np.ndarray, "resampled"]:
+    """`samples` at `target` Hz (soxr, high quality); about len(samples) * target / rate of them."""
+    if rate == target:
+        return samples
+    resampled: Float32[np.ndarray, "resampled"] = soxr.resample(samples, rate, target)
+    return resampled
+
+
+def to_int16(samples: Float32[np.ndarray, "samples"]) -> Int16[np.ndarray, "samples"]:
+    """Rounded to the nearest of 65,536 steps, clipped at full scale; no dither, so the same every time."""
+    return np.clip(np.rint(samples * FULL_SCALE), -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
+
+
+def encode_flac(samples: Int16[np.ndarray, "samples"], rate: int = SAMPLE_RATE) -> bytes:
+    """A mono 16-bit FLAC file."""
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format="FLAC", subtype="PCM_16")
+    return buffer.getvalue()
+
+
+def flac_md5(flac: bytes) -> str | None:
+    """The MD5 (hex) of its samples that a FLAC file carries in its first block; None where the encoder left it out."""
+    digest = flac[26:42]
+    return digest.hex() if flac[:4] == b"fLaC" and any(digest) else None
+
+
+def check_md5(flac: bytes, samples_md5: str) -> None:
+    """Compare a 16-bit FLAC's own checksum with the MD5 of the little-endian int16 samples that came out.
+
+    Raises:
+        AudioFault: checksum_mismatch: the header belongs to other samples, or cuts them short.
+
+    """
+    expected = flac_md5(flac)
+    if expected is not None and expected != samples_md5:
+        raise AudioFault("checksum_mismatch", f"samples have MD5 {samples_md5}, the FLAC header says {expected}")
+
+
+def samples_md5() -> Any:
+    """A fresh MD5, which here guards against damage and not against an adversary."""
+    return hashlib.md5(usedforsecurity=False)
+
+
+def _regular_file(path: Path) -> io.FileIO:
+    """`path` opened without ever waiting: a FIFO or device is refused after opening, so nothing can be swapped in."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    except FileNotFoundError as error:
+        raise AudioFault("missing", f"{path}: no such file, or a link to nowhere") from error
+    except OSError as error:
+        raise AudioFault("unreadable", f"{path}: {error.strerror}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise AudioFault("not_a_file", f"{path}: a directory, pipe or device, expected a file")
+    return io.FileIO(descriptor)
+
+
+def _check_header(audio: soundfile.SoundFile, handle: io.IOBase) -> None:
+    if audio.frames > _MOST_SAMPLES:
+        raise AudioFault(
+            "length_unknown", "its header does not say how many samples it holds (written to a pipe?); encode it again"
+        )
+    if audio.frames == 0:
+        raise AudioFault("empty", "0 samples")
+    if audio.format == "WAV":
+        _check_riff_size(audio, handle)
+
+
+def _check_riff_size(audio: soundfile.SoundFile, handle: io.IOBase) -> None:
+    """A WAV that was cut off is silently shortened by libsndfile; its RIFF header remembers (0, 2^32 - 1: streamed)."""
+    position = handle.tell()
+    handle.seek(4)
+    claimed = int.from_bytes(handle.read(4), "little")
+    found = handle.seek(0, os.SEEK_END)
+    handle.seek(position)
+    if claimed not in (0, 0xFFFFFFFF) and claimed + 8 > found + 1:
+        raise AudioFault(
+            "truncated", f"{found} bytes ({audio.frames} samples), its RIFF header says {claimed + 8} bytes"
+        )
+
+
+def _named(error: Exception) -> AudioFault:
+    message = str(error).removeprefix("Error : ")
+    if "Error opening" in message:
+        return AudioFault("unreadable", f"not audio that libsndfile knows ({message.rpartition(': ')[2]})")
+    cut_off = "lost sync" in message or "psf_fseek" in message
+    return AudioFault("truncated" if cut_off else "unreadable", f"libsndfile stopped reading: {message}")

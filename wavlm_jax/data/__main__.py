@@ -1,0 +1,142 @@
+"""`python -m wavlm_jax.data`: prepare a corpus, verify one, or make the demo corpus."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from wavlm_jax.audio.frames import SAMPLE_RATE, samples_for
+from wavlm_jax.data import manifests
+from wavlm_jax.data.conform import Policy
+from wavlm_jax.data.corpus import Corpus
+from wavlm_jax.data.header import CorpusError
+from wavlm_jax.data.pool import WorkerError
+from wavlm_jax.data.prepare import BAD_FILES, FREE_FAULTS, Preparation, PrepareError, Result, prepare, split
+from wavlm_jax.data.rows import from_datasets
+from wavlm_jax.data.sources import Source, SourceError, from_folder, has_audio
+
+DESCRIPTION = """Prepares speech once for training and evaluation: an Arrow data set of 16 kHz mono 16-bit FLAC, and a
+header. SOURCE is a folder of audio (wav, flac, mp3, ogg, opus), a manifest (.tsv or .jsonl with id, path, samples,
+speaker, text; or fairseq's .tsv), or anything that `datasets` loads (a name on the hub, .parquet, a folder from
+save_to_disk, an audiofolder). The words `demo` and `verify` make the embedded corpus and check a finished one."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status is 0, or 1 with a message on stderr."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    commands = {"demo": _demo, "verify": _verify}
+    try:
+        if words and words[0] in commands:
+            commands[words[0]](words[1:])
+        else:
+            _prepare(words)
+    except (SourceError, PrepareError, CorpusError, WorkerError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; what was done is kept, run the same command again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _prepare(words: Sequence[str]) -> None:
+    options = _parser().parse_args(words)
+    source = _open(options.source, options)
+    name = options.name or Path(options.source).stem
+    policy = Policy(
+        rate=options.rate_policy,
+        min_samples=max(samples_for(1), round(options.min_seconds * SAMPLE_RATE)),
+        max_samples=None if options.max_seconds is None else round(options.max_seconds * SAMPLE_RATE),
+        long=options.long,
+    )
+    parts = {"": source}
+    if options.holdout:
+        parts = dict(zip(("train", "valid"), split(source, options.holdout), strict=True))
+    for part, entries in parts.items():
+        preparation = Preparation(
+            name=f"{name}/{part}" if part else name,
+            policy=policy,
+            fault_cap=options.fault_cap,
+            workers=options.workers,
+            progress=sys.stderr.isatty(),
+        )
+        out = options.out / part
+        report(prepare(entries, out, preparation), out)
+
+
+def report(result: Result, out: Path) -> None:
+    """Print what a corpus holds and what was left out."""
+    header = result.header
+    state = "made" if result.fresh else "nothing to do, it is there already"
+    print(
+        f"{out}: {state}: {header.count} utterances, {header.hours:.3f} h, {header.speakers} speakers, "
+        f"fingerprint {header.fingerprint[:16]}"
+    )
+    for what, counts in (("bad", header.faults), ("dropped", header.dropped), ("warnings", header.warnings)):
+        if counts:
+            also = f" (listed in {out / BAD_FILES})" if what == "bad" else ""
+            print(f"  {what}: " + ", ".join(f"{count} {name}" for name, count in counts.items()) + also)
+
+
+def _open(name: str, options: argparse.Namespace) -> Source:
+    path = Path(name)
+    if path.is_file() and path.suffix in manifests.SUFFIXES:
+        return manifests.from_manifest(path, options.root)
+    if path.is_dir() and not _for_datasets(path) and has_audio(path):
+        return from_folder(path)
+    return from_datasets(name, options.subset, options.split)
+
+
+def _for_datasets(path: Path) -> bool:
+    names = ("state.json", "dataset_dict.json", "metadata.csv", "metadata.jsonl", "metadata.parquet")
+    return any((path / name).is_file() for name in names)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m wavlm_jax.data", description=DESCRIPTION)
+    add = parser.add_argument
+    add("source", metavar="SOURCE")
+    add("--out", type=Path, required=True, metavar="CORPUS", help="folder of the corpus; made, resumed, or left alone")
+    add("--name", help="in the header and in logs (default: the name of SOURCE)")
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one a core)")
+    add("--min-seconds", type=float, default=0.025, help="shorter utterances are dropped (default: 0.025, one frame)")
+    add("--max-seconds", type=float, default=None, help="longer ones: see --long (default: no limit)")
+    add(
+        "--long", choices=("drop", "split"), default="drop", help="drop long ones, or cut them (pieces lose their text)"
+    )
+    add("--rate-policy", choices=("error", "resample"), default="error", help="what to do with rates other than 16 kHz")
+    add(
+        "--fault-cap",
+        type=float,
+        default=0.001,
+        help=f"share of bad files above which it stops (default: 0.001; {FREE_FAULTS} are always tolerated)",
+    )
+    add("--holdout", type=_share, default=0.0, help="share for CORPUS/valid, by hash of the id; the rest: CORPUS/train")
+    add("--root", type=Path, default=None, help="folder that a manifest's paths are relative to (default: found out)")
+    add("--subset", default=None, help="configuration of a hub data set")
+    add("--split", default=None, help="split of a data set that has several")
+    return parser
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 <= share < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share; expected 0 <= share < 1")
+    return share
+
+
+def _verify(words: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m wavlm_jax.data verify", description="Compares every checksum.")
+    parser.add_argument("corpus", type=Path, metavar="CORPUS")
+    corpus = Corpus.open(parser.parse_args(words).corpus)
+    corpus.verify()
+    print(f"{corpus.path}: whole, {len(corpus.header.shards)} shards")
+
+
+def _demo(words: Sequence[str]) -> None:
+    raise PrepareError(f"demo is not made yet {words}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,285 @@
+"""A prepared corpus: an Arrow dataset of FLAC bytes, and a JSON header that says what it is.
+
+This is the only module that imports `datasets`. The folder opens with `datasets.load_from_disk` too; its columns are
+`FEATURES`. `header.json` is written last, so a folder that has one is whole.
+"""
+
+import bisect
+import contextlib
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float32, Int16, Int32, Int64
+
+from wavlm_jax.audio.wave import AudioFault, read_crop
+from wavlm_jax.data.header import HEADER, CorpusError, CorpusHeader, read_header, sha256_of
+
+FEATURES = datasets.Features(
+    {
+        "id": datasets.Value("string"),
+        "audio": datasets.Audio(decode=False),
+        "samples": datasets.Value("int64"),
+        "speaker": datasets.Value("string"),
+        "text": datasets.Value("string"),
+        "mean": datasets.Value("float32"),
+        "variance": datasets.Value("float32"),
+        "phones": {
+            "symbols": [datasets.Value("string")],
+            "starts": [datasets.Value("int32")],
+            "ends": [datasets.Value("int32")],
+        },
+    }
+)
+"""Columns of a corpus. `audio` is {bytes: FLAC 16 kHz mono 16 bit, path}; `samples` are really decoded ones; `mean` and
+`variance` (population) are those of the whole utterance in [-1, 1] scale; `phones` is null where there are none."""
+SCHEMA: pa.Schema = FEATURES.arrow_schema
+
+
+class Phones(NamedTuple):
+    """Phone alignment of one utterance: `symbols[i]` lasts from sample `starts[i]` up to, not including, `ends[i]`."""
+
+    symbols: list[str]
+    starts: Int32[np.ndarray, "phones"]
+    ends: Int32[np.ndarray, "phones"]
+
+
+class StringColumn(Sequence[str]):
+    """A string column read in place: no copy of millions of ids in every process."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self._column.take(range(*index.indices(len(self)))).to_pylist()
+        return self._column[int(index)].as_py()
+
+    def __iter__(self) -> Iterator[str]:
+        for chunk in self._column.chunks:
+            yield from chunk.to_pylist()
+
+
+class Corpus:
+    """A prepared corpus, opened in place by memory map.
+
+    Cheap to open and to pickle: only the path travels, and a worker opens the files again when it first reads. Audio is
+    decoded crop by crop and never as a whole.
+    """
+
+    def __init__(self, path: Path, header: CorpusHeader) -> None:
+        self.path = path
+        self.header = header
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """The corpus in folder `path`; reads the header and compares file sizes, nothing more.
+
+        Raises:
+            CorpusError: no corpus there, one of another format, or a shard that is missing or cut off.
+
+        """
+        header = read_header(path)
+        for shard in header.shards:
+            file = path / shard.file
+            found = file.stat().st_size if file.is_file() else None
+            if found != shard.size:
+                state = "missing" if found is None else f"{found} bytes long"
+                raise CorpusError(
+                    f"{file}: {state}, {HEADER} says {shard.size} bytes; copy or prepare the corpus again"
+                )
+        return cls(path, header)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over ids, lengths and decoded samples."""
+        return self.header.fingerprint
+
+    def __len__(self) -> int:
+        return self.header.count
+
+    def __repr__(self) -> str:
+        return f"Corpus({self.header.name!r}, {self.header.count} utterances, {self.header.hours:.2f} h)"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "header": self.header}
+
+    @functools.cached_property
+    def ids(self) -> Sequence[str]:
+        """Utterance ids, unique, in the order of the source."""
+        return StringColumn(self._table["id"])
+
+    @functools.cached_property
+    def speakers(self) -> Sequence[str]:
+        """Speaker of each utterance, "" where unknown."""
+        return StringColumn(self._table["speaker"])
+
+    @functools.cached_property
+    def texts(self) -> Sequence[str]:
+        """Transcript of each utterance, "" where there is none."""
+        return StringColumn(self._table["text"])
+
+    @functools.cached_property
+    def lengths(self) -> Int64[np.ndarray, "utterances"]:
+        """Samples of each utterance."""
+        return np.asarray(self._table["samples"])
+
+    @functools.cached_property
+    def means(self) -> Float32[np.ndarray, "utterances"]:
+        """Mean of each whole utterance, in [-1, 1] scale."""
+        return np.asarray(self._table["mean"])
+
+    @functools.cached_property
+    def variances(self) -> Float32[np.ndarray, "utterances"]:
+        """Population variance of each whole utterance, in [-1, 1] scale."""
+        return np.asarray(self._table["variance"])
+
+    def wave(self, index: int, start: int = 0, num_samples: int | None = None) -> Int16[np.ndarray, "samples"]:
+        """Samples `start` to `start + num_samples` (None: to the end) of utterance `index`; decodes only those.
+
+        Raises:
+            AudioFault: the stored bytes do not give them (a damaged disk), naming the utterance.
+
+        """
+        try:
+            return read_crop(memoryview(self._flac(index)), start, num_samples)
+        except AudioFault as error:
+            raise AudioFault(error.fault, f"{self.path}: utterance {self.ids[index]}: {error.detail}") from error
+
+    def phones(self, index: int) -> Phones | None:
+        """The phone alignment of utterance `index`, None where the corpus has none."""
+        value = self._table["phones"][index].as_py()
+        if value is None or value["symbols"] is None:
+            return None
+        return Phones(value["symbols"], np.asarray(value["starts"], np.int32), np.asarray(value["ends"], np.int32))
+
+    def verify(self) -> None:
+        """Read every byte of every shard and compare its checksum.
+
+        Raises:
+            CorpusError: naming the shard that differs.
+
+        """
+        for shard in self.header.shards:
+            found = sha256_of(self.path / shard.file)
+            if found != shard.sha256:
+                raise CorpusError(
+                    f"{self.path / shard.file}: SHA-256 {found}, {HEADER} says {shard.sha256}; copy it again"
+                )
+
+    def _flac(self, index: int) -> pa.Buffer:
+        """The bytes of one utterance where they lie in the memory map."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.path}: utterance number {index}, expected 0 to {len(self) - 1}")
+        starts, chunks = self._audio
+        chunk = bisect.bisect_right(starts, index) - 1
+        return chunks[chunk][int(index) - starts[chunk]].as_buffer()
+
+    @functools.cached_property
+    def _audio(self) -> tuple[list[int], list[pa.BinaryArray]]:
+        """First row and bytes of each record batch."""
+        chunks = [chunk.field("bytes") for chunk in self._table["audio"].chunks]
+        starts = np.cumsum([0] + [len(chunk) for chunk in chunks]).tolist()
+        return starts[:-1], chunks
+
+    @functools.cached_property
+    def _table(self) -> pa.Table:
+        dataset = datasets.load_from_disk(str(self.path))
+        table: pa.Table = dataset.data.table
+        if table.schema.names != SCHEMA.names or len(table) != self.header.count:
+            raise CorpusError(
+                f"{self.path}: found {len(table)} rows of {', '.join(table.schema.names)}; {HEADER} says "
+                f"{self.header.count} rows of {', '.join(SCHEMA.names)}; prepare the corpus again"
+            )
+        return table
+
+
+def write_dataset_info(folder: Path, files: Sequence[str]) -> None:
+    """Make the Arrow `files` in `folder` a dataset that `datasets.load_from_disk` opens.
+
+    `datasets` itself writes its two JSON files, for an empty dataset; then the list of files is put in, so that no
+    audio is copied.
+    """
+    empty = datasets.Dataset(SCHEMA.empty_table())
+    scratch = folder / "dataset_info"
+    with _no_progress_bars():
+        empty.save_to_disk(str(scratch))
+    state = json.loads((scratch / "state.json").read_text())
+    state["_data_files"] = [{"filename": name} for name in files]
+    (folder / "state.json").write_text(json.dumps(state, indent=2))
+    (scratch / "dataset_info.json").replace(folder / "dataset_info.json")
+    for leftover in scratch.iterdir():
+        leftover.unlink()
+    scratch.rmdir()
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def load_dataset(source: str, subset: str | None, split: str | None) -> datasets.Dataset:
+    """Whatever `datasets` loads, its audio left as bytes.
+
+    Args:
+        source: a folder from save_to_disk, a folder with metadata.csv or .jsonl (audiofolder), a .parquet file or a
+            folder of them, or a name on the hub.
+        subset: configuration of a hub data set.
+        split: name of a split; None: the only one.
+
+    Raises:
+        ValueError: several splits and none named.
+
+    """
+    path = Path(source)
+    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        loaded = datasets.load_from_disk(source)
+    elif path.suffix == ".parquet" or (path.is_dir() and any(path.rglob("*.parquet"))):
+        files = str(path) if path.is_file() else sorted(str(file) for file in path.rglob("*.parquet"))
+        loaded = datasets.load_dataset("parquet", data_files=files)
+    elif path.is_dir():
+        loaded = datasets.load_dataset("audiofolder", data_dir=source)
+    else:
+        loaded = datasets.load_dataset(source, subset)
+    if not isinstance(loaded, datasets.DatasetDict):
+        return _undecoded(loaded)
+    if split is None and len(loaded) == 1:
+        split = next(iter(loaded))
+    if split not in loaded:
+        raise ValueError(f"{source} has the splits {', '.join(map(str, loaded))}; pass --split with one of them")
+    return _undecoded(loaded[split])
+
+
+def audio_column(dataset: datasets.Dataset) -> str:
+    """The column that holds audio.
+
+    Raises:
+        ValueError: none, or several.
+
+    """
+    found = [name for name, feature in dataset.features.items() if _is_audio(feature)]
+    if len(found) != 1:
+        raise ValueError(f"found {len(found)} audio columns among {', '.join(dataset.column_names)}, expected one")
+    return found[0]
+
+
+def _is_audio(feature: Any) -> bool:
+    return isinstance(feature, datasets.Audio) or (isinstance(feature, dict) and {"bytes", "path"} == set(feature))
+
+
+def _undecoded(dataset: datasets.Dataset) -> datasets.Dataset:
+    return dataset.cast_column(audio_column(dataset), datasets.Audio(decode=False))

@@ -1,0 +1,171 @@
+"""Manifests: TSV with a header, JSON lines, and fairseq's .tsv (FACTS C4).
+
+Every error names the file and the line. Lines are never guessed at: a duplicate id, a missing file, an empty line or a
+number that is none stops the reading before any work is done.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from wavlm_jax.data.sources import Alignment, Entry, Files, Source, SourceError, inside, stamp
+
+SUFFIXES = frozenset({".tsv", ".jsonl", ".txt", ".manifest"})
+
+
+def from_manifest(file: Path, root: Path | None = None) -> Source:
+    """The utterances that a manifest lists.
+
+    Args:
+        file: a .tsv with a header line (columns id, path and, optional, samples, speaker, text), .jsonl with the same
+            keys and, optional, phones {symbols, starts, ends}; or fairseq's: root, then path TAB samples.
+        root: the folder that paths are relative to. None: fairseq's first line, else the folder of the manifest or its
+            parent, whichever has the first path.
+
+    Raises:
+        SourceError: naming the line.
+
+    """
+    lines = _lines(file)
+    if lines[0].startswith("{"):
+        rows = _json_rows(file, lines)
+    elif "\t" in lines[0]:
+        rows = _table_rows(file, lines)
+    else:
+        rows = _fairseq_rows(file, lines[1:])
+        root = root or _fairseq_root(file, lines[0])
+    numbered = list(rows)
+    if not numbered:
+        raise SourceError(f"{file}: no utterance, expected one a line")
+    root = root or _find_root(file, str(numbered[0][1]["path"]))
+    entries = [_entry(row, root, f"{file}:{number}") for number, row in numbered]
+    _check_unique(file, [(number, entry.id) for (number, _), entry in zip(numbered, entries, strict=True)])
+    return Source(f"manifest {file}, root {root}", entries, Files(root))
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SourceError(
+            f"{file}: not UTF-8 text at byte {error.start}; expected a .tsv or .jsonl manifest"
+        ) from error
+    lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise SourceError(f"{file}:{number}: empty line, expected an utterance; remove it")
+    return lines
+
+
+def _json_rows(file: Path, lines: list[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise SourceError(f"{file}:{number}: not JSON ({error})") from error
+        if not isinstance(row, dict) or not isinstance(row.get("path"), str):
+            raise SourceError(f"{file}:{number}: expected an object with a text under 'path', found {line[:80]!r}")
+        yield number, row
+
+
+def _table_rows(file: Path, lines: list[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    columns = lines[0].split("\t")
+    if not {"id", "path"} <= set(columns) or len(set(columns)) < len(columns):
+        raise SourceError(
+            f"{file}:1: found columns {', '.join(columns)}; expected id, path and, optional, samples, speaker, text, "
+            "each once (or fairseq's form: the root folder alone on the first line)"
+        )
+    for number, line in enumerate(lines[1:], 2):
+        cells = line.split("\t")
+        if len(cells) != len(columns):
+            raise SourceError(f"{file}:{number}: found {len(cells)} columns, the header has {len(columns)}")
+        yield number, dict(zip(columns, cells, strict=True))
+
+
+def _fairseq_rows(file: Path, lines: list[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    for number, line in enumerate(lines, 2):
+        cells = line.split("\t")
+        if len(cells) != 2:  # noqa: PLR2004
+            raise SourceError(f"{file}:{number}: found {len(cells)} columns, expected path TAB samples")
+        yield number, {"id": str(PurePosixPath(cells[0]).with_suffix("")), "path": cells[0], "samples": cells[1]}
+
+
+def _fairseq_root(file: Path, line: str) -> Path:
+    """The first line of fairseq's .tsv; a relative one counts from the manifest's folder."""
+    root = file.parent / line
+    if not root.is_dir():
+        raise SourceError(f"{file}:1: root {line!r} is not a folder; pass --root FOLDER")
+    return root
+
+
+def _find_root(file: Path, first: str) -> Path:
+    for folder in (file.parent, file.resolve().parent.parent):
+        if (folder / first).exists():
+            return folder
+    raise SourceError(
+        f"{file}: first path {first!r} is neither under {file.parent} nor under {file.resolve().parent.parent}; "
+        "pass --root FOLDER"
+    )
+
+
+def _entry(row: Mapping[str, Any], root: Path, where: str) -> Entry:
+    path = row["path"]
+    name = row["id"] if "id" in row else str(PurePosixPath(path).with_suffix(""))
+    texts = {"id": name, "speaker": row.get("speaker", ""), "text": row.get("text", "")}
+    for key, value in texts.items():
+        if not isinstance(value, str):
+            raise SourceError(f"{where}: {key} is {value!r}, expected text")
+    if not name or name != name.strip():
+        raise SourceError(f"{where}: id is {name!r}, expected text without blanks at its ends")
+    _check_path(path, root, where)
+    samples = _samples(row.get("samples"), where)
+    phones = _alignment(row.get("phones"), samples, where)
+    return Entry(**texts, audio=path, stamp=stamp(root / path), samples=samples, phones=phones)
+
+
+def _check_path(path: str, root: Path, where: str) -> None:
+    pure = PurePosixPath(path)
+    if pure.is_absolute() or ".." in pure.parts or "\0" in path or not inside(root / path, root):
+        raise SourceError(
+            f"{where}: path {path!r} leads out of {root}; paths are relative and stay inside; pass --root"
+        )
+    if not (root / path).exists():
+        raise SourceError(f"{where}: path {path!r} does not exist under {root} (columns swapped? blank at the end?)")
+
+
+def _samples(value: Any, where: str) -> int | None:
+    if value is None or value == "":
+        return None
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise SourceError(f"{where}: samples is {value!r}, expected a whole number (columns swapped?)")
+    return value
+
+
+def _alignment(value: Any, samples: int | None, where: str) -> Alignment | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict) or set(value) != set(Alignment._fields):
+        raise SourceError(f"{where}: phones has to be an object with symbols, starts, ends (in samples)")
+    phones = Alignment(**value)
+    numbers = [*phones.starts, *phones.ends]
+    if not all(isinstance(number, int) for number in numbers) or not all(isinstance(s, str) for s in phones.symbols):
+        raise SourceError(f"{where}: phones: expected texts under symbols, whole numbers under starts and ends")
+    spans = sorted(numbers) == [n for pair in zip(phones.starts, phones.ends, strict=False) for n in pair]
+    if not len(phones.symbols) == len(phones.starts) == len(phones.ends) or not spans or min(numbers, default=0) < 0:
+        raise SourceError(f"{where}: phones: expected as many starts and ends as symbols, ascending, none overlapping")
+    if samples is not None and max(numbers, default=0) > samples:
+        raise SourceError(f"{where}: phones end at sample {max(numbers)}, the utterance has {samples}")
+    return phones
+
+
+def _check_unique(file: Path, names: list[tuple[int, str]]) -> None:
+    seen: dict[str, int] = {}
+    for number, name in names:
+        if name in seen:
+            raise SourceError(
+                f"{file}:{number}: id {name!r} stands in line {seen[name]} already; ids have to be unique"
+            )
+        seen[name] = number
