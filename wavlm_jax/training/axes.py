@@ -23,7 +23,7 @@ ENCODER_AXES: AxesTable = (
     (r"(.*/)?encoder/layers/attention/out_proj/bias", ("layers", None)),
     (r"(.*/)?encoder/layers/attention/gru_rel_pos_linear/kernel", ("layers", None, None)),
     (r"(.*/)?encoder/layers/attention/gru_rel_pos_linear/bias", ("layers", None)),
-    (r"(.*/)?encoder/layers/attention/gru_rel_pos_const", ("layers", None, "heads", None, None)),
+    (r"(.*/)?encoder/layers/attention/gru_rel_pos_const", ("layers", "heads")),
     (r"(.*/)?encoder/layers/(final_)?layer_norm/(scale|bias)", ("layers", None)),
     (r"(.*/)?encoder/layers/feed_forward/intermediate_dense/kernel", ("layers", "embed", "mlp")),
     (r"(.*/)?encoder/layers/feed_forward/intermediate_dense/bias", ("layers", "mlp")),

@@ -1,0 +1,161 @@
+"""From a task and a workdir to a state that can be trained: own checkpoint, else `init`, else scratch."""
+
+import json
+import math
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+
+from wavlm_jax.shapes import Params
+from wavlm_jax.training.checkpoint import Checkpoints, RunRecord
+from wavlm_jax.training.manifest import CheckpointError, Manifest, describe_arrays, difference
+from wavlm_jax.training.sharding import AxesTable, parameter_shardings, path_name
+from wavlm_jax.training.state import TrainState, abstract_state, init_key, shard_state
+from wavlm_jax.training.task import Task
+from wavlm_jax.training.writers import say
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shapes and places of a train state that does not exist yet."""
+
+    shardings: Mapping[str, NamedSharding]
+    """Parameter path -> where it lives."""
+    abstract: TrainState
+    optimizer: optax.GradientTransformation
+    mesh: Mesh
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole state, which is also what a checkpoint takes on disk."""
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.abstract))
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where training begins."""
+
+    state: TrainState
+    step: int
+    record: RunRecord
+    elapsed: float
+    """Seconds that earlier sessions took."""
+    mode: str
+    """For people: "from scratch", "resumed at step 100"."""
+
+
+def plan_layout(task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, table: AxesTable, seed: int) -> Layout:
+    """Shapes by abstract evaluation, places by the strict table; no memory is taken.
+
+    Raises:
+        ValueError: a parameter that the table does not cover exactly once.
+
+    """
+    params = jax.eval_shape(task.init, init_key(seed))
+    shardings = parameter_shardings(params, table, mesh)
+    return Layout(shardings, abstract_state(params, optimizer, shardings, mesh), optimizer, mesh)
+
+
+def begin(task: Task, layout: Layout, checkpoints: Checkpoints, *, seed: int, config: Mapping[str, Any]) -> Start:
+    """The state to train from, by the first that applies.
+
+    1. The newest checkpoint of this workdir that verifies; fingerprints must agree, config changes are printed.
+    2. What `task.initial_params` makes of fresh parameters: converted weights, an earlier run.
+    3. Fresh parameters, when it gives back what it got.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none can be used for this config and data.
+        ValueError: initial parameters of another tree, shape or dtype.
+
+    """
+    manifest = checkpoints.latest()
+    if manifest is not None:
+        return _resume(manifest, task, layout, checkpoints, config)
+    abstract = layout.abstract.params
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    fresh = jax.jit(task.init, out_shardings=places)(init_key(seed))
+    params = task.initial_params(fresh)
+    mode = "from scratch"
+    if params is not fresh:
+        mode = "from given parameters"
+        if lines := difference(describe_arrays(abstract), describe_arrays(params)):
+            raise ValueError("config.init: the parameters do not fit the model:\n  " + "\n  ".join(lines))
+        params = _place(params, layout.shardings)
+    run_id = bytes(multihost_utils.broadcast_one_to_all(np.frombuffer(secrets.token_bytes(8), np.uint8))).hex()
+    record = RunRecord(run_id=run_id, config=config, fingerprints=task.fingerprints)
+    return Start(shard_state(params, layout.optimizer, layout.mesh), 0, record, 0.0, mode)
+
+
+def _resume(
+    manifest: Manifest, task: Task, layout: Layout, checkpoints: Checkpoints, config: Mapping[str, Any]
+) -> Start:
+    for name in sorted({*manifest.fingerprints, *task.fingerprints}):
+        before, now = manifest.fingerprints.get(name), task.fingerprints.get(name)
+        if before != now:
+            raise CheckpointError(
+                f"{checkpoints.folder}: the run was trained with {name} {before}, now it is {now}; "
+                f"bring the old data back, or start over in another workdir"
+            )
+    for line in config_changes(manifest.config, config):
+        say(f"config changed since step {manifest.step}: {line}")
+    state = checkpoints.restore(manifest, layout.abstract)
+    record = RunRecord(run_id=manifest.run_id, config=config, fingerprints=task.fingerprints)
+    return Start(state, manifest.step, record, manifest.elapsed, f"resumed at step {manifest.step}")
+
+
+def config_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """One line for every leaf that differs between two resolved configs."""
+    old, new = _leaves(json.loads(json.dumps(before))), _leaves(json.loads(json.dumps(now)))
+    names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+    return [f"{name}: {old.get(name, 'absent')} -> {new.get(name, 'absent')}" for name in names]
+
+
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    result = {}
+    for name, value in config.items():
+        inner = _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
+        result.update(inner)
+    return result
+
+
+def _place(params: Params, shardings: Mapping[str, NamedSharding]) -> Params:
+    """Host or device parameters, the same on all hosts, onto their shardings."""
+
+    def place(path: tuple[Any, ...], leaf: Any) -> jax.Array:
+        sharding = shardings[path_name(path)]
+        if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+            return leaf
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree_util.tree_map_with_path(place, params)
+
+
+def summarize(task: Task, layout: Layout, start: Start, workdir: Path) -> str:
+    """What is about to happen, for people: mode, devices, batch arithmetic, parameters and where they live."""
+    mesh = layout.mesh
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    kind = jax.devices()[0].device_kind
+    sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    lines = [
+        f"{workdir}: training {start.mode}, run {start.record.run_id}",
+        f"{jax.device_count()} x {kind} on {jax.process_count()} hosts, mesh {sizes}",
+    ]
+    for spec in task.stream("train").specs:
+        rows = next(iter(spec.arrays.values())).shape[0]
+        seconds = spec.seconds / (shards * spec.microbatches)
+        lines.append(
+            f"batch {spec.name}: {seconds:.1f} s/device x {shards} devices x {spec.microbatches} micro-batches "
+            f"= {spec.seconds:.1f} s of audio per update ({rows} rows)"
+        )
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(layout.abstract.params))
+    lines.append(f"{count:,} parameters, train state {layout.num_bytes / 2**20:,.1f} MiB")
+    return "\n".join(lines)

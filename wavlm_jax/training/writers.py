@@ -1,0 +1,227 @@
+"""Where the numbers go: JSON lines always; TensorBoard, Weights & Biases and the terminal as wanted.
+
+Process 0 writes. A writer that fails is reported once and never stops training.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from wavlm_jax.training.metrics import for_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbSettings:
+    """Goes to `wandb.init` whole."""
+
+    project: str
+    entity: str | None
+    name: str | None
+    group: str | None
+    mode: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsSettings:
+    """How often, and where besides metrics.jsonl."""
+
+    log_every: int
+    """Steps a line."""
+    tensorboard: bool
+    """Into workdir/tensorboard, where tensorboardX is installed."""
+    progress: bool
+    """A bar with the time left on a terminal, a plain line per interval elsewhere; False: neither."""
+    wandb: WandbSettings | None
+
+    def __post_init__(self) -> None:
+        if self.log_every < 1:
+            raise ValueError(f"log_every: found {self.log_every}, expected 1 or more")
+
+
+class Writer(Protocol):
+    """Takes the numbers of one kind ("train", "eval/valid") at one step."""
+
+    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """May raise anything."""
+        ...
+
+    def close(self) -> None:
+        """May raise anything."""
+        ...
+
+
+class Jsonl:
+    """One JSON object a line: step, kind, values. After a resume each step is there once."""
+
+    def __init__(self, path: Path, resume: int) -> None:
+        """Lines of steps after `resume` are dropped, and those of evaluations at it, which is done again."""
+        self._path = path
+        kept = [line for line in _lines(path) if _stays(line, resume)]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial.replace(path)
+        self._file = path.open("a")
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Appends one line. What an earlier failure left of a line is closed off first."""
+        line = json.dumps({"step": step, "kind": kind, **for_json(values)}, allow_nan=False)
+        try:
+            self._file.write(line + "\n")
+            self._file.flush()
+        except OSError:
+            self._file = self._path.open("a")
+            self._file.write("\n")
+            raise
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class Tensorboard:
+    """Scalars for TensorBoard, by tensorboardX."""
+
+    def __init__(self, folder: Path, resume: int) -> None:
+        from tensorboardX import SummaryWriter  # noqa: PLC0415 an extra
+
+        self._writer = SummaryWriter(str(folder), purge_step=resume + 1)
+
+    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """One scalar a value, tagged kind/name."""
+        for name, value in values.items():
+            self._writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flushes and closes."""
+        self._writer.close()
+
+
+class Wandb:
+    """A Weights & Biases run that continues under the id that the checkpoint carries."""
+
+    def __init__(self, settings: WandbSettings, run_id: str, config: Mapping[str, Any]) -> None:
+        import wandb  # noqa: PLC0415 an extra
+
+        self._run = wandb.init(**asdict(settings), id=run_id, resume="allow", config=dict(config))
+
+    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """All values at once."""
+        self._run.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+
+    def close(self) -> None:
+        """Ends the run."""
+        self._run.finish()
+
+
+class Terminal:
+    """A bar with the time left where someone looks, a plain line where a file does."""
+
+    def __init__(self, resume: int, num_steps: int) -> None:
+        self._num_steps = num_steps
+        looked_at = sys.stderr.isatty()
+        self._bar = tqdm(total=num_steps, initial=resume, unit="step", dynamic_ncols=True) if looked_at else None
+
+    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """The bar moves with training; an evaluation is a line."""
+        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if not name.startswith("seconds_"))
+        if self._bar is not None and kind == "train":
+            shown = {name: f"{values[name]:.4g}" for name in ("loss", "masked_accuracy", "grad_norm") if name in values}
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        left = ""
+        if kind == "train" and values["steps_per_second"] > 0:
+            left = f"  left {_duration((self._num_steps - step) / values['steps_per_second'])}"
+        tqdm.write(f"{kind} {step}/{self._num_steps}  {text}{left}", file=sys.stdout)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        """Leaves the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class Metrics:
+    """All writers of a process; safe to call whatever they do."""
+
+    def __init__(self, writers: Mapping[str, Writer]) -> None:
+        self._writers = dict(writers)
+        self._failed: set[str] = set()
+
+    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """To every writer."""
+        for name, writer in self._writers.items():
+            try:
+                writer.write(kind, step, values)
+            except Exception as error:  # noqa: BLE001 a tracker may do anything; training goes on
+                self._complain(name, error)
+
+    def close(self) -> None:
+        """Closes every writer."""
+        for name, writer in self._writers.items():
+            try:
+                writer.close()
+            except Exception as error:  # noqa: BLE001 as above
+                self._complain(name, error)
+
+    def _complain(self, name: str, error: Exception) -> None:
+        if name not in self._failed:
+            self._failed.add(name)
+            say(f"warning: metrics: {name} failed ({type(error).__name__}: {error}); training goes on")
+
+
+def say(text: str) -> None:
+    """A line for people, round a progress bar if there is one."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def open_metrics(
+    settings: MetricsSettings, workdir: Path, *, resume: int, num_steps: int, run_id: str, config: Mapping[str, Any]
+) -> Metrics:
+    """The writers that `settings` asks for; one that cannot be opened is reported and left out."""
+    makers: dict[str, Any] = {"metrics.jsonl": lambda: Jsonl(workdir / "metrics.jsonl", resume)}
+    if settings.tensorboard and find_spec("tensorboardX") is not None:
+        makers["tensorboard"] = lambda: Tensorboard(workdir / "tensorboard", resume)
+    wandb = settings.wandb
+    if wandb is not None:
+        makers["wandb"] = lambda: Wandb(wandb, run_id, config)
+    if settings.progress:
+        makers["terminal"] = lambda: Terminal(resume, num_steps)
+    writers = {}
+    for name, make in makers.items():
+        try:
+            writers[name] = make()
+        except Exception as error:  # noqa: BLE001 a tracker may do anything; training goes on
+            say(f"warning: metrics: {name} could not be opened ({type(error).__name__}: {error})")
+    return Metrics(writers)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON lines file; a line that a kill or a full disk cut short is none."""
+    result = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict) and isinstance(value.get("step"), int):
+            result.append(value)
+    return result
+
+
+def _stays(line: Mapping[str, Any], resume: int) -> bool:
+    repeated = str(line.get("kind")).startswith("eval/") and line["step"] == resume
+    return bool(line["step"] <= resume and not repeated)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
