@@ -10,6 +10,8 @@ from wavlm_jax.audio.frames import SAMPLE_RATE, samples_for
 from wavlm_jax.data import manifests
 from wavlm_jax.data.conform import Policy
 from wavlm_jax.data.corpus import Corpus
+from wavlm_jax.data.demo import DemoSettings, make_demo
+from wavlm_jax.data.espeak import EspeakError
 from wavlm_jax.data.header import CorpusError
 from wavlm_jax.data.pool import WorkerError
 from wavlm_jax.data.prepare import BAD_FILES, FREE_FAULTS, Preparation, PrepareError, Result, prepare, split
@@ -31,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             commands[words[0]](words[1:])
         else:
             _prepare(words)
-    except (SourceError, PrepareError, CorpusError, WorkerError) as error:
+    except (SourceError, PrepareError, CorpusError, WorkerError, EspeakError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -99,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     add("source", metavar="SOURCE")
     add("--out", type=Path, required=True, metavar="CORPUS", help="folder of the corpus; made, resumed, or left alone")
     add("--name", help="in the header and in logs (default: the name of SOURCE)")
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one a core)")
+    add("--workers", type=int, default=_cores(), help="processes (default: one a core)")
     add("--min-seconds", type=float, default=0.025, help="shorter utterances are dropped (default: 0.025, one frame)")
     add("--max-seconds", type=float, default=None, help="longer ones: see --long (default: no limit)")
     add(
@@ -135,7 +137,25 @@ def _verify(words: Sequence[str]) -> None:
 
 
 def _demo(words: Sequence[str]) -> None:
-    raise PrepareError(f"demo is not made yet {words}")
+    sizes = DemoSettings()
+    parser = argparse.ArgumentParser(prog="python -m wavlm_jax.data demo", description="Makes the embedded corpus.")
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="CORPUS", help="folder for train, valid and unseen_voices")
+    add("--voices", type=int, default=sizes.voices, help=f"default: {sizes.voices}")
+    add("--unseen-voices", type=int, default=sizes.unseen_voices, help=f"of them, default: {sizes.unseen_voices}")
+    add("--sentences", type=int, default=sizes.sentences, help=f"of each voice, default: {sizes.sentences}")
+    add("--workers", type=int, default=_cores(), help="processes (default: one a core)")
+    options = parser.parse_args(words)
+    try:
+        settings = DemoSettings(voices=options.voices, unseen_voices=options.unseen_voices, sentences=options.sentences)
+    except ValueError as error:
+        parser.error(str(error))
+    for name, result in make_demo(options.out, settings, options.workers, progress=sys.stderr.isatty()).items():
+        report(result, options.out / name)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":
