@@ -35,7 +35,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error}); it was cut off or written by something else") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: found a JSON {type(value).__name__}, expected an object")  # noqa: TRY004 (the file is wrong, not the caller)
+        raise ValueError(f"{path}: found a JSON {type(value).__name__}, expected an object")
     return value
 
 

@@ -1,0 +1,55 @@
+"""Labels for pre-training: features, k-means, labels, quality.
+
+First iteration, from MFCC:
+    python -m pretrain.make_labels --config configs/pretrain/base.py
+Later ones, from a layer of an earlier run or of a Hugging Face folder (WavLM or HuBERT):
+    python -m pretrain.make_labels --config configs/pretrain/base.py --teacher runs/base --layer 6 --out labels/layer6
+
+Started again, it goes on where it was stopped; when all is done it does nothing.
+"""
+
+from collections.abc import Sequence
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from pretrain.corpora import DataSettings, open_corpora
+from pretrain.labelling import make_labels
+from pretrain.labels import LabelSettings
+from wavlm_jax.settings import read
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Pre-training config; its sections data and labels are used.")
+_TEACHER = flags.DEFINE_string(
+    "teacher", None, "Workdir of a run, or a Hugging Face folder: cluster one of its layers."
+)
+_LAYER = flags.DEFINE_integer("layer", None, "Which layer of the teacher, 1-based.", lower_bound=1)
+_STEP = flags.DEFINE_integer("step", None, "Checkpoint of the teacher's run; its newest if not given.")
+_OUT = flags.DEFINE_string("out", None, "Folder of the labels, instead of config.labels.path.")
+_CLUSTERS = flags.DEFINE_integer("clusters", None, "Number of clusters, instead of config.labels.num_clusters.")
+_LAYER_RATE_HZ = 50
+
+
+def label_settings(config: ConfigDict) -> LabelSettings:
+    """The section `labels` of the config, with what the short flags say."""
+    section = dict(config.labels.items())
+    if _TEACHER.value is not None:
+        section |= {"teacher": "layer", "run": _TEACHER.value, "step": _STEP.value, "rate_hz": _LAYER_RATE_HZ}
+    for key, flag in (("layer", _LAYER), ("path", _OUT), ("num_clusters", _CLUSTERS)):
+        if flag.value is not None:
+            section[key] = flag.value
+    return read(section, LabelSettings, "labels")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Makes the labels that the flags ask for."""
+    if len(arguments) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(arguments[1:])}")
+    config = _CONFIG.value
+    settings = label_settings(config)
+    header = make_labels(settings, open_corpora(read(config.data, DataSettings, "data")))
+    print(f"labels: {settings.path} is complete, k-means {header.kmeans}, {', '.join(sorted(header.splits))}")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)
