@@ -7,7 +7,7 @@ Field names are Hugging Face's, so that `config.json` is read and written by nam
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 Padding = Literal["exact", "huggingface", "microsoft"]
 Remat = Literal["none", "full", "dots"]
@@ -114,27 +114,27 @@ class WavLMConfig:
         return tuple(zip(self.conv_dim, self.conv_kernel, self.conv_stride, strict=True))
 
     @classmethod
-    def base(cls, **changes: Any) -> Self:
+    def base(cls, **changes: Any) -> "WavLMConfig":
         """WavLM Base as pre-trained (FACTS A4, A11, C1): 94.4 M parameters, 12 post-norm layers."""
         return cls(**(_BASE | changes))
 
     @classmethod
-    def base_plus(cls, **changes: Any) -> Self:
+    def base_plus(cls, **changes: Any) -> "WavLMConfig":
         """WavLM Base+: Base's shape, trained on 94k hours; not one model value differs."""
         return cls.base(**changes)
 
     @classmethod
-    def large(cls, **changes: Any) -> Self:
+    def large(cls, **changes: Any) -> "WavLMConfig":
         """WavLM Large: 315.5 M parameters, 24 pre-norm layers; dropouts 0 as in HuBERT Large (FACTS E15)."""
         return cls(**(_LARGE | changes))
 
     @classmethod
-    def tiny(cls, **changes: Any) -> Self:
+    def tiny(cls, **changes: Any) -> "WavLMConfig":
         """A Base for tests and first tries: two layers, 32 wide, the same frames."""
         return cls(**(_TINY | changes))
 
     @classmethod
-    def from_huggingface(cls, values: Mapping[str, Any], *, do_normalize: bool | None = None) -> Self:
+    def from_huggingface(cls, values: Mapping[str, Any], *, do_normalize: bool | None = None) -> "WavLMConfig":
         """The config that Hugging Face's `config.json` describes (WavLM or HuBERT).
 
         Args:

@@ -41,8 +41,8 @@ def dropout(
     """
     if row_keys is None or rate == 0:
         return x
-    threshold = round(rate * _RESOLUTION)
-    draw = jax.vmap(lambda key: _random_uint16(key, x.shape[1:]))
+    threshold = min(round(rate * _RESOLUTION), _RESOLUTION - 1)
+    draw = jax.vmap(partial(_random_uint16, shape=x.shape[1:]))
     keep = draw(site_keys(row_keys, site)) >= jnp.asarray(threshold, jnp.uint16)
     return jnp.where(keep, x / (1 - threshold / _RESOLUTION), jnp.zeros((), x.dtype))
 

@@ -126,7 +126,7 @@ class ConvLayer(nn.Module):
         elif self.index == 0:
             self.layer_norm = ChannelNorm()
 
-    def __call__(self, x: Float[Array, "rows length channels"], mask: FrameMask | None) -> ConvFeatures:
+    def __call__(self, x: Float[Array, "rows length inputs"], mask: FrameMask | None) -> ConvFeatures:
         """The layer's frames; those outside the mask (rows, frames) are 0."""
         y = self.conv(x)
         if self.config.feat_extract_norm == "layer":

@@ -117,13 +117,17 @@ class WavLM(nn.Module):
             attentions=encoded.attentions,
         )
 
+    @property
+    def receptive_field(self) -> int:
+        """Samples of one frame (400): the shortest row that the model takes."""
+        return frames.Geometry(self.config.conv_kernel, self.config.conv_stride).receptive_field
+
     def _check(self, waveform: Waveform, step_key: StepKey | None, row_keys: RowKeys | None) -> None:
         if (step_key is None) != (row_keys is None):
             given = "row_keys" if step_key is None else "step_key"
             raise ValueError(f"WavLM: found {given} alone, expected step_key and row_keys (training) or neither")
-        geometry = frames.Geometry(self.config.conv_kernel, self.config.conv_stride)
-        if waveform.shape[1] < geometry.receptive_field:
+        if waveform.shape[1] < self.receptive_field:
             raise ValueError(
-                f"waveform: found rows of {waveform.shape[1]} samples, expected at least {geometry.receptive_field} "
+                f"waveform: found rows of {waveform.shape[1]} samples, expected at least {self.receptive_field} "
                 "(one frame); pad them with zeros and pass num_samples"
             )
