@@ -18,7 +18,7 @@ class SettingsError(ValueError):
     """A config that cannot be right; the message names the key and the cure."""
 
 
-def read(section: Mapping[str, Any], kind: type[T], where: str) -> T:
+def read(section: Any, kind: type[T], where: str) -> T:
     """The settings dataclass `kind` filled from `section`.
 
     Args:
@@ -31,7 +31,7 @@ def read(section: Mapping[str, Any], kind: type[T], where: str) -> T:
             dataclass itself raises.
 
     """
-    if not isinstance(section, Mapping) and not hasattr(section, "items"):
+    if not hasattr(section, "items"):
         raise SettingsError(f"config.{where}: found {section!r}, expected a section with keys")
     known = {field.name: field for field in dataclasses.fields(typing.cast("Any", kind))}
     hints = typing.get_type_hints(kind)
@@ -50,6 +50,20 @@ def read(section: Mapping[str, Any], kind: type[T], where: str) -> T:
         raise
     except ValueError as error:
         raise SettingsError(f"config.{where}: {error}") from error
+
+
+def read_sections(config: Mapping[str, Any], kind: type[T]) -> T:
+    """`kind` filled from the sections of a whole config that it has fields for; the other sections are somebody else's.
+
+    Raises:
+        SettingsError: a section or key that is missing, unknown or of the wrong type.
+
+    """
+    hints = typing.get_type_hints(kind)
+    for name in hints:
+        if name not in config:
+            raise SettingsError(f"config.{name}: missing; {nearest(name, config)}")
+    return kind(**{name: convert(config[name], hint, name) for name, hint in hints.items()})
 
 
 def nearest(key: str, known: Mapping[str, Any]) -> str:
