@@ -1,7 +1,7 @@
 """From an untyped config section to a frozen dataclass, once, at the border.
 
-Nothing behind the border knows ml_collections. Unknown, missing and mistyped keys are errors that name the section, what
-was found, what was expected, and the nearest key.
+Nothing behind the border knows ml_collections. Unknown, missing and mistyped keys are errors that name the section,
+what was found, what was expected, and the nearest key.
 """
 
 import dataclasses
@@ -77,16 +77,18 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
-    if origin is Literal:
-        return _one_of(value, arguments, where)
-    if origin in (typing.Union, types.UnionType):
-        return _optional(value, arguments, where)
-    if origin is tuple:
-        return _tuple(value, arguments, where)
     if dataclasses.is_dataclass(hint):
         return read(value, typing.cast("type[Any]", hint), where)
-    if origin in (dict, Mapping) or getattr(origin, "__name__", "") == "Mapping":
-        return _mapping(value, arguments, where)
+    containers = {
+        Literal: _one_of,
+        typing.Union: _optional,
+        types.UnionType: _optional,
+        tuple: _tuple,
+        dict: _mapping,
+        Mapping: _mapping,
+    }
+    if origin in containers:
+        return containers[origin](value, arguments, where)
     return _scalar(value, hint, where)
 
 

@@ -1,14 +1,14 @@
 """WavLM Base pre-training on 960 h of speech (arXiv 2110.13900, Table 1 and FACTS C1).
 
 python -m wavlm_jax.data /data/LibriSpeech/train --out corpora/librispeech/train
-python -m pretrain.make_labels --config configs/pretrain/base.py          # iteration 1: MFCC; then --teacher RUN --layer 6
+python -m pretrain.make_labels --config configs/pretrain/base.py      # iteration 1; the next: --teacher RUN --layer 6
 python train.py --config configs/pretrain/base.py --workdir runs/base
 
 Known from the authors' code: mixing 0.2, masks 0.8 x 10, dropouts, feature_grad_mult 0.1, betas, eps, weight decay,
     clip 10, 32k warm-up updates.
 From third-party notes on the paper: 400k updates, peak 5e-4.
-Not published, chosen here (marked below): seconds per update (HuBERT's 2,800), group of 4 mixing partners, buckets, frames
-    on the grid, last-frame masks, intervals, precision.
+Not published, chosen here (marked below): seconds per update (HuBERT's 2,800), groups of 4 mixing partners, buckets,
+    crops on the frame grid, intervals, precision.
 Expected: not measured at this size here; docs/results.md has what small models reach on real speech.
 """
 
@@ -104,4 +104,64 @@ def get_config() -> ConfigDict:
             "special_rows": 0,  # 4 for weights that go to fairseq
         }
     )
+    config.loader = ConfigDict(
+        {
+            "crop_alignment": "frame",  # chosen: a frame has exactly its label; "sample" as fairseq
+        }
+    )
+    config.labels = ConfigDict(
+        {
+            "path": "labels/librispeech-mfcc",
+            "make": False,
+            "num_clusters": 100,  # iteration 1; 500 for a layer
+            "rate_hz": 100,  # 50 for a layer
+            "teacher": "mfcc",
+            "run": None,
+            "step": None,
+            "layer": None,
+            "seed": 0,
+            "sample_seconds": 360_000.0,  # 10 % of LibriSpeech, as HuBERT
+            "kmeans": {
+                "sample_frames": 2_000_000,  # chosen
+                "batch_frames": 10_000,
+                "passes": 100,
+                "tolerance": 1e-4,
+                "initialisations": 3,
+            },
+            "piece_seconds": 100.0,
+            "batch_seconds": 200.0,
+            "num_threads": 16,
+            "min_entropy": 0.3,
+            "max_constant_share": 0.01,
+        }
+    )
+    config.init = ConfigDict({"path": None, "step": None})
+    config.optim = ConfigDict(
+        {
+            "learning_rate": 5e-4,
+            "schedule": "linear",
+            "warmup_steps": 32_000,
+            "max_grad_norm": 10.0,
+            "adam": {
+                "b1": 0.9,
+                "b2": 0.98,
+                "eps": 1e-6,
+                "weight_decay": 0.01,
+                "eps_added_to": "uncorrected",
+                "no_decay": None,
+            },
+        }
+    )
+    config.train = ConfigDict(
+        {
+            "num_steps": 400_000,
+            "eval_every": 5_000,
+            "eval_splits": ("valid",),
+            "max_nonfinite_in_a_row": 20,
+            "compilation_cache": "compilation_cache",
+        }
+    )
+    config.checkpoint = ConfigDict({"every": 1_000, "keep_last": 3, "keep_every": 50_000})
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    config.metrics = ConfigDict({"log_every": 100, "tensorboard": True, "progress": True, "wandb": None})
     return config
