@@ -119,7 +119,7 @@ class Stream:
         weight = np.ones(self.rows, np.float32)
         if self.num_batches is not None:
             weight[-1] = 0  # a filler row
-        return spec, dict(waveform=waveform, num_samples=num_samples, labels=labels, id=ids, weight=weight)
+        return spec, {"waveform": waveform, "num_samples": num_samples, "labels": labels, "id": ids, "weight": weight}
 
     def batches(self, start: int = 0) -> Iterator[tuple[BatchSpec, dict[str, np.ndarray]]]:
         number, share = start, self.rows // jax.process_count()

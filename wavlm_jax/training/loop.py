@@ -16,7 +16,7 @@ from wavlm_jax.training.compilation import Programs
 from wavlm_jax.training.disk import check_space
 from wavlm_jax.training.metrics import Clock
 from wavlm_jax.training.optim import adam, make_schedule
-from wavlm_jax.training.preemption import Preemption
+from wavlm_jax.training.preemption import listening
 from wavlm_jax.training.session import Outcome, RunSettings, Session
 from wavlm_jax.training.sharding import RULES, AxesTable, describe
 from wavlm_jax.training.start import Layout, Start, begin, plan_layout, summarize
@@ -62,7 +62,7 @@ def run(
     with ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(nn.logical_axis_rules(RULES))
-        preemption = stack.enter_context(Preemption())
+        preemption = stack.enter_context(listening())
         with clock.bucket("init"):
             schedule = make_schedule(settings.optim, settings.train.num_steps)
             layout = plan_layout(task, adam(schedule, settings.optim.adam), mesh, table, settings.seed)

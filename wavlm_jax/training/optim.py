@@ -65,8 +65,8 @@ class OptimSettings:
 class AdamState(NamedTuple):
     """Adam's memory, float32."""
 
-    updates: Int[Array, ""]
-    """Done so far; skipped steps do not count."""
+    updates: Any
+    """int32: done so far; skipped steps do not count."""
     mu: Params
     nu: Params
 

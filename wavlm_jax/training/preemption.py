@@ -3,38 +3,22 @@
 import os
 import signal
 import threading
-from types import FrameType, TracebackType
-from typing import Any, Self
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 import jax
 from jax.experimental import multihost_utils
 
 
 class Preemption:
-    """While entered, SIGTERM and the first SIGINT ask for a stop at the next step boundary; a second SIGINT interrupts.
-
-    On several hosts JAX's own preemption service listens for SIGTERM and agrees on the step; SIGINT is passed on to it.
-    """
+    """A request to stop at the next step boundary."""
 
     def __init__(self) -> None:
         self._asked = False
-        self._previous: dict[int, Any] = {}
 
-    def __enter__(self) -> Self:
-        """Installs the handlers; outside the main thread Python allows none, and nothing is heard."""
-        if threading.current_thread() is threading.main_thread():
-            signals = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
-            self._previous = {number: signal.signal(number, self._hear) for number in signals}
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Puts the earlier handlers back."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _hear(self, number: int, _frame: FrameType | None) -> None:
+    def hear(self, number: int, _frame: FrameType | None) -> None:
+        """The signal handler."""
         self._asked = True
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -46,3 +30,21 @@ class Preemption:
         if jax.process_count() > 1:
             return bool(multihost_utils.reached_preemption_sync_point(step))
         return self._asked
+
+
+@contextmanager
+def listening() -> Iterator[Preemption]:
+    """While entered, SIGTERM and the first SIGINT are requests; a second SIGINT interrupts.
+
+    On several hosts JAX's own preemption service listens for SIGTERM and agrees on the step; SIGINT is passed on to it.
+    Outside the main thread Python allows no handlers, and nothing is heard.
+    """
+    preemption, previous = Preemption(), {}
+    if threading.current_thread() is threading.main_thread():
+        signals = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
+        previous = {number: signal.signal(number, preemption.hear) for number in signals}
+    try:
+        yield preemption
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -16,15 +16,16 @@ from wavlm_jax.training.sharding import path_name, replicated, tree_shardings
 
 @struct.dataclass
 class TrainState:
-    """The whole state of training, float32 and int32."""
+    """The whole state of training: float32 arrays and int32 scalars, or their shapes, or their shardings."""
 
-    step: Int[Array, ""]
+    step: Any
     """Steps done; the position of data and randomness."""
     params: Params
     opt_state: Any
-    skipped: Int[Array, ""]
+    skipped: Any
     """Steps whose loss or gradient was not finite, in all."""
-    skipped_in_a_row: Int[Array, ""]
+    skipped_in_a_row: Any
+    """Of those, the ones since the last good step."""
 
 
 def root_key(seed: int) -> StepKey:

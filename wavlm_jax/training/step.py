@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array
 
 from wavlm_jax.shapes import Batch, Params, Scalar, StepKey
 from wavlm_jax.training.optim import clip
@@ -23,14 +23,16 @@ from wavlm_jax.training.task import BatchSpec, LossSums, Task
 
 @struct.dataclass
 class Report:
-    """What a step says about itself: scalars, the same on every device."""
+    """What a step says about itself: scalars, the same on every device; numpy once fetched."""
 
     sums: LossSums
     """Of the global batch."""
-    values: dict[str, Scalar]
-    finite: Bool[Array, ""]
-    skipped: Int[Array, ""]
-    skipped_in_a_row: Int[Array, ""]
+    values: dict[str, Any]
+    """Gradient norm before clipping, learning rate."""
+    finite: Any
+    """bool: whether the step changed anything."""
+    skipped: Any
+    skipped_in_a_row: Any
 
 
 def check_spec(spec: BatchSpec, row_group: int, shards: int) -> None:
@@ -112,7 +114,7 @@ def train_step(
     sums, grads = add_up(gradients, batch, microbatches, task.row_group)
     count = jnp.where(sums.count > 0, sums.count, 1.0)
     grads = jax.tree.map(lambda g: g / count, grads)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
     updates, opt_state = optimizer.update(clip(grads, norm, max_grad_norm), state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

@@ -5,28 +5,30 @@ A task is four pure functions. The loop knows neither speech nor Flax; a task kn
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float
 
-from wavlm_jax.shapes import Batch, Params, Scalar, StepKey
+from wavlm_jax.shapes import Batch, Params, StepKey
+
+Sum = Any
+"""A float32 scalar: a tracer in the step, numpy once fetched, a ShapeDtypeStruct when only shapes are asked for."""
 
 
 @struct.dataclass
 class LossSums:
     """Sums over the rows of a (micro-)batch; the step adds them up over the global batch and divides once."""
 
-    loss: Scalar
+    loss: Sum
     """float32: sum of the loss."""
-    count: Scalar
+    count: Sum
     """float32: what `loss` is divided by (masked frames, utterances); 0 where a batch has nothing to learn from."""
-    metrics: dict[str, tuple[Scalar, Scalar]]
+    metrics: dict[str, tuple[Sum, Sum]]
     """name -> (sum, count), float32: reported as sum / count."""
-    histograms: dict[str, Float[Array, "bins"]] = field(default_factory=dict)
-    """name -> counts, float32: reported as the entropy of the normalised counts, in nats."""
+    histograms: dict[str, Any] = field(default_factory=dict)
+    """name -> counts, float32 (bins,): reported as the entropy of the normalised counts, in nats."""
 
 
 class BatchSpec(NamedTuple):
@@ -41,6 +43,7 @@ class BatchSpec(NamedTuple):
     """Seconds of audio in a full batch, for throughput."""
 
 
+@runtime_checkable
 class BatchStream(Protocol):
     """An endless (training) or finite (evaluation) sequence of batches; its only position is the batch number."""
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from tqdm import tqdm
 
@@ -44,6 +44,7 @@ class MetricsSettings:
             raise ValueError(f"log_every: found {self.log_every}, expected 1 or more")
 
 
+@runtime_checkable
 class Writer(Protocol):
     """Takes the numbers of one kind ("train", "eval/valid") at one step."""
 

@@ -1,0 +1,99 @@
+"""The one entry point for training.
+
+python train.py --config configs/pretrain/base.py --workdir runs/base [--config.optim.learning_rate=3e-4 ...]
+
+The same command again goes on where the last one stopped. Exit codes: 0 finished, 2 something in config or data is
+wrong, 75 stopped by a signal (saved; run it again), 76 diverged (the last good state is saved).
+"""
+
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+from pretrain import task as pretraining
+from wavlm_jax.settings import nearest
+from wavlm_jax.training import hosts, loop
+from wavlm_jax.training.compilation import OutOfMemory
+from wavlm_jax.training.session import RunSettings
+from wavlm_jax.training.sharding import Topology, make_mesh
+
+TASKS = {"masked_prediction": pretraining.build}
+EXIT_WRONG = 2
+
+FLAGS = flags.FLAGS
+_CONFIG = config_flags.DEFINE_config_file("config", None, "What to train and how; see configs/.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints, metrics and the resolved config go here.")
+_PLATFORM = flags.DEFINE_string("platform", None, "cpu, tpu or cuda: fail rather than take another.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where no cluster tells it.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator.")
+_PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "With --coordinator.")
+
+
+def train(config: dict[str, Any], workdir: Path) -> int:
+    """Reads, builds, runs; the exit code."""
+    settings = RunSettings.from_config(config)
+    if config["task"] not in TASKS:
+        raise ValueError(f"config.task: found {config['task']!r}, expected one of {', '.join(TASKS)}")
+    mesh = make_mesh(settings.mesh)
+    task = TASKS[config["task"]](config, Topology.of(mesh))
+    return int(loop.run(task, settings, mesh, workdir, config=config).status)
+
+
+def main(_: Sequence[str]) -> None:
+    """From flags to an exit code; what a person can put right is one message, its traceback a file."""
+    workdir = Path(_WORKDIR.value)
+    if _PLATFORM.value is not None:
+        jax.config.update("jax_platforms", _PLATFORM.value)
+    try:
+        hosts.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_INDEX.value)
+        config = json.loads(_CONFIG.value.to_json())
+        if jax.process_index() == 0:
+            workdir.mkdir(parents=True, exist_ok=True)
+            (workdir / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        code = train(config, workdir)
+    except (ValueError, OSError, OutOfMemory) as error:
+        details = workdir / f"error-{jax.process_index()}.txt"
+        if workdir.is_dir():
+            details.write_text(traceback.format_exc())
+        print(f"train.py: {error}\n(traceback: {details})", file=sys.stderr)
+        code = EXIT_WRONG
+    sys.exit(code)
+
+
+def parse(arguments: list[str]) -> list[str]:
+    """Flags, with a message instead of a traceback for an override that the config does not have."""
+    try:
+        return list(FLAGS(arguments))
+    except (AttributeError, KeyError) as error:
+        print(f"train.py: {_unknown_key(arguments) or error}", file=sys.stderr)
+    except (TypeError, ValueError, OSError, flags.Error) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+    sys.exit(EXIT_WRONG)
+
+
+def _unknown_key(arguments: list[str]) -> str | None:
+    """Which `--config.x.y=z` the config file does not know, and the nearest key that it does."""
+    overrides = [argument for argument in arguments if argument.startswith("--config.")]
+    FLAGS([argument for argument in arguments if argument not in overrides])
+    for override in overrides:
+        node: Any = _CONFIG.value
+        name = override.partition("=")[0]
+        for key in name.split(".")[1:]:
+            if not hasattr(node, "keys") or key not in node:
+                return (
+                    f"{name}: no such key; {nearest(key, node) if hasattr(node, 'keys') else 'its parent is a value'}"
+                )
+            node = node[key]
+    return None
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main, flags_parser=parse)
