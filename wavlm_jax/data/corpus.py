@@ -60,7 +60,7 @@ class StringColumn(Sequence[str]):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return self._column.take(range(*index.indices(len(self)))).to_pylist()
+            return self._column.take(pa.array(range(*index.indices(len(self))), pa.int64())).to_pylist()
         return self._column[int(index)].as_py()
 
     def __iter__(self) -> Iterator[str]:

@@ -16,7 +16,7 @@ PATTERNS = (
     "{the} {animal} {moved} {how} {place}.",
     "{name} {said} that {the} {thing} was {adjective}.",
     "there were {number} {adjective} {things} {place}.",
-    "{the} {person} {moved} {how}.",
+    "{the} {person} {moved} {how} {when}.",
     "where did {name} {do} {the} {things}?",
     "{name} will {do} {number} {things} {tomorrow}.",
     "i {said} that {name} could {do} {a} {thing}.",
