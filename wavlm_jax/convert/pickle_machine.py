@@ -6,8 +6,9 @@ pickle's size, because every object that is made costs at least one opcode.
 """
 
 from collections.abc import Callable
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from wavlm_jax.convert.faults import DamagedFile, HostileFile
 from wavlm_jax.convert.pickle_opcodes import Opcode, opcodes
@@ -18,7 +19,7 @@ _MAX_KEY_PARTS = 16
 _PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
 
-def read_pickle(file: BinaryIO, vocabulary: Vocabulary, path: Path) -> Any:
+def read_pickle(file: BufferedIOBase, vocabulary: Vocabulary, path: Path) -> Any:
     """The value of the pickle that begins at the file's position; the file is then left right behind it.
 
     Args:

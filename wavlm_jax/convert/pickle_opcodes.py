@@ -7,13 +7,14 @@ means stands in the standard library's `pickletools`.
 
 import struct
 from collections.abc import Callable, Iterator
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from wavlm_jax.convert.faults import DamagedFile, HostileFile
 
-MAX_OPCODES = 4_000_000
-"""An optimizer history of a Large model needs a tenth of it."""
+MAX_OPCODES = 2_000_000
+"""Weights and optimizer of a Large model need a twentieth of it."""
 MAX_STRING_BYTES = 16 * 2**20
 _MAX_NAME_BYTES = 512
 _MAX_INTEGER_BYTES = 16
@@ -119,7 +120,7 @@ _REFUSED = {
 """Ways to make or fetch objects that `torch.save` never uses."""
 
 
-def opcodes(file: BinaryIO, path: Path) -> Iterator[Opcode]:
+def opcodes(file: BufferedIOBase, path: Path) -> Iterator[Opcode]:
     """The opcodes from the file's position up to and with STOP; the file is then left right behind it.
 
     Raises:
@@ -136,7 +137,7 @@ def opcodes(file: BinaryIO, path: Path) -> Iterator[Opcode]:
     raise HostileFile(f"{path}: more than {MAX_OPCODES} pickle opcodes")
 
 
-def _next(file: BinaryIO, position: int, path: Path) -> Opcode:
+def _next(file: BufferedIOBase, position: int, path: Path) -> Opcode:
     code = _take(file, 1, path)
     if code in _PLAIN:
         return Opcode(_PLAIN[code], None, position)
@@ -145,7 +146,11 @@ def _next(file: BinaryIO, position: int, path: Path) -> Opcode:
         return Opcode(name, _number(file, layout, path), position)
     if code in _COUNTED:
         name, layout, decode = _COUNTED[code]
-        return Opcode(name, decode(_counted(file, name, layout, path)), position)
+        raw = _counted(file, name, layout, path)
+        try:
+            return Opcode(name, decode(raw), position)
+        except UnicodeDecodeError as error:
+            raise DamagedFile(f"{path}: the text at byte {position} of the pickle is not UTF-8") from error
     if code == b"c":
         return Opcode("GLOBAL", (_line(file, path), _line(file, path)), position)
     if code in _REFUSED:
@@ -153,11 +158,11 @@ def _next(file: BinaryIO, position: int, path: Path) -> Opcode:
     raise DamagedFile(f"{path}: byte {position} is 0x{code.hex()}, no pickle opcode that torch.save writes")
 
 
-def _number(file: BinaryIO, layout: str, path: Path) -> Any:
+def _number(file: BufferedIOBase, layout: str, path: Path) -> Any:
     return struct.unpack(layout, _take(file, struct.calcsize(layout), path))[0]
 
 
-def _counted(file: BinaryIO, name: str, layout: str, path: Path) -> bytes:
+def _counted(file: BufferedIOBase, name: str, layout: str, path: Path) -> bytes:
     count = int(_number(file, layout, path))
     limit = _MAX_INTEGER_BYTES if name.startswith("LONG") else MAX_STRING_BYTES
     if count > limit:
@@ -165,14 +170,14 @@ def _counted(file: BinaryIO, name: str, layout: str, path: Path) -> bytes:
     return _take(file, count, path)
 
 
-def _take(file: BinaryIO, count: int, path: Path) -> bytes:
+def _take(file: BufferedIOBase, count: int, path: Path) -> bytes:
     data = file.read(count)
     if len(data) < count:
         raise DamagedFile(f"{path}: ends in the middle of its pickle; it was cut off, fetch it again")
     return data
 
 
-def _line(file: BinaryIO, path: Path) -> str:
+def _line(file: BufferedIOBase, path: Path) -> str:
     line = file.readline(_MAX_NAME_BYTES)
     if not line.endswith(b"\n"):
         raise DamagedFile(f"{path}: the name of a class has no end within {_MAX_NAME_BYTES} bytes")

@@ -40,7 +40,9 @@ class Vocabulary:
 
     def knows(self, name: str) -> bool:
         """Whether a pickle may name this."""
-        return name in self.calls or name in self.names or self.is_inert(name)
+        return all(map(str.isidentifier, name.split("."))) and (
+            name in self.calls or name in self.names or self.is_inert(name)
+        )
 
     def is_inert(self, name: str) -> bool:
         """Whether objects of this class become `Inert`."""

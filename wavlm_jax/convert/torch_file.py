@@ -4,11 +4,11 @@ Two layouts: a zip archive (torch >= 1.6) with the pickle in `data.pkl` and one 
 five pickles in a row followed by the storages. Tensors come back as `LazyTensor`, everything else as plain Python data.
 """
 
-import io
 import struct
 from collections.abc import Callable, Mapping
+from io import BufferedIOBase, BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from wavlm_jax.convert.faults import DamagedFile, HostileFile
 from wavlm_jax.convert.pickle_machine import read_pickle
@@ -148,7 +148,7 @@ def _vocabulary(storages: _Storages) -> Vocabulary:
     return Vocabulary(calls=_CALLS, names=_NAMES, inert=_INERT, persistent=storages.mention)
 
 
-def _read_zip(file: BinaryIO, path: Path) -> Any:
+def _read_zip(file: BufferedIOBase, path: Path) -> Any:
     found = members(file, path)
     pickles = [name for name in found if name.endswith("/data.pkl")]
     if len(pickles) != 1:
@@ -159,7 +159,7 @@ def _read_zip(file: BinaryIO, path: Path) -> Any:
         raise DamagedFile(f"{path}: was written on a big-endian machine; load it with torch and save it again")
     content = _content(file, found[pickles[0]], path)
     storages = _Storages(path)
-    value = read_pickle(io.BytesIO(content), _vocabulary(storages), path)
+    value = read_pickle(BytesIO(content), _vocabulary(storages), path)
     for key in storages.by_key:
         place = found.get(f"{root}data/{key}")
         if place is None:
@@ -168,14 +168,14 @@ def _read_zip(file: BinaryIO, path: Path) -> Any:
     return value
 
 
-def _content(file: BinaryIO, place: Place, path: Path) -> bytes:
+def _content(file: BufferedIOBase, place: Place, path: Path) -> bytes:
     if place.num_bytes > _MAX_PICKLE_BYTES:
         raise HostileFile(f"{path}: a pickle of {place.num_bytes} bytes, at most {_MAX_PICKLE_BYTES} are read")
     file.seek(place.offset)
     return file.read(place.num_bytes)
 
 
-def _read_legacy(file: BinaryIO, path: Path) -> Any:
+def _read_legacy(file: BufferedIOBase, path: Path) -> Any:
     storages = _Storages(path)
     vocabulary = _vocabulary(storages)
     if read_pickle(file, vocabulary, path) != _LEGACY_MAGIC:
@@ -192,7 +192,7 @@ def _read_legacy(file: BinaryIO, path: Path) -> Any:
     return value
 
 
-def _place_legacy(file: BinaryIO, storages: _Storages, keys: Any, path: Path) -> None:
+def _place_legacy(file: BufferedIOBase, storages: _Storages, keys: Any, path: Path) -> None:
     """Behind the last pickle each storage follows in the order of `keys`: number of elements (int64), then these."""
     known = storages.by_key
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or set(keys) != set(known):

@@ -6,8 +6,9 @@ claim, and a tensor is one stretch of the file. Layout: PKWARE's APPNOTE, sectio
 
 import os
 import struct
+from io import BufferedIOBase
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from wavlm_jax.convert.faults import DamagedFile, HostileFile
 
@@ -41,7 +42,7 @@ class _Directory(NamedTuple):
     num_entries: int
 
 
-def members(file: BinaryIO, path: Path) -> dict[str, Place]:
+def members(file: BufferedIOBase, path: Path) -> dict[str, Place]:
     """Name -> place of every file in a zip archive; folders are left out.
 
     Args:
@@ -79,7 +80,7 @@ def members(file: BinaryIO, path: Path) -> dict[str, Place]:
     return found
 
 
-def _find_directory(file: BinaryIO, size: int, path: Path) -> _Directory:
+def _find_directory(file: BufferedIOBase, size: int, path: Path) -> _Directory:
     tail_size = min(size, _END.size + _MAX_COMMENT)
     file.seek(size - tail_size)
     tail = file.read(tail_size)
@@ -92,7 +93,7 @@ def _find_directory(file: BinaryIO, size: int, path: Path) -> _Directory:
     return _find_directory64(file, size - tail_size + at, path)
 
 
-def _find_directory64(file: BinaryIO, end: int, path: Path) -> _Directory:
+def _find_directory64(file: BufferedIOBase, end: int, path: Path) -> _Directory:
     """The directory of an archive of more than 4 GiB or 65,535 members; `end` is where its plain end record lies."""
     file.seek(max(0, end - _END64_LOCATOR.size))
     locator = file.read(_END64_LOCATOR.size)
@@ -157,7 +158,7 @@ def _zip64(extra: bytes, values: list[int], name: str, path: Path) -> list[int]:
     return values
 
 
-def _content_offset(file: BinaryIO, header_offset: int, path: Path) -> int:
+def _content_offset(file: BufferedIOBase, header_offset: int, path: Path) -> int:
     try:
         file.seek(header_offset)
     except (OSError, OverflowError) as error:
