@@ -1,5 +1,6 @@
 """The disk: room before it is needed, and changes that a power cut does not undo."""
 
+import contextlib
 import errno
 import os
 import shutil
@@ -35,7 +36,8 @@ def check_space(workdir: Path, num_bytes: int) -> None:
             f"make room or choose another --workdir"
         ) from error
     finally:
-        probe.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            probe.unlink()
 
 
 def _reserve(descriptor: int, folder: Path, num_bytes: int) -> None:

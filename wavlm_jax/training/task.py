@@ -47,10 +47,15 @@ class BatchSpec(NamedTuple):
 class BatchStream(Protocol):
     """An endless (training) or finite (evaluation) sequence of batches; its only position is the batch number."""
 
-    specs: tuple[BatchSpec, ...]
-    """Every static shape that `batches` yields: all are compiled before the first step."""
-    num_batches: int | None
-    """None: endless."""
+    @property
+    def specs(self) -> tuple[BatchSpec, ...]:
+        """Every static shape that `batches` yields: all are compiled before the first step."""
+        ...
+
+    @property
+    def num_batches(self) -> int | None:
+        """None: endless."""
+        ...
 
     def batches(self, start: int = 0) -> Iterator[tuple[BatchSpec, dict[str, np.ndarray]]]:
         """This host's rows of the batches number `start`, `start` + 1, ...: the same whenever they are asked for."""
