@@ -27,6 +27,7 @@ FaultName = Literal[
     "not_a_file",
     "outside_root",
     "unreadable",
+    "damaged",
     "truncated",
     "empty",
     "not_finite",
@@ -37,7 +38,8 @@ FaultName = Literal[
     "too_short",
     "too_long",
 ]
-"""What can be wrong with an audio file. The last two are wishes of a length policy, not damage."""
+"""What can be wrong with an audio file. "unreadable": no audio; "damaged": its decoder gave up on the way; "truncated":
+fewer samples than its header says. The last two are wishes of a length policy, not faults of the file."""
 
 AudioSource: TypeAlias = "bytes | memoryview | Path"
 FULL_SCALE = 32768
@@ -83,7 +85,7 @@ def decode(source: AudioSource) -> Wave:
     """The whole of an audio file.
 
     Raises:
-        AudioFault: missing, not_a_file, unreadable, truncated, empty, not_finite, length_unknown.
+        AudioFault: missing, not_a_file, unreadable, damaged, truncated, empty, not_finite, length_unknown.
 
     """
     with open_audio(source) as audio:
@@ -96,8 +98,8 @@ def open_audio(source: AudioSource) -> Iterator[soundfile.SoundFile]:
     """A libsndfile handle, its header checked against what a header may claim; faults inside the block are named.
 
     Raises:
-        AudioFault: missing, not_a_file, unreadable, empty, length_unknown; truncated for what libsndfile reports while
-            the caller reads.
+        AudioFault: missing, not_a_file, unreadable, truncated, empty, length_unknown; damaged for what libsndfile
+            reports while the caller reads.
 
     """
     handle = _regular_file(source) if isinstance(source, Path) else io.BytesIO(source)
@@ -257,5 +259,4 @@ def _named(error: Exception) -> AudioFault:
     message = str(error).removeprefix("Error : ")
     if "Error opening" in message:
         return AudioFault("unreadable", f"not audio that libsndfile knows ({message.rpartition(': ')[2]})")
-    cut_off = "lost sync" in message or "psf_fseek" in message
-    return AudioFault("truncated" if cut_off else "unreadable", f"libsndfile stopped reading: {message}")
+    return AudioFault("damaged", f"libsndfile stopped reading: {message}")

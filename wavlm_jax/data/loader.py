@@ -39,7 +39,7 @@ class LoaderSettings:
 
     workers: int = 0
     """Processes; 0 reads in threads of this one."""
-    threads: int = 4
+    threads: int = 2
     """Of each process: that many batches are decoded at a time."""
     prefetch: int = 4
     """Batches that wait ready in each process."""
