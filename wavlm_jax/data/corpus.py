@@ -10,7 +10,7 @@ import functools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -80,7 +80,7 @@ class Corpus:
         self.header = header
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: Path) -> "Corpus":
         """The corpus in folder `path`; reads the header and compares file sizes, nothing more.
 
         Raises:

@@ -38,7 +38,7 @@ def from_manifest(file: Path, root: Path | None = None) -> Source:
     numbered = list(rows)
     if not numbered:
         raise SourceError(f"{file}: no utterance, expected one a line")
-    root = root or _find_root(file, str(numbered[0][1]["path"]))
+    root = (root or _find_root(file, str(numbered[0][1]["path"]))).resolve()
     entries = [_entry(row, root, f"{file}:{number}") for number, row in numbered]
     _check_unique(file, [(number, entry.id) for (number, _), entry in zip(numbered, entries, strict=True)])
     return Source(f"manifest {file}, root {root}", entries, Files(root))

@@ -58,7 +58,7 @@ def from_datasets(source: str, subset: str | None = None, split: str | None = No
         for row, (name, speaker, text) in enumerate(zip(ids, speakers, texts, strict=True))
     ]
     version = getattr(dataset, "_fingerprint", "")
-    return Source(f"data set {source} {split or ''} {version}".strip(), entries, Rows(dataset, column, Path(source)))
+    return Source(f"data set {source} {split or ''} {version}".strip(), entries, Rows(dataset, column, Path(source).resolve()))
 
 
 def _texts(dataset: Any, names: tuple[str, ...]) -> list[str] | None:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pyarrow as pa
 
@@ -41,7 +41,7 @@ class ShardReport:
     sha256: str = ""
 
     @classmethod
-    def read(cls, file: Path) -> Self | None:
+    def read(cls, file: Path) -> "ShardReport | None":
         """The report in `file`, None where there is none that can be read."""
         try:
             return cls(**json.loads(file.read_text()))

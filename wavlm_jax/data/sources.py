@@ -7,10 +7,10 @@ Faults of a manifest stop everything and name the line; faults of an audio file 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, TypeAlias
 
 from wavlm_jax.audio.wave import AudioFault, AudioSource
 
@@ -49,17 +49,9 @@ class Entry(NamedTuple):
         return json.dumps(self._replace(stamp=""), ensure_ascii=True)
 
 
-class AudioReader(Protocol):
-    """How the audio of an entry is reached; travels to worker processes."""
-
-    def __call__(self, entry: Entry) -> AudioSource:
-        """Bytes, or the path of a file that lies inside the root.
-
-        Raises:
-            AudioFault: outside_root, missing.
-
-        """
-        ...
+AudioReader: TypeAlias = Callable[[Entry], AudioSource]
+"""How the audio of an entry is reached: bytes, or the path of a file inside the root; else an `AudioFault`. Travels to
+worker processes."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +65,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Files:
-    """Audio files under one root."""
+    """Audio files under one root, which is resolved."""
 
     root: Path
 
@@ -86,8 +78,8 @@ class Files:
 
 
 def inside(path: Path, root: Path) -> bool:
-    """Whether `path`, all links followed, lies under `root`."""
-    return path.resolve().is_relative_to(root.resolve())
+    """Whether `path`, all links followed, lies under the folder `root`, which has none in it."""
+    return path.resolve().is_relative_to(root)
 
 
 def digest(entries: Iterable[Entry], *extra: str, stamps: bool = False) -> str:
@@ -117,6 +109,7 @@ def from_folder(root: Path) -> Source:
         SourceError: no audio file there.
 
     """
+    root = root.resolve()
     paths = sorted(_audio_files(root), key=os.fsencode)
     if not paths:
         raise SourceError(f"{root}: no audio file, expected one of *{', *'.join(sorted(AUDIO_SUFFIXES))}")
