@@ -13,12 +13,16 @@ class DataSettings:
     train: str
     evaluation: tuple[str, ...]
     """A split is called what its folder is called: corpora/demo/valid is `valid`."""
+    evaluation_buckets: tuple[int, ...]
+    """Frames that held-out utterances are padded to; longer ones are cut to the last."""
 
     def __post_init__(self) -> None:
         names = ["train", *(Path(path).name for path in self.evaluation)]
         twice = {name for name in names if names.count(name) > 1}
         if twice:
-            raise ValueError(f"evaluation: two folders are called {min(twice)!r}; expected distinct names, none `train`")
+            raise ValueError(
+                f"evaluation: two folders are called {min(twice)!r}; expected distinct names, none `train`"
+            )
 
     @property
     def folders(self) -> dict[str, Path]:

@@ -11,14 +11,14 @@ Record = Mapping[str, Any]
 PANELS = (
     ("cross entropy of masked frames (nats)", ("masked_loss",)),
     ("accuracy on masked frames", ("masked_accuracy",)),
-    ("gradient norm", ("gradient_norm",)),
+    ("gradient norm", ("grad_norm",)),
     ("entropy on masked frames (nats)", ("prediction_entropy", "label_entropy")),
 )
 """Title of each panel and the metrics it shows, of training and of every evaluation split, in reading order."""
 
 
 def read_records(path: Path) -> list[Record]:
-    """The metrics of a run, one object a line.
+    """The metrics of a run, one object a line; those of an evaluation are named after their split ("valid/loss").
 
     Raises:
         ValueError: for a line that is no JSON object, with its number.
@@ -34,7 +34,8 @@ def read_records(path: Path) -> list[Record]:
             ) from error
         if not isinstance(record, dict):
             raise ValueError(f"{path}:{number}: found {type(record).__name__}, expected an object")
-        records.append(record)
+        split = str(record.get("kind", "")).partition("/")[2]
+        records.append({f"{split}/{key}" if split and key != "step" else key: record[key] for key in record})
     return records
 
 

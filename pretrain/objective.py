@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
+from wavlm_jax.model.frontend import uniform
 from wavlm_jax.shapes import ConvFeatures, FrameMask, Hidden, Scalar, TimeMask
 from wavlm_jax.training.task import LossSums
 
@@ -57,7 +57,7 @@ class PredictionHead(nn.Module):
         Initialised as the authors do (FACTS A9): projection uniform in +-1/sqrt(fan_in), label embeddings in [0, 1).
         """
         bound = hidden.shape[-1] ** -0.5
-        init = _symmetric_uniform(bound)
+        init = uniform(bound)
         projected = nn.Dense(
             self.settings.final_dim, dtype=hidden.dtype, kernel_init=init, bias_init=init, name="final_proj"
         )(hidden)
@@ -65,13 +65,6 @@ class PredictionHead(nn.Module):
         embeddings = self.param("label_embeddings", nn.initializers.uniform(1.0), (rows, self.settings.final_dim))
         scores: Float[Array, "rows frames labels"] = jnp.einsum("rfd,ld->rfl", _unit(projected), _unit(embeddings))
         return scores / self.settings.logit_temp
-
-
-def _symmetric_uniform(bound: float) -> nn.initializers.Initializer:
-    def init(key: Key[Array, ""], shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
 
 
 def _unit(vectors: Float[Array, "*some dim"]) -> Float[Array, "*some dim"]:

@@ -1,7 +1,8 @@
 """From int16 waveforms and labels to loss sums: normalise, mix, mask, predict, compare. One pure function."""
 
+import dataclasses
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -100,7 +101,8 @@ class MaskedPredictionLoss:
             length=config.mask_time_length,
             min_masks=config.mask_time_min_masks,
         )
-        scores, output = self.predictor.apply(
+        output: WavLMOutput
+        applied: Any = self.predictor.apply(
             {"params": params},
             waveform,
             num_samples,
@@ -109,6 +111,7 @@ class MaskedPredictionLoss:
             key,
             None if key is None else keys.dropout,
         )
+        scores, output = applied
         counts = batch["weight"] > 0
         valid = output.frame_mask & counts[:, None]
         sums = masked_prediction(
@@ -116,7 +119,7 @@ class MaskedPredictionLoss:
         )
         rows = jnp.sum(counts.astype(jnp.float32))
         mixed = jnp.sum((mixed_rows & counts).astype(jnp.float32))
-        return sums.replace(metrics=sums.metrics | {"mixed_share": (mixed, rows)})
+        return dataclasses.replace(sums, metrics=sums.metrics | {"mixed_share": (mixed, rows)})
 
     def clean_waveform(self, batch: Batch) -> Waveform:
         """float32 rows; where the model wants it, normalised by the statistics of the *whole* utterance (FACTS C4)."""

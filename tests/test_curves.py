@@ -7,9 +7,9 @@ import pytest
 from pretrain.curves import draw, names, read_records, series
 
 RECORDS = [
-    {"step": 10, "masked_loss": 4.0, "masked_accuracy": 0.1, "gradient_norm": 2.0},
-    {"step": 20, "masked_loss": 3.0, "masked_accuracy": 0.2, "gradient_norm": 1.0, "label_entropy": 4.5},
-    {"step": 20, "valid/masked_accuracy": 0.15},
+    {"step": 10, "masked_loss": 4.0, "masked_accuracy": 0.1, "grad_norm": 2.0},
+    {"step": 20, "masked_loss": 3.0, "masked_accuracy": 0.2, "grad_norm": 1.0, "label_entropy": 4.5},
+    {"step": 20, "kind": "eval/valid", "masked_accuracy": 0.15},
 ]
 
 
@@ -24,7 +24,8 @@ def test_series_and_names_are_found_in_the_records(tmp_path):
 def test_a_png_with_content_is_drawn(tmp_path):
     from matplotlib import image
 
-    draw({"a": RECORDS, "b": RECORDS}, tmp_path / "deep" / "curves.png", {"unigram": 0.05})
+    records = [RECORDS[0], RECORDS[1], {"step": 20, "valid/masked_accuracy": 0.15}]
+    draw({"a": records, "b": records}, tmp_path / "deep" / "curves.png", {"unigram": 0.05})
     pixels = image.imread(tmp_path / "deep" / "curves.png")
     assert pixels.shape[:2] == (770, 1210)
     assert pixels[..., :3].std() > 0.05

@@ -73,6 +73,7 @@ def get_config() -> ConfigDict:
         {
             "train": "corpora/librispeech/train",
             "evaluation": ("corpora/librispeech/valid",),
+            "evaluation_buckets": (256, 512, 768, 1280, 1792),
         }
     )
     config.batch = ConfigDict(
@@ -106,7 +107,11 @@ def get_config() -> ConfigDict:
     )
     config.loader = ConfigDict(
         {
+            "workers": 8,
+            "threads": 2,
+            "prefetch": 4,
             "crop_alignment": "frame",  # chosen: a frame has exactly its label; "sample" as fairseq
+            "fault_cap": 0.001,
         }
     )
     config.labels = ConfigDict(

@@ -34,10 +34,12 @@ def get_config() -> ConfigDict:
     config.compute.remat = "none"
     config.data.train = "runs/demo/corpus/train"
     config.data.evaluation = ("runs/demo/corpus/valid", "runs/demo/corpus/unseen_voices")
+    config.data.evaluation_buckets = (128, 256)
     config.batch.buckets = (48, 96, 144)
     config.batch.seconds_per_update = 32.0
     config.batch.seconds_per_device = 64.0
     config.batch.row_multiple = 4
+    config.loader.workers = 0
     config.objective.final_dim = 64
     config.objective.unmasked_weight = 1.0
     config.labels.path = "runs/demo/labels/mfcc"

@@ -1,0 +1,22 @@
+"""All figures, one JSON line each, every benchmark in a process of its own: python -m bench [NAME ...]."""
+
+import argparse
+import subprocess
+import sys
+
+BENCHMARKS = ("base_cpu", "loader", "labels", "first_step")
+
+
+def main() -> int:
+    """Run the named benchmarks (all by default); the exit code is the number of those that failed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; default all")
+    names = parser.parse_args().names or BENCHMARKS
+    unknown = sorted(set(names) - set(BENCHMARKS))
+    if unknown:
+        parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")
+    return sum(subprocess.run([sys.executable, "-m", f"bench.{name}"], check=False).returncode != 0 for name in names)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

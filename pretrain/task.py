@@ -1,0 +1,158 @@
+"""Assembles the pre-training task: corpora, labels, model, mixing and objective meet here and nowhere else."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from pretrain.annotations import FrameLabels, NoiseClips, Together
+from pretrain.corpora import DataSettings, open_corpora
+from pretrain.labelling import make_labels
+from pretrain.labels import HEADER, LabelSettings, LabelStore
+from pretrain.mixing import MixingSettings
+from pretrain.objective import ObjectiveSettings
+from pretrain.predictor import MaskedPredictionLoss, MaskedPredictor
+from pretrain.preflight import check_labels
+from pretrain.starting import InitSettings, initial_params
+from wavlm_jax.audio.frames import samples_for
+from wavlm_jax.config import Compute, WavLMConfig
+from wavlm_jax.data.corpus import Corpus
+from wavlm_jax.data.loader import CropStream, LoaderSettings, PaddedStream
+from wavlm_jax.data.plan import BatchSettings, describe
+from wavlm_jax.data.reader import Host
+from wavlm_jax.settings import SettingsError, nearest, read_sections
+from wavlm_jax.shapes import Params, StepKey
+from wavlm_jax.training.session import RunSettings
+from wavlm_jax.training.sharding import Topology
+from wavlm_jax.training.task import BatchStream, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainSettings:
+    """The sections of the config that belong to pre-training."""
+
+    seed: int
+    model: WavLMConfig
+    compute: Compute
+    data: DataSettings
+    batch: BatchSettings
+    loader: LoaderSettings
+    labels: LabelSettings
+    mixing: MixingSettings
+    objective: ObjectiveSettings
+    init: InitSettings
+
+
+def build(config: Mapping[str, Any], topology: Topology) -> Task:
+    """The task of a pre-training config.
+
+    Labels are made here where `labels.make` says so, and every label is looked at before anything is compiled.
+
+    Args:
+        config: resolved, as JSON values.
+        topology: the devices that share the rows of a batch.
+
+    Raises:
+        SettingsError: a section or key that is missing, unknown or mistyped.
+        FileNotFoundError: a corpus or label store that is not there, with the command that makes it.
+        ValueError: labels that do not fit the audio, batches that cannot be cut.
+
+    """
+    _refuse_unknown_sections(config)
+    settings = read_sections(config, PretrainSettings)
+    corpora = open_corpora(settings.data)
+    stores = _label_stores(settings, corpora)
+    predictor = MaskedPredictor(settings.model, settings.compute, settings.objective, settings.labels.num_clusters)
+    for line in describe(settings.batch, topology.num_devices, settings.mixing.group):
+        if topology.process_index == 0:
+            print(line, flush=True)
+    return Task(
+        init=_initialiser(predictor, settings),
+        loss=MaskedPredictionLoss(predictor, settings.mixing),
+        stream=_streams(settings, corpora, stores, topology),
+        initial_params=lambda fresh: initial_params(settings.init, fresh),
+        row_group=settings.mixing.group,
+        fingerprints=_fingerprints(corpora, stores),
+    )
+
+
+def _refuse_unknown_sections(config: Mapping[str, Any]) -> None:
+    known = {"task": None}
+    for kind in (PretrainSettings, RunSettings):
+        known |= {field.name: None for field in dataclasses.fields(kind)}
+    for name in config:
+        if name not in known:
+            raise SettingsError(f"config.{name}: no such section; {nearest(name, known)}")
+
+
+def _label_stores(settings: PretrainSettings, corpora: Mapping[str, Corpus]) -> dict[str, LabelStore]:
+    """Checked labels of every split, made first where the config allows it."""
+    folder = Path(settings.labels.path)
+    if settings.labels.make:
+        make_labels(settings.labels, corpora)
+    elif not (folder / HEADER).is_file():
+        raise FileNotFoundError(
+            f"config.labels.path: {folder} holds no labels; make them with: python -m pretrain.make_labels --config "
+            "CONFIG, or set config.labels.make to True"
+        )
+    return check_labels(settings.labels, corpora)
+
+
+def _initialiser(predictor: MaskedPredictor, settings: PretrainSettings) -> Callable[[StepKey], Params]:
+    samples = samples_for(max(settings.batch.buckets[0], 1))
+
+    def init(key: StepKey) -> Params:
+        params: Params = predictor.init(key, jnp.zeros((1, samples)), jnp.full((1,), samples, jnp.int32))["params"]
+        return params
+
+    return init
+
+
+def _streams(
+    settings: PretrainSettings, corpora: Mapping[str, Corpus], stores: Mapping[str, LabelStore], topology: Topology
+) -> Callable[[str], BatchStream]:
+    host = Host(topology.process_index, topology.process_count)
+    group = settings.mixing.group
+
+    def stream(split: str) -> BatchStream:
+        if split not in corpora:
+            raise SettingsError(f"config.train.eval_splits: {split!r} is no folder of config.data.evaluation")
+        labels = FrameLabels(stores[split])
+        if split != "train":
+            batch = dataclasses.replace(settings.batch, buckets=settings.data.evaluation_buckets)
+            return PaddedStream(
+                corpora[split],
+                batch,
+                settings.loader,
+                annotate=labels,
+                devices=topology.num_devices,
+                group=group,
+                host=host,
+            )
+        return CropStream(
+            corpora["train"],
+            settings.batch,
+            settings.loader,
+            seed=settings.seed,
+            annotate=Together((labels, *_noise(settings.mixing))),
+            devices=topology.num_devices,
+            group=group,
+            host=host,
+        )
+
+    return stream
+
+
+def _noise(mixing: MixingSettings) -> tuple[NoiseClips, ...]:
+    if mixing.noise_corpus is None or mixing.noise_prob_given_mix == 0:
+        return ()
+    return (NoiseClips(Corpus.open(Path(mixing.noise_corpus)), mixing.noise_prob_given_mix),)
+
+
+def _fingerprints(corpora: Mapping[str, Corpus], stores: Mapping[str, LabelStore]) -> dict[str, str]:
+    """What a resumed run has to find unchanged."""
+    labels = {f"labels.{split}": store.header.splits[split].sha256 for split, store in stores.items()}
+    return {f"corpus.{split}": corpus.fingerprint for split, corpus in corpora.items()} | labels
