@@ -3,9 +3,9 @@
 import math
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import ml_dtypes
 import numpy as np
@@ -95,6 +95,18 @@ class LazyTensor:
     def num_bytes(self) -> int:
         """Bytes that `read` takes."""
         return self.size * self.dtype.itemsize
+
+    def rows(self, start: int, stop: int) -> Self:
+        """The part of it from index `start` to before `stop` of the first axis; nothing is read.
+
+        Raises:
+            ValueError: there are fewer rows.
+
+        """
+        if not self.shape or not 0 <= start <= stop <= self.shape[0]:
+            raise ValueError(f"rows {start} to {stop} of a tensor of shape {self.shape}")
+        offset = self.offset + start * self.strides[0]
+        return replace(self, offset=offset, shape=(stop - start, *self.shape[1:]))
 
     def read(self) -> Shaped[np.ndarray, "..."]:
         """The numbers, contiguous, owned by the caller; of the file only the part that this tensor covers is read.

@@ -1,0 +1,163 @@
+"""A foreign state dict matched to our parameters, name by name, and read one tensor at a time.
+
+Each dialect gives its own names for the tensors of Hugging Face's state dict, whose names and shapes `names.places`
+knows. Everything is compared before the first number is read: nothing is left over, nothing is missing, shapes agree.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from jaxtyping import Shaped
+
+from wavlm_jax.convert.faults import HostileFile
+from wavlm_jax.convert.names import ConversionError
+from wavlm_jax.convert.torch_tensor import LazyTensor
+
+_WEIGHT_NORM = {".parametrizations.weight.original0": ".weight_g", ".parametrizations.weight.original1": ".weight_v"}
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A checkpoint from outside, as our model."""
+
+    config: Any
+    """`WavLMConfig`, with the conventions of the source."""
+    params: Mapping[str, Any]
+    """Float32 numpy arrays in our tree."""
+    head: Mapping[str, Any] | None
+    """Pre-training head: {"final_proj": {"kernel", "bias"}, "label_embeddings": (rows, final_dim)}; None: not there."""
+    dialect: str
+    """Whose layout it was."""
+    notes: tuple[str, ...] = field(default=())
+    """What was left out, filled in or assumed, in sentences."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One tensor to be read: its name in the file, its shape, its numbers on demand."""
+
+    key: str
+    shape: tuple[int, ...]
+    read: Callable[[], Shaped[np.ndarray, "..."]]
+
+    @classmethod
+    def of(cls, key: str, tensor: LazyTensor) -> Self:
+        """A tensor of a file."""
+        return cls(key, tensor.shape, tensor.read)
+
+
+class Sources(Mapping[str, np.ndarray]):
+    """Hugging Face's names -> arrays, each read (and tested for finite numbers) when it is asked for."""
+
+    def __init__(self, sources: Mapping[str, Source], path: Path) -> None:
+        self.sources, self.path = sources, path
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """The numbers of one tensor.
+
+        Raises:
+            ConversionError: some of them are not finite.
+
+        """
+        source = self.sources[name]
+        array = source.read()
+        if not np.isfinite(array).all():
+            raise ConversionError(
+                f"{self.path}: {source.key} holds numbers that are not finite; the file is damaged, fetch it again"
+            )
+        return array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sources)
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+
+def read_head(weight: Source, bias: Source, labels: Source, *, path: Path) -> dict[str, Any]:
+    """A pre-training head as our `PredictionHead` has it.
+
+    Args:
+        weight: (final_dim, width), torch's layout of the projection.
+        bias: (final_dim,).
+        labels: (rows, final_dim); as many rows as the source has, with or without fairseq's first 4 (FACTS E20).
+        path: the file's name, for messages.
+
+    Raises:
+        ConversionError: shapes that do not belong together, or numbers that are not finite.
+
+    """
+    shapes = (weight.shape, bias.shape, labels.shape)
+    if list(map(len, shapes)) != [2, 1, 2] or len({weight.shape[0], bias.shape[0], labels.shape[1]}) != 1:
+        parts = ", ".join(f"{source.key} {source.shape}" for source in (weight, bias, labels))
+        raise ConversionError(f"{path}: the parts of the pre-training head do not fit together: {parts}")
+    found = Sources({source.key: source for source in (weight, bias, labels)}, path)
+    arrays = [np.asarray(found[source.key], np.float32) for source in (weight, bias, labels)]
+    projection = {"kernel": np.ascontiguousarray(arrays[0].T), "bias": arrays[1]}
+    return {"final_proj": projection, "label_embeddings": arrays[2]}
+
+
+def tensors_of(state: Any, path: Path) -> dict[str, LazyTensor]:
+    """A state dict with weight norm in its old spelling (`weight_g`, `weight_v`).
+
+    Raises:
+        ConversionError: it holds something else than named tensors, or weight norm in both spellings.
+        HostileFile: its tensors overlap so much that they are larger than the file.
+
+    """
+    if not isinstance(state, dict) or not state:
+        raise ConversionError(f"{path}: found a {type(state).__name__} where a state dict was expected")
+    tensors: dict[str, LazyTensor] = {}
+    for key, tensor in state.items():
+        if not isinstance(key, str) or not isinstance(tensor, LazyTensor):
+            raise ConversionError(f"{path}: {str(key)[:120]} is a {type(tensor).__name__}, expected a named tensor")
+        name = old_spelling(key)
+        if name in tensors:
+            raise ConversionError(f"{path}: holds {key} in both spellings of weight norm")
+        tensors[name] = tensor
+    total = sum(tensor.num_bytes for tensor in tensors.values())
+    if total > 2 * path.stat().st_size:
+        raise HostileFile(f"{path}: its tensors look at the same numbers so often that they would take {total} bytes")
+    return tensors
+
+
+def old_spelling(name: str) -> str:
+    """`name` with the current spelling of weight norm replaced by the old one."""
+    for current, old in _WEIGHT_NORM.items():
+        if name.endswith(current):
+            return name.removesuffix(current) + old
+    return name
+
+
+def match(found: Mapping[str, LazyTensor], wanted: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    """Compares names and shapes.
+
+    Args:
+        found: the tensors of the file.
+        wanted: name -> shape of those that the model needs, in the names of the file's dialect.
+        path: the file's name, for messages.
+
+    Raises:
+        ConversionError: missing or unused tensors, other shapes; all of them named.
+
+    """
+    problems = {
+        "missing": [name for name in wanted if name not in found],
+        "not used by this model": [name for name in found if name not in wanted],
+        "of another shape": [
+            f"{name} (found {found[name].shape}, expected {shape})"
+            for name, shape in wanted.items()
+            if name in found and found[name].shape != shape
+        ],
+    }
+    lines = [f"{len(names)} {kind}: {_some(names)}" for kind, names in problems.items() if names]
+    if lines:
+        raise ConversionError(f"{path}: weights do not fit the model: " + "; ".join(lines))
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(name[:160] for name in sorted(names)[:most]) + more
