@@ -7,7 +7,7 @@ holds more than a few blocks, however large the corpus is.
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ Result = TypeVar("Result")
 Utterances = Int64[np.ndarray, " utterances"]
 
 
+@runtime_checkable
 class Corpus(Protocol):
     """What labels need of a `wavlm_jax.data.corpus.Corpus`."""
 
@@ -77,6 +78,7 @@ class Block(NamedTuple):
     pieces: tuple[Piece, ...]
 
 
+@runtime_checkable
 class FeatureSource(Protocol):
     """Something that turns utterances into frames of features."""
 

@@ -228,7 +228,7 @@ def map_array(file: Path, dtype: type[np.generic]) -> np.ndarray:
     """
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, EOFError, SyntaxError) as error:
         raise LabelError(f"{file}: not a whole .npy file ({error}); make the labels anew") from error
     if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != 1:
         found = f"{array.ndim}-D {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__

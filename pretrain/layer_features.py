@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Float32, Int16, Int32
+from jaxtyping import Array, Float, Float32, Int16, Int32, Int64
 
 from pretrain.features import Block, Corpus, Piece, Utterances, in_threads
 from pretrain.kmeans import row_sharding
@@ -24,6 +24,7 @@ WINDOW = 1024
 """Utterances that are sorted by length together."""
 SMALLEST_BUCKET = 32
 INT16_SCALE = 32_768.0
+Lengths = Int64[np.ndarray, " corpus"]
 
 
 class Padded(NamedTuple):
@@ -84,7 +85,7 @@ class LayerFeatures:
             placed = jax.device_put(batch, row_sharding(len(batch.waveform)))
             yield Block(self._features(self._params, placed), pieces)
 
-    def _plan(self, lengths: Utterances, utterances: Utterances) -> Iterator[tuple[int, tuple[Piece, ...]]]:
+    def _plan(self, lengths: Lengths, utterances: Utterances) -> Iterator[tuple[int, tuple[Piece, ...]]]:
         """(bucket in frames, pieces) of each batch; `Piece.row` counts frames of the flattened batch."""
         for first in range(0, len(utterances), WINDOW):
             waiting: dict[int, list[Piece]] = {}
@@ -97,7 +98,7 @@ class LayerFeatures:
             for bucket, pieces in waiting.items():
                 yield bucket, tuple(pieces)
 
-    def _pieces(self, lengths: Utterances, utterances: Utterances) -> Iterator[Piece]:
+    def _pieces(self, lengths: Lengths, utterances: Utterances) -> Iterator[Piece]:
         for utterance, frames in zip(utterances.tolist(), self.counts(lengths[utterances]).tolist(), strict=True):
             parts = -(-frames // self._longest)
             edges = [part * frames // parts for part in range(parts)] + [frames]
@@ -108,7 +109,8 @@ class LayerFeatures:
         return max(1, self._batch_frames // (bucket * self._devices)) * self._devices
 
     def _padded(self, corpus: Corpus, bucket: int, pieces: Sequence[Piece]) -> Padded:
-        rows, samples = self._rows(bucket), samples_for(bucket, self.geometry)
+        # The last piece keeps the samples after its last frame: they count in the statistics of a group norm.
+        rows, samples = self._rows(bucket), samples_for(bucket + 1, self.geometry) - 1
         batch = Padded(
             np.zeros((rows, samples), np.int16),
             np.zeros(rows, np.int32),
@@ -116,9 +118,11 @@ class LayerFeatures:
             np.ones(rows, np.float32),
         )
         for row, piece in enumerate(pieces):
-            needed = samples_for(piece.frames, self.geometry)
-            batch.waveform[row, :needed] = corpus.wave(piece.utterance, piece.start * self.geometry.hop, needed)
-            batch.num_samples[row] = needed
+            first, needed = piece.start * self.geometry.hop, samples_for(piece.frames, self.geometry)
+            left = int(corpus.lengths[piece.utterance]) - first
+            taken = left if left < needed + self.geometry.hop else needed
+            batch.waveform[row, :taken] = corpus.wave(piece.utterance, first, taken)
+            batch.num_samples[row] = taken
             batch.mean[row] = corpus.means[piece.utterance]
             batch.variance[row] = corpus.variances[piece.utterance]
         return batch
