@@ -19,9 +19,10 @@ from wavlm_jax.data.rows import from_datasets
 from wavlm_jax.data.sources import Source, SourceError, from_folder, has_audio
 
 DESCRIPTION = """Prepares speech once for training and evaluation: an Arrow data set of 16 kHz mono 16-bit FLAC, and a
-header. SOURCE is a folder of audio (wav, flac, mp3, ogg, opus), a manifest (.tsv or .jsonl with id, path, samples,
-speaker, text; or fairseq's .tsv), or anything that `datasets` loads (a name on the hub, .parquet, a folder from
-save_to_disk, an audiofolder). The words `demo` and `verify` make the embedded corpus and check a finished one."""
+header. SOURCE is a folder of audio (wav, flac, mp3, ogg, opus; with metadata.csv or metadata.jsonl, as an audiofolder
+has it, or without), a manifest (.tsv, .csv or .jsonl with id, path, samples, speaker, text; or fairseq's .tsv), or
+anything that `datasets` loads (a name on the hub, .parquet, a folder from save_to_disk). The words `demo` and `verify`
+make the embedded corpus and check a finished one."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,14 +86,12 @@ def _open(name: str, options: argparse.Namespace) -> Source:
     path = Path(name)
     if path.is_file() and path.suffix in manifests.SUFFIXES:
         return manifests.from_manifest(path, options.root)
-    if path.is_dir() and not _for_datasets(path) and has_audio(path):
+    for metadata in manifests.AUDIOFOLDER:
+        if (path / metadata).is_file():
+            return manifests.from_manifest(path / metadata, options.root or path)
+    if path.is_dir() and has_audio(path):
         return from_folder(path)
     return from_datasets(name, options.subset, options.split)
-
-
-def _for_datasets(path: Path) -> bool:
-    names = ("state.json", "dataset_dict.json", "metadata.csv", "metadata.jsonl", "metadata.parquet")
-    return any((path / name).is_file() for name in names)
 
 
 def _parser() -> argparse.ArgumentParser:

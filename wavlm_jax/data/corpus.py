@@ -236,8 +236,8 @@ def load_dataset(source: str, subset: str | None, split: str | None) -> datasets
     """Whatever `datasets` loads, its audio left as bytes.
 
     Args:
-        source: a folder from save_to_disk, a folder with metadata.csv or .jsonl (audiofolder), a .parquet file or a
-            folder of them, or a name on the hub.
+        source: a folder from save_to_disk, a .parquet file or a folder of them, or a name on the hub. (An audiofolder
+            is read by manifests.py: `datasets` wants torchcodec to build one.)
         subset: configuration of a hub data set.
         split: name of a split; None: the only one.
 
@@ -251,8 +251,6 @@ def load_dataset(source: str, subset: str | None, split: str | None) -> datasets
     elif path.suffix == ".parquet" or (path.is_dir() and any(path.rglob("*.parquet"))):
         files = str(path) if path.is_file() else sorted(str(file) for file in path.rglob("*.parquet"))
         loaded = datasets.load_dataset("parquet", data_files=files)
-    elif path.is_dir():
-        loaded = datasets.load_dataset("audiofolder", data_dir=source)
     else:
         loaded = datasets.load_dataset(source, subset)
     if not isinstance(loaded, datasets.DatasetDict):

@@ -1,25 +1,51 @@
-"""Manifests: TSV with a header, JSON lines, and fairseq's .tsv (FACTS C4).
+"""Manifests: TSV or CSV with a header, JSON lines, fairseq's .tsv (FACTS C4), the metadata of an audiofolder.
 
 Every error names the file and the line. Lines are never guessed at: a duplicate id, a missing file, an empty line or a
 number that is none stops the reading before any work is done.
 """
 
+import csv
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeAlias
 
-from wavlm_jax.data.sources import Alignment, Entry, Files, Source, SourceError, inside, stamp
+from wavlm_jax.data.sources import (
+    ID_COLUMNS,
+    SPEAKER_COLUMNS,
+    TEXT_COLUMNS,
+    Alignment,
+    Entry,
+    Files,
+    Source,
+    SourceError,
+    inside,
+    stamp,
+)
 
-SUFFIXES = frozenset({".tsv", ".jsonl", ".txt", ".manifest"})
+SUFFIXES = frozenset({".tsv", ".csv", ".jsonl", ".txt", ".manifest"})
+AUDIOFOLDER = ("metadata.jsonl", "metadata.csv")
+"""Names under which `datasets` expects the manifest of a folder of audio."""
+COLUMNS = {
+    "id": ID_COLUMNS,
+    "path": ("path", "file_name"),
+    "samples": ("samples",),
+    "speaker": SPEAKER_COLUMNS,
+    "text": TEXT_COLUMNS,
+    "phones": ("phones",),
+}
+
+Numbered: TypeAlias = tuple[int, Mapping[str, Any]]
+"""A line's number, and its columns."""
 
 
 def from_manifest(file: Path, root: Path | None = None) -> Source:
     """The utterances that a manifest lists.
 
     Args:
-        file: a .tsv with a header line (columns id, path and, optional, samples, speaker, text), .jsonl with the same
-            keys and, optional, phones {symbols, starts, ends}; or fairseq's: root, then path TAB samples.
+        file: a .tsv or .csv with a header line (columns path and, optional, id, samples, speaker, text), .jsonl with
+            the same keys and, optional, phones {symbols, starts, ends}; or fairseq's: root, then path TAB samples.
+            The names that `datasets` and its users have for these columns (`COLUMNS`) will do as well.
         root: the folder that paths are relative to. None: fairseq's first line, else the folder of the manifest or its
             parent, whichever has the first path.
 
@@ -30,8 +56,8 @@ def from_manifest(file: Path, root: Path | None = None) -> Source:
     lines = _lines(file)
     if lines[0].startswith("{"):
         rows = _json_rows(file, lines)
-    elif "\t" in lines[0]:
-        rows = _table_rows(file, lines)
+    elif "\t" in lines[0] or file.suffix == ".csv":
+        rows = _table_rows(file, lines, "," if file.suffix == ".csv" else "\t")
     else:
         rows = _fairseq_rows(file, lines[1:])
         root = root or _fairseq_root(file, lines[0])
@@ -58,32 +84,42 @@ def _lines(file: Path) -> list[str]:
     return lines
 
 
-def _json_rows(file: Path, lines: list[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _json_rows(file: Path, lines: list[str]) -> Iterator[Numbered]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise SourceError(f"{file}:{number}: not JSON ({error})") from error
-        if not isinstance(row, dict) or not isinstance(row.get("path"), str):
+        if not isinstance(row, dict) or not isinstance(row := _known(row), dict) or not isinstance(row["path"], str):
             raise SourceError(f"{file}:{number}: expected an object with a text under 'path', found {line[:80]!r}")
         yield number, row
 
 
-def _table_rows(file: Path, lines: list[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    columns = lines[0].split("\t")
-    if not {"id", "path"} <= set(columns) or len(set(columns)) < len(columns):
+def _table_rows(file: Path, lines: list[str], delimiter: str) -> Iterator[Numbered]:
+    """Rows of a TSV, where a quote is a letter, or of a CSV, where it is a quote."""
+    if delimiter == ",":
+        table = csv.reader(lines, strict=True)
+    else:
+        table = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE, strict=True)
+    columns = next(table)
+    if len(set(columns)) < len(columns) or _known(dict.fromkeys(columns, "")) is None:
         raise SourceError(
-            f"{file}:1: found columns {', '.join(columns)}; expected id, path and, optional, samples, speaker, text, "
+            f"{file}:1: found columns {', '.join(columns)}; expected path and, optional, id, samples, speaker, text, "
             "each once (or fairseq's form: the root folder alone on the first line)"
         )
-    for number, line in enumerate(lines[1:], 2):
-        cells = line.split("\t")
+    for cells in table:
         if len(cells) != len(columns):
-            raise SourceError(f"{file}:{number}: found {len(cells)} columns, the header has {len(columns)}")
-        yield number, dict(zip(columns, cells, strict=True))
+            raise SourceError(f"{file}:{table.line_num}: found {len(cells)} columns, the header has {len(columns)}")
+        yield table.line_num, _known(dict(zip(columns, cells, strict=True))) or {}
 
 
-def _fairseq_rows(file: Path, lines: list[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _known(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The columns that matter, under one name each; None where there is no path."""
+    found = {key: next((row[name] for name in names if name in row), None) for key, names in COLUMNS.items()}
+    return {key: value for key, value in found.items() if value is not None} if found["path"] is not None else None
+
+
+def _fairseq_rows(file: Path, lines: list[str]) -> Iterator[Numbered]:
     for number, line in enumerate(lines, 2):
         cells = line.split("\t")
         if len(cells) != 2:  # noqa: PLR2004

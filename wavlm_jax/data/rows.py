@@ -1,4 +1,4 @@
-"""Data sets that `datasets` loads as a source: hub, parquet, Arrow, audiofolder; it hands out bytes, undecoded."""
+"""Data sets that `datasets` loads as a source: hub, parquet, Arrow. It hands out bytes, undecoded."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,11 +6,7 @@ from typing import Any
 
 from wavlm_jax.audio.wave import AudioFault, AudioSource
 from wavlm_jax.data.corpus import audio_column, load_dataset
-from wavlm_jax.data.sources import Entry, Source, SourceError, inside
-
-ID_COLUMNS = ("id", "utterance_id", "utt_id", "segment_id", "audio_id")
-SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
-TEXT_COLUMNS = ("text", "transcription", "transcript", "sentence", "normalized_text", "raw_transcription")
+from wavlm_jax.data.sources import ID_COLUMNS, SPEAKER_COLUMNS, TEXT_COLUMNS, Entry, Source, SourceError, inside
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,9 @@ def from_datasets(source: str, subset: str | None = None, split: str | None = No
         for row, (name, speaker, text) in enumerate(zip(ids, speakers, texts, strict=True))
     ]
     version = getattr(dataset, "_fingerprint", "")
-    return Source(f"data set {source} {split or ''} {version}".strip(), entries, Rows(dataset, column, Path(source).resolve()))
+    return Source(
+        f"data set {source} {split or ''} {version}".strip(), entries, Rows(dataset, column, Path(source).resolve())
+    )
 
 
 def _texts(dataset: Any, names: tuple[str, ...]) -> list[str] | None:

@@ -17,6 +17,12 @@ from wavlm_jax.audio.wave import AudioFault, AudioSource
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".ogg", ".opus", ".oga", ".aif", ".aiff", ".au", ".sph", ".w64"})
 
 
+ID_COLUMNS = ("id", "utterance_id", "utt_id", "segment_id", "audio_id")
+SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
+TEXT_COLUMNS = ("text", "transcription", "transcript", "sentence", "normalized_text", "raw_transcription")
+"""Names under which data sets keep what a manifest calls id, speaker and text; the first that is there counts."""
+
+
 class SourceError(ValueError):
     """A source that cannot be read as a whole; names the file and line, what was found, what was expected."""
 
