@@ -1,18 +1,15 @@
-"""A prepared corpus: an Arrow dataset of FLAC bytes, and a JSON header that says what it is.
+"""A prepared corpus: Arrow files of FLAC bytes, and a JSON header that says what it is.
 
-This is the only module that imports `datasets`. The folder opens with `datasets.load_from_disk` too; its columns are
-`FEATURES`. `header.json` is written last, so a folder that has one is whole.
+The folder opens with `datasets.load_from_disk` too (hub.py); here it is read by memory map, so that a worker process is
+up in no time. `header.json` is written last, so a folder that has one is whole.
 """
 
 import bisect
-import contextlib
 import functools
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32, Int16, Int32, Int64
@@ -20,25 +17,8 @@ from jaxtyping import Float32, Int16, Int32, Int64
 from wavlm_jax.audio.wave import AudioFault, read_crop
 from wavlm_jax.data.header import HEADER, CorpusError, CorpusHeader, read_header, sha256_of
 
-FEATURES = datasets.Features(
-    {
-        "id": datasets.Value("string"),
-        "audio": datasets.Audio(decode=False),
-        "samples": datasets.Value("int64"),
-        "speaker": datasets.Value("string"),
-        "text": datasets.Value("string"),
-        "mean": datasets.Value("float32"),
-        "variance": datasets.Value("float32"),
-        "phones": {
-            "symbols": [datasets.Value("string")],
-            "starts": [datasets.Value("int32")],
-            "ends": [datasets.Value("int32")],
-        },
-    }
-)
-"""Columns of a corpus. `audio` is {bytes: FLAC 16 kHz mono 16 bit, path}; `samples` are really decoded ones; `mean` and
-`variance` (population) are those of the whole utterance in [-1, 1] scale; `phones` is null where there are none."""
-SCHEMA: pa.Schema = FEATURES.arrow_schema
+COLUMNS = ("id", "audio", "samples", "speaker", "text", "mean", "variance", "phones")
+"""Of every shard; their types are `hub.FEATURES`."""
 
 
 class Phones(NamedTuple):
@@ -192,92 +172,23 @@ class Corpus:
 
     @functools.cached_property
     def _table(self) -> pa.Table:
-        dataset = datasets.load_from_disk(str(self.path))
-        table: pa.Table = dataset.data.table
-        if table.schema.names != SCHEMA.names or len(table) != self.header.count:
+        shards = [_read_shard(self.path / shard.file) for shard in self.header.shards]
+        table = pa.concat_tables(shards)
+        if len(table) != self.header.count:
             raise CorpusError(
-                f"{self.path}: found {len(table)} rows of {', '.join(table.schema.names)}; {HEADER} says "
-                f"{self.header.count} rows of {', '.join(SCHEMA.names)}; prepare the corpus again"
+                f"{self.path}: found {len(table)} utterances, {HEADER} says {self.header.count}; prepare it again"
             )
         return table
 
 
-def write_dataset_info(folder: Path, files: Sequence[str]) -> None:
-    """Make the Arrow `files` in `folder` a dataset that `datasets.load_from_disk` opens.
-
-    `datasets` itself writes its two JSON files, for an empty dataset; then the list of files is put in, so that no
-    audio is copied.
-    """
-    empty = datasets.Dataset(SCHEMA.empty_table())
-    scratch = folder / "dataset_info"
-    with _no_progress_bars():
-        empty.save_to_disk(str(scratch))
-    state = json.loads((scratch / "state.json").read_text())
-    state["_data_files"] = [{"filename": name} for name in files]
-    (folder / "state.json").write_text(json.dumps(state, indent=2))
-    (scratch / "dataset_info.json").replace(folder / "dataset_info.json")
-    for leftover in scratch.iterdir():
-        leftover.unlink()
-    scratch.rmdir()
-
-
-@contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
+def _read_shard(file: Path) -> pa.Table:
+    """An Arrow stream as a table that lies in the memory map of its file."""
     try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
-
-
-def load_dataset(source: str, subset: str | None, split: str | None) -> datasets.Dataset:
-    """Whatever `datasets` loads, its audio left as bytes.
-
-    Args:
-        source: a folder from save_to_disk, a .parquet file or a folder of them, or a name on the hub. (An audiofolder
-            is read by manifests.py: `datasets` wants torchcodec to build one.)
-        subset: configuration of a hub data set.
-        split: name of a split; None: the only one.
-
-    Raises:
-        ValueError: several splits and none named.
-
-    """
-    path = Path(source)
-    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        loaded = datasets.load_from_disk(source)
-    elif path.suffix == ".parquet" or (path.is_dir() and any(path.rglob("*.parquet"))):
-        files = str(path) if path.is_file() else sorted(str(file) for file in path.rglob("*.parquet"))
-        loaded = datasets.load_dataset("parquet", data_files=files)
-    else:
-        loaded = datasets.load_dataset(source, subset)
-    if not isinstance(loaded, datasets.DatasetDict):
-        return _undecoded(loaded)
-    if split is None and len(loaded) == 1:
-        split = next(iter(loaded))
-    if split not in loaded:
-        raise ValueError(f"{source} has the splits {', '.join(map(str, loaded))}; pass --split with one of them")
-    return _undecoded(loaded[split])
-
-
-def audio_column(dataset: datasets.Dataset) -> str:
-    """The column that holds audio.
-
-    Raises:
-        ValueError: none, or several.
-
-    """
-    found = [name for name, feature in dataset.features.items() if _is_audio(feature)]
-    if len(found) != 1:
-        raise ValueError(f"found {len(found)} audio columns among {', '.join(dataset.column_names)}, expected one")
-    return found[0]
-
-
-def _is_audio(feature: Any) -> bool:
-    return isinstance(feature, datasets.Audio) or (isinstance(feature, dict) and {"bytes", "path"} == set(feature))
-
-
-def _undecoded(dataset: datasets.Dataset) -> datasets.Dataset:
-    return dataset.cast_column(audio_column(dataset), datasets.Audio(decode=False))
+        table = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
+    except pa.ArrowInvalid as error:
+        raise CorpusError(f"{file}: not an Arrow file ({error}); copy or prepare the corpus again") from error
+    if table.schema.names != list(COLUMNS):
+        raise CorpusError(
+            f"{file}: found columns {', '.join(table.schema.names)}, expected {', '.join(COLUMNS)}; prepare it again"
+        )
+    return table

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from wavlm_jax.audio.wave import AudioFault, AudioSource
-from wavlm_jax.data.corpus import audio_column, load_dataset
+from wavlm_jax.data.hub import audio_column, load_dataset
 from wavlm_jax.data.sources import ID_COLUMNS, SPEAKER_COLUMNS, TEXT_COLUMNS, Entry, Source, SourceError, inside
 
 

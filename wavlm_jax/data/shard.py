@@ -14,8 +14,8 @@ import pyarrow as pa
 from wavlm_jax.audio.frames import SAMPLE_RATE
 from wavlm_jax.audio.wave import AudioFault
 from wavlm_jax.data.conform import Conformed, Policy, conform
-from wavlm_jax.data.corpus import SCHEMA
 from wavlm_jax.data.header import sha256_of
+from wavlm_jax.data.hub import SCHEMA
 from wavlm_jax.data.sources import Alignment, AudioReader, Entry, digest, printable
 
 DROPPED = ("too_short", "too_long")
