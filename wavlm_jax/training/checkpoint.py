@@ -153,7 +153,8 @@ class Checkpoints:
         )
         unfinished = self.folder / UNFINISHED / str(step)
         try:
-            response = orbax.save_checkpointables_async(unfinished, items, overwrite=True)
+            with _plain_writing():
+                response = orbax.save_checkpointables_async(unfinished, items, overwrite=True)
         except Exception as error:  # noqa: BLE001 whatever a disk or Orbax does, training goes on
             future: Future[None] = Future()
             future.set_exception(error)
@@ -211,3 +212,10 @@ class Checkpoints:
         """Waits for the save under way."""
         self.wait()
         self._thread.shutdown()
+
+
+def _plain_writing() -> orbax.Context:
+    """One replica writes each array whole: slicing it among the replicas compiles a program for every shape."""
+    context = orbax.Context()
+    context.array_options.saving.use_replica_parallel = False
+    return context

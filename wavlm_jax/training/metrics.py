@@ -93,7 +93,7 @@ class Interval:
         if report.finite:
             self._totals.add(report.sums)
             self._values = {name: float(value) for name, value in report.values.items()}
-        self._values["skipped"] = int(report.skipped)
+        self._values["skipped"] = float(report.skipped)
 
     def summary(self, seconds: Mapping[str, float]) -> dict[str, float]:
         """The numbers of one line; `seconds` are the clock's buckets over the same time."""

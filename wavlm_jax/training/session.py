@@ -159,7 +159,7 @@ class Session:
             self.note_nonfinite(done, report)
         self.diverged |= int(report.skipped_in_a_row) >= self.settings.train.max_nonfinite_in_a_row
         if done.step % self.settings.metrics.log_every == 0:
-            compiled = compilation.events()[compilation.COMPILES] - self.compiled
+            compiled = float(compilation.events()[compilation.COMPILES] - self.compiled)
             line = self.interval.summary(self.clock.take()) | {"compiles_after_start": compiled}
             self.metrics.write("train", done.step, line)
             self.interval = Interval()
