@@ -18,7 +18,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from pretrain import task as pretraining
-from wavlm_jax.settings import nearest
+from wavlm_jax.settings import nearest, read_sections
 from wavlm_jax.training import hosts, loop
 from wavlm_jax.training.compilation import OutOfMemory
 from wavlm_jax.training.session import RunSettings
@@ -38,7 +38,7 @@ _PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "With --coordinator
 
 def train(config: dict[str, Any], workdir: Path) -> int:
     """Reads, builds, runs; the exit code."""
-    settings = RunSettings.from_config(config)
+    settings = read_sections(config, RunSettings)
     if config["task"] not in TASKS:
         raise ValueError(f"config.task: found {config['task']!r}, expected one of {', '.join(TASKS)}")
     mesh = make_mesh(settings.mesh)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from wavlm_jax.config import Compute, WavLMConfig
-from wavlm_jax.settings import SettingsError, convert, read
+from wavlm_jax.settings import SettingsError, convert, read, read_sections
 from wavlm_jax.training.session import RunSettings
 from wavlm_jax.training.writers import WandbSettings
 
@@ -53,9 +53,9 @@ def parent_of(config: dict, path: tuple[str, ...]) -> dict:
 
 
 def test_a_config_dict_becomes_the_dataclasses() -> None:
-    assert RunSettings.from_config(ConfigDict(as_config(FULL)).to_dict()) == FULL
-    assert RunSettings.from_config(json.loads(ConfigDict(as_config(FULL)).to_json())) == FULL
-    assert RunSettings.from_config(as_config(FULL)) == FULL
+    assert read_sections(ConfigDict(as_config(FULL)).to_dict(), RunSettings) == FULL
+    assert read_sections(json.loads(ConfigDict(as_config(FULL)).to_json()), RunSettings) == FULL
+    assert read_sections(as_config(FULL), RunSettings) == FULL
 
 
 @pytest.mark.parametrize("path", PATHS, ids=IDS)
@@ -64,7 +64,7 @@ def test_each_field_misspelt_is_an_error_that_names_it(path: tuple[str, ...]) ->
     section = parent_of(config, path)
     section[path[-1] + "x"] = section.pop(path[-1])
     with pytest.raises(SettingsError) as caught:
-        RunSettings.from_config(config)
+        read_sections(config, RunSettings)
     assert f"config.{'.'.join(path)}" in str(caught.value)
     assert f"did you mean {path[-1]}?" in str(caught.value) or len(path) == 1
 
@@ -74,7 +74,7 @@ def test_each_field_left_out_is_an_error_that_names_it(path: tuple[str, ...]) ->
     config = as_config(FULL)
     del parent_of(config, path)[path[-1]]
     with pytest.raises(SettingsError, match=re.escape(f"config.{'.'.join(path)}: missing")):
-        RunSettings.from_config(config)
+        read_sections(config, RunSettings)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=IDS)
@@ -82,7 +82,7 @@ def test_each_field_of_another_type_is_an_error_that_names_it(path: tuple[str, .
     config = as_config(FULL)
     parent_of(config, path)[path[-1]] = object()
     with pytest.raises(SettingsError, match=re.escape(f"config.{'.'.join(path)}: found")):
-        RunSettings.from_config(config)
+        read_sections(config, RunSettings)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_values_that_cannot_be_right(section: str, changes: dict, message: str) 
     config = as_config(FULL)
     config[section] |= changes
     with pytest.raises(SettingsError) as caught:
-        RunSettings.from_config(config)
+        read_sections(config, RunSettings)
     assert message in str(caught.value)
 
 
@@ -111,16 +111,16 @@ def test_an_int_is_a_float_and_a_list_is_a_tuple() -> None:
     config = as_config(FULL)
     config["optim"]["learning_rate"] = 1
     config["train"]["eval_splits"] = ["valid", "other"]
-    found = RunSettings.from_config(config)
+    found = read_sections(config, RunSettings)
     assert isinstance(found.optim.learning_rate, float)
     assert found.train.eval_splits == ("valid", "other")
 
 
 def test_a_section_that_is_a_value_is_named() -> None:
     with pytest.raises(SettingsError, match=r"config\.optim: found 3, expected a section with keys"):
-        RunSettings.from_config(as_config(FULL) | {"optim": 3})
+        read_sections(as_config(FULL) | {"optim": 3}, RunSettings)
     with pytest.raises(SettingsError, match=r"config\.metrics\.wandb: found 3"):
-        RunSettings.from_config(as_config(FULL) | {"metrics": as_config(FULL)["metrics"] | {"wandb": 3}})
+        read_sections(as_config(FULL) | {"metrics": as_config(FULL)["metrics"] | {"wandb": 3}}, RunSettings)
 
 
 @pytest.mark.parametrize("config", [WavLMConfig.base(), WavLMConfig.large(), WavLMConfig.tiny()])

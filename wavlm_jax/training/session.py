@@ -1,15 +1,13 @@
 """One session of a run: the steps, and what happens between them. `loop.run` says the order of things."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from wavlm_jax.settings import SettingsError, convert, nearest
 from wavlm_jax.training import compilation
 from wavlm_jax.training.checkpoint import Checkpoints, CheckpointSettings
 from wavlm_jax.training.compilation import Programs, out_of_memory_explained
@@ -55,7 +53,7 @@ class LoopSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """The sections of the config that belong to the training tower."""
+    """The sections of the config that belong to the training tower; `settings.read_sections` fills it."""
 
     seed: int
     train: LoopSettings
@@ -63,20 +61,6 @@ class RunSettings:
     checkpoint: CheckpointSettings
     mesh: MeshSettings
     metrics: MetricsSettings
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "RunSettings":
-        """Reads these sections, strictly, out of a whole config; the other sections belong to the task.
-
-        Raises:
-            SettingsError: naming the section or key that is missing, unknown or of the wrong type.
-
-        """
-        hints = get_type_hints(cls)
-        for name in hints:
-            if name not in config:
-                raise SettingsError(f"config.{name}: missing; {nearest(name, config)}")
-        return cls(**{name: convert(config[name], hint, name) for name, hint in hints.items()})
 
 
 class Outcome(NamedTuple):
