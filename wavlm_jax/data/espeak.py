@@ -1,8 +1,8 @@
 """espeak-ng as a source of speech with exact phone times, through ctypes and the wheel `espeakng-loader`.
 
-The library keeps state from one sentence to the next (its noise, for one), so a voice is always rendered by a process
-of its own, from the start: `python -m wavlm_jax.data.espeak` reads a `VoiceJob` as JSON and writes FLAC files and a
-manifest.
+The library keeps state from one sentence to the next, so a voice is always rendered by a process of its own, from the
+start: `python -m wavlm_jax.data.espeak` reads a `VoiceJob` as JSON and writes FLAC files and a manifest. Its noise is
+seeded from the clock unless told otherwise; here it is told.
 """
 
 import ctypes
@@ -29,6 +29,7 @@ _UTF8, _PLAIN = 1, 1
 _RATE, _PITCH, _RANGE = 1, 3, 4
 _END_OF_LIST, _PHONEME = 0, 7
 _STRESS = "',%="
+_SEED = 1
 
 
 class EspeakError(RuntimeError):
@@ -106,7 +107,8 @@ class Synthesizer:
         self._marks: list[tuple[int, str]] = []
         self._callback = _Callback(self._collect)  # kept: C holds a pointer to it
         self._library.espeak_SetSynthCallback(self._callback)
-        self._choose(voice)
+        self._library.espeak_ng_SetRandSeed(ctypes.c_long(_SEED))
+        self._choose(voice, Path(loader.get_data_path()))
 
     def speak(self, text: str) -> Spoken:
         """Say one sentence."""
@@ -121,9 +123,10 @@ class Synthesizer:
         spoken = to_int16(resample(samples, self.rate))
         return Spoken(spoken, *_segments(self._marks, self.rate, len(spoken)))
 
-    def _choose(self, voice: Voice) -> None:
+    def _choose(self, voice: Voice, data: Path) -> None:
         name = f"{voice.accent}+{voice.variant}"
-        if self._library.espeak_SetVoiceByName(name.encode()):
+        known = (data / "voices" / "!v" / voice.variant).is_file()  # espeak itself passes over an unknown variant
+        if not known or self._library.espeak_SetVoiceByName(name.encode()):
             raise EspeakError(f"espeak-ng has no voice {name}")
         for parameter, value in ((_RATE, voice.speed), (_PITCH, voice.pitch), (_RANGE, voice.range)):
             self._library.espeak_SetParameter(parameter, value, 0)
