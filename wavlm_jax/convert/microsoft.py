@@ -15,7 +15,17 @@ from wavlm_jax.config import WavLMConfig
 from wavlm_jax.convert.fairseq_config import from_fairseq, to_microsoft, training_only
 from wavlm_jax.convert.known import check_known
 from wavlm_jax.convert.names import ConversionError, Place, from_torch, parameter_shapes, places, to_torch
-from wavlm_jax.convert.state_dict import Imported, Source, Sources, match, old_spelling, read_head, tensors_of
+from wavlm_jax.convert.state_dict import (
+    Imported,
+    Source,
+    Sources,
+    check_layers,
+    match,
+    old_spelling,
+    read_head,
+    source_of,
+    tensors_of,
+)
 from wavlm_jax.convert.torch_file import read_torch_file
 from wavlm_jax.convert.torch_tensor import LazyTensor
 from wavlm_jax.convert.torch_writer import write_torch_file
@@ -76,10 +86,11 @@ def import_microsoft(path: Path) -> Imported:
     notes += [f"left out: {name}" for name in tensors if name.removeprefix(prefix) not in encoder]
     head, head_notes = _take_head(encoder, path)
     model = from_fairseq(config, str(path))
+    check_layers(model.num_hidden_layers, encoder, path)
     shapes = parameter_shapes(model)
     wanted = {place.name: (microsoft_name(place.name, model), place.shape) for place in _stored(shapes, model)}
     match(encoder, dict(wanted.values()), path)
-    sources = {name: Source.of(prefix + key, encoder[key]) for name, (key, _) in wanted.items()}
+    sources = {name: source_of(prefix + key, encoder[key]) for name, (key, _) in wanted.items()}
     sources |= _identity(model)
     params = from_torch(Sources(sources, path), shapes)
     notes += [*head_notes, *training_only(config, str(path))]
@@ -147,7 +158,7 @@ def _encoder(tensors: Mapping[str, LazyTensor], path: Path) -> tuple[str, dict[s
 
 def _take_head(encoder: dict[str, LazyTensor], path: Path) -> tuple[dict[str, Any] | None, list[str]]:
     """The pre-training head, removed from the tensors; None and notes where only a part of it is there."""
-    found = {name: Source.of(name, encoder.pop(name)) for name in _HEAD if name in encoder}
+    found = {name: source_of(name, encoder.pop(name)) for name in _HEAD if name in encoder}
     if len(found) < len(_HEAD):
         return None, [f"left out: {name}, which is no whole pre-training head" for name in found]
     head = read_head(*found.values(), path=path)

@@ -4,10 +4,11 @@ Each dialect gives its own names for the tensors of Hugging Face's state dict, w
 knows. Everything is compared before the first number is read: nothing is left over, nothing is missing, shapes agree.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
@@ -43,10 +44,10 @@ class Source:
     shape: tuple[int, ...]
     read: Callable[[], Shaped[np.ndarray, "..."]]
 
-    @classmethod
-    def of(cls, key: str, tensor: LazyTensor) -> Self:
-        """A tensor of a file."""
-        return cls(key, tensor.shape, tensor.read)
+
+def source_of(key: str, tensor: LazyTensor) -> Source:
+    """A tensor of a file."""
+    return Source(key, tensor.shape, tensor.read)
 
 
 class Sources(Mapping[str, np.ndarray]):
@@ -130,6 +131,19 @@ def old_spelling(name: str) -> str:
         if name.endswith(current):
             return name.removesuffix(current) + old
     return name
+
+
+def check_layers(num_layers: int, found: Mapping[str, LazyTensor], path: Path) -> None:
+    """Compares the number of Transformer layers, before anything is laid out for as many as a config asks for.
+
+    Raises:
+        ConversionError: the file has other layers than 0, 1, ... `num_layers - 1`.
+
+    """
+    matches = (re.search(r"(?<!_)layers\.(\d{1,6})\.", name) for name in found)
+    layers = {int(index[1]) for index in matches if index}
+    if len(layers) != num_layers or max(layers, default=-1) != num_layers - 1:
+        raise ConversionError(f"{path}: cfg asks for {num_layers} layers, the file has {len(layers)}")
 
 
 def match(found: Mapping[str, LazyTensor], wanted: Mapping[str, tuple[int, ...]], path: Path) -> None:

@@ -5,7 +5,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -96,7 +96,7 @@ class LazyTensor:
         """Bytes that `read` takes."""
         return self.size * self.dtype.itemsize
 
-    def rows(self, start: int, stop: int) -> Self:
+    def rows(self, start: int, stop: int) -> "LazyTensor":
         """The part of it from index `start` to before `stop` of the first axis; nothing is read.
 
         Raises:

@@ -14,7 +14,17 @@ import numpy as np
 from wavlm_jax.config import BASE_STRIDES, WavLMConfig
 from wavlm_jax.convert.known import check_known
 from wavlm_jax.convert.names import ConversionError, from_torch, parameter_shapes, places
-from wavlm_jax.convert.state_dict import Imported, Source, Sources, match, old_spelling, read_head, tensors_of
+from wavlm_jax.convert.state_dict import (
+    Imported,
+    Source,
+    Sources,
+    check_layers,
+    match,
+    old_spelling,
+    read_head,
+    source_of,
+    tensors_of,
+)
 from wavlm_jax.convert.torch_file import read_torch_file
 from wavlm_jax.convert.torch_tensor import LazyTensor
 
@@ -70,6 +80,7 @@ def import_torchaudio(path: Path, **changes: Any) -> Imported:
         f"{config.do_stable_layer_norm}, do_normalize {config.do_normalize}, {config.num_attention_heads} heads, "
         f"max_bucket_distance {config.max_bucket_distance}"
     )
+    check_layers(config.num_hidden_layers, encoder, path)
     shapes = parameter_shapes(config)
     wanted = {
         place.name: (torchaudio_name(place.name), place.shape)
@@ -77,7 +88,7 @@ def import_torchaudio(path: Path, **changes: Any) -> Imported:
         if place.name != _OUR_MASK_VECTOR
     }
     match(encoder, dict(wanted.values()), path)
-    sources = {name: Source.of(key, encoder[key]) for name, (key, _) in wanted.items()}
+    sources = {name: source_of(key, encoder[key]) for name, (key, _) in wanted.items()}
     sources[_OUR_MASK_VECTOR] = _mask_vector(vector, config, notes)
     params = from_torch(Sources(sources, path), shapes)
     return Imported(config, params, _head(head, path), "torchaudio", tuple(notes))
@@ -151,7 +162,7 @@ def _count(encoder: Mapping[str, LazyTensor], kind: str) -> int:
 
 def _mask_vector(vector: LazyTensor | None, config: WavLMConfig, notes: list[str]) -> Source:
     if vector is not None:
-        return Source.of(_MASK_VECTOR, vector)
+        return source_of(_MASK_VECTOR, vector)
     notes.append(
         "filled with zeros: masked_spec_embed, which torchaudio's encoder does not have; only masking reads it"
     )
@@ -164,4 +175,4 @@ def _head(tensors: Mapping[str, LazyTensor], path: Path) -> dict[str, Any] | Non
         return None
     if missing:
         raise ConversionError(f"{path}: the pre-training head is not whole; missing: {', '.join(missing)}")
-    return read_head(*(Source.of(name, tensors[name]) for name in _HEAD), path=path)
+    return read_head(*(source_of(name, tensors[name]) for name in _HEAD), path=path)
