@@ -204,11 +204,11 @@ def census(lengths: Lengths, settings: BatchSettings, fit: Fit = "crop") -> Cens
 
 
 def evaluation_plan(lengths: Lengths, settings: BatchSettings) -> tuple[list[PlannedBatch], Census]:
-    """Batches that hold every utterance exactly once, padded up to its bucket, in order of buckets.
+    """Batches that hold every utterance exactly once, padded up to its bucket, longest first.
 
-    An utterance longer than the largest bucket gives its start alone, and is counted (`Census.cut`): make the buckets
-    larger where that matters. The last batch of a bucket is filled up with `FILLER`; a bucket with few utterances gets
-    fewer rows.
+    A bucket's utterances are spread evenly over as few batches as its rows allow; rows that stay open go to the longest
+    of the shorter ones, and at the very end to `FILLER`. An utterance longer than the largest bucket gives its start
+    alone, and is counted (`Census.cut`): make the buckets larger where that matters.
 
     Raises:
         PlanError: no utterance at all.
@@ -219,13 +219,17 @@ def evaluation_plan(lengths: Lengths, settings: BatchSettings) -> tuple[list[Pla
     home = _homes(lengths, settings, "pad")
     cut = home < 0
     home[cut] = settings.buckets[-1]
-    batches = []
-    for bucket, most in rows_per_bucket(settings).items():
-        pool = np.flatnonzero(home == bucket)
-        needed = -(-len(pool) // settings.row_multiple) * settings.row_multiple
-        rows = min(most, needed) or most
-        padded = np.pad(pool, (0, -len(pool) % rows), constant_values=FILLER)
-        batches += [PlannedBatch(bucket, part) for part in padded.reshape(-1, rows)]
+    longest_first = np.argsort(-lengths, kind="stable")
+    batches, placed = [], 0
+    for bucket, most in reversed(rows_per_bucket(settings).items()):
+        own = int(np.sum(home[longest_first[placed:]] == bucket))
+        if own:
+            count = -(-own // most)
+            rows = -(-own // (count * settings.row_multiple)) * settings.row_multiple
+            taken = longest_first[placed : placed + count * rows]
+            filled = np.pad(taken, (0, count * rows - len(taken)), constant_values=FILLER)
+            batches += [PlannedBatch(bucket, part) for part in filled.reshape(count, rows)]
+            placed += len(taken)
     return batches, _census(batches, left_out=0, cut=int(cut.sum()), repeats=0)
 
 
