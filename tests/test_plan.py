@@ -1,4 +1,4 @@
-"""The plan of an epoch: every utterance once, full batches, the seconds of an update, arithmetic (USERS #9, #25, #39)."""
+"""The plan of an epoch: every utterance once, full batches, seconds per update, arithmetic (USERS #9, #25, #39)."""
 
 import itertools
 from collections import Counter
