@@ -7,7 +7,6 @@ devices, centroids are on all of them; the number of devices changes nothing but
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import sklearn.cluster
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from pretrain.files import read_tensors, write_tensors
 from wavlm_jax.shapes import Scalar, StepKey
@@ -135,11 +134,12 @@ def fit(
     frames = _batches(sample, num_clusters, settings, seed)
     state = _load_state(checkpoint, made_from) or _FitState(_seeds(frames, num_clusters, settings, seed))
     batches = _place(frames)
+    everywhere = NamedSharding(row_sharding(frames.shape[1]).mesh, PartitionSpec())
     while not _finished(state.inertias, settings):
         number = len(state.inertias)
-        key = jax.random.fold_in(jax.random.key(seed), number)
-        reseed = number + 1 < settings.passes
-        centroids, counts, inertia = _one_pass(state.centroids, state.counts, batches, key, reseed=reseed)
+        # One placement before every pass, so that one compiled program serves them all.
+        moved = jax.device_put((state.centroids, state.counts, _pass_key(seed, number)), everywhere)
+        centroids, counts, inertia = _one_pass(*moved, batches, jnp.asarray(number + 1 < settings.passes))
         state = _FitState(centroids, counts, (*state.inertias, float(inertia)))
         if checkpoint is not None:
             _save_state(checkpoint, state, made_from)
@@ -202,9 +202,13 @@ def _seeds(
     return min(candidates, key=lambda centroids: _mean_inertia(scored, centroids))
 
 
-@partial(jax.jit, static_argnames="reseed")
+def _pass_key(seed: int, number: int) -> StepKey:
+    return jax.random.fold_in(jax.random.key(seed), number)
+
+
+@jax.jit
 def _one_pass(
-    centroids: Centroids, counts: Counts, batches: Batches, key: StepKey, *, reseed: bool
+    centroids: Centroids, counts: Counts, key: StepKey, batches: Batches, reseed: Bool[Array, ""]
 ) -> tuple[Centroids, Counts, Scalar]:
     """One mini-batch update a batch, in random order; then clusters that no frame fell into get a new seed."""
     order_key, seed_key = jax.random.split(key)
@@ -214,11 +218,9 @@ def _one_pass(
         return _update(*carry, batches[index])
 
     (centroids, counts), (members, inertias) = jax.lax.scan(step, (centroids, counts), order)
-    if reseed:
-        empty = members.sum(0) == 0
-        centroids = jnp.where(empty[:, None], _far_frames(batches[order[0]], centroids, seed_key), centroids)
-        counts = jnp.where(empty, 0, counts)
-    return centroids, counts, inertias.mean()
+    empty = reseed & (members.sum(0) == 0)
+    centroids = jnp.where(empty[:, None], _far_frames(batches[order[0]], centroids, seed_key), centroids)
+    return centroids, jnp.where(empty, 0, counts), inertias.mean()
 
 
 def _update(

@@ -125,7 +125,7 @@ def cluster_purity(joint: Joint) -> float:
 
 def report(split: str, quality: Mapping[str, float | None]) -> str:
     """The measures of a split as a line for people."""
-    shown = (f"{name} {value:.4g}" for name, value in quality.items() if value is not None)
+    shown = (f"{name} {round(value, 4):,}".removesuffix(".0") for name, value in quality.items() if value is not None)
     return f"labels of {split}: " + ", ".join(shown)
 
 

@@ -7,7 +7,6 @@ import pickle
 
 import numpy as np
 import pytest
-from fake_corpus import FakeCorpus, ragged, write_store
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +14,7 @@ from pretrain.kmeans import KMeansSettings
 from pretrain.label_writer import SplitWriter
 from pretrain.labels import LabelError, LabelSettings, utterance_keys
 from pretrain.preflight import check_labels
+from tests.fake_corpus import FakeCorpus, ragged, write_store
 from wavlm_jax.audio.frames import num_frames
 from wavlm_jax.settings import SettingsError, read
 

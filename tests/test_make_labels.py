@@ -1,6 +1,7 @@
 """From a corpus to labels: real processes, a real teacher against transformers, kills, and memory that stays flat."""
 
 import dataclasses
+import functools
 import hashlib
 import os
 import signal
@@ -9,12 +10,12 @@ import sys
 import textwrap
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from fake_corpus import FakeCorpus, ragged
 from sklearn.metrics import pairwise_distances_argmin
-from test_labels import KMEANS, SETTINGS
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 from transformers import WavLMConfig as TorchConfig
 from transformers import WavLMModel as TorchModel
@@ -27,6 +28,14 @@ from pretrain.mfcc import mfcc
 from pretrain.preflight import check_labels
 from pretrain.sample import choose_frames, choose_utterances
 from pretrain.teacher import load_teacher
+from tests.fake_corpus import FakeCorpus, ragged
+from tests.speech import make_corpora
+from tests.test_labels import KMEANS, SETTINGS
+from wavlm_jax.config import WavLMConfig
+from wavlm_jax.model.frontend import normalize_waveform
+from wavlm_jax.model.wavlm import WavLM
+from wavlm_jax.training.checkpoint import Checkpoints, CheckpointSettings, RunRecord
+from wavlm_jax.training.state import TrainState
 
 MFCC = dataclasses.replace(SETTINGS, rate_hz=100, num_clusters=12, kmeans=dataclasses.replace(KMEANS, passes=4))
 
@@ -120,7 +129,7 @@ KILLED = """
     import dataclasses, os, signal, sys
     import numpy as np
     import pretrain.assigning, pretrain.kmeans, pretrain.label_writer
-    from fake_corpus import FakeCorpus, ragged
+    from tests.fake_corpus import FakeCorpus, ragged
     from pretrain.kmeans import KMeansSettings
     from pretrain.labelling import make_labels
     from pretrain.labels import LabelSettings
@@ -152,7 +161,7 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(tmp_path):
 
     def run(folder, where, count):
         code = textwrap.dedent(KILLED)
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(["tests", "."])}
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": "."}
         command = [sys.executable, "-c", code, str(tmp_path / folder), where, str(count)]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
@@ -163,6 +172,71 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(tmp_path):
         assert not (tmp_path / "killed/header.json").exists()
     assert run("killed", "nowhere", 0).returncode == 0
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+MEASURED = """
+    import dataclasses, re, sys, tempfile, threading
+    from pathlib import Path
+    import numpy as np
+    from tests.fake_corpus import FakeCorpus, ragged
+    from tests.test_labels import SETTINGS
+    from pretrain.labelling import make_labels
+
+    def own_mib():
+        return int(re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+    peak, done = 0, threading.Event()
+    def watch():
+        global peak
+        while not done.wait(0.01):
+            peak = max(peak, own_mib())
+    kmeans = dataclasses.replace(SETTINGS.kmeans, sample_frames=20_000, batch_frames=2000)
+    settings = dataclasses.replace(SETTINGS, path=tempfile.mkdtemp(), num_clusters=20, rate_hz=100, kmeans=kmeans)
+    corpus = FakeCorpus(ragged(int(sys.argv[1]), low=150_000, high=250_000))
+    thread = threading.Thread(target=watch)
+    thread.start()
+    make_labels(settings, {"train": corpus})
+    done.set()
+    thread.join()
+    print(peak)
+"""
+
+
+def test_memory_does_not_grow_with_the_corpus():
+    """Ten times the audio (42 minutes, 80 MB of samples, 40 MB of features): within 10 % of the memory."""
+
+    def peak(utterances):
+        command = [sys.executable, "-c", textwrap.dedent(MEASURED), str(utterances)]
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": "."}
+        found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return float(found.stdout.splitlines()[-1])
+
+    assert peak(200) < 1.1 * peak(20)
+
+
+def test_command_line(tmp_path):
+    """The real command on a real corpus, twice, and once with another request for the same folder."""
+    folders = make_corpora(tmp_path, train=12, valid=3)
+    command = [sys.executable, "-m", "pretrain.make_labels", "--config=configs/pretrain/demo.py"]
+    command += [f"--config.data.train={folders['train']}", f"--config.data.evaluation=('{folders['valid']}',)"]
+    command += ["--config.labels.kmeans.batch_frames=256", f"--out={tmp_path / 'labels'}", "--clusters=15"]
+
+    def run(*more):
+        environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+        return subprocess.run([*command, *more], env=environment, capture_output=True, text=True, check=False)
+
+    first = run()
+    assert first.returncode == 0, first.stderr
+    assert "labels of valid: frames" in first.stdout
+    files = contents(tmp_path / "labels")
+    store = LabelStore.open(tmp_path / "labels", "valid")
+    assert (len(store), store.header.num_clusters, store.header.rate_hz) == (3, 15, 100)
+    again = run()
+    assert again.stdout.count("\n") == 1
+    assert contents(tmp_path / "labels") == files
+    refused = run("--clusters=16")
+    assert refused.returncode != 0
+    assert "num_clusters: 15, asked for 16" in refused.stderr
 
 
 # Layers of a teacher.
@@ -261,6 +335,27 @@ def test_layer_labels_are_made(wavlm, tmp_path, capsys):
         chosen = distances[np.arange(len(features)), store.labels(index)]
         np.testing.assert_allclose(chosen, distances.min(1), rtol=1e-3, atol=1e-3)
     assert "labels of valid: frames" in capsys.readouterr().out
+
+
+def test_a_run_of_ours_is_a_teacher(tmp_path):
+    """Its newest checkpoint; the layer is what the model itself gives for one utterance without padding."""
+    config = WavLMConfig.tiny(do_normalize=True)
+    model = WavLM(config)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8000)))["params"]
+    zero = jnp.zeros((), jnp.int32)
+    state = TrainState(zero, {"wavlm": params, "head": {"bias": jnp.ones(3)}}, {"m": zero}, zero, zero)
+    checkpoints = Checkpoints(tmp_path, CheckpointSettings(every=1, keep_last=1, keep_every=None))
+    record = RunRecord(run_id="run", config={"model": dataclasses.asdict(config)}, fingerprints={})
+    checkpoints.save(state, 7, record, 0.0)
+    assert checkpoints.wait() is None
+    teacher = load_teacher(tmp_path, 7)
+    assert teacher.config == config
+    assert load_teacher(tmp_path).fingerprint == teacher.fingerprint
+    corpus = FakeCorpus([8000])
+    source = LayerFeatures(teacher, 1, piece_seconds=30.0, batch_seconds=1.0, num_threads=1)
+    waveform = normalize_waveform(jnp.asarray(corpus.wave(0)[None] / 32768, jnp.float32), None, 1e-5)
+    output = jax.jit(functools.partial(model.apply, output_hidden_states=True))({"params": params}, waveform)
+    np.testing.assert_allclose(frames_of(source, corpus)[0], output.hidden_states[1][0], atol=1e-4, rtol=1e-4)
 
 
 def test_no_teacher_and_no_such_layer(wavlm, tmp_path):

@@ -4,7 +4,6 @@ import itertools
 
 import numpy as np
 import pytest
-from fake_corpus import FakeCorpus, FakePhones, write_store
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import entropy as scipy_entropy
@@ -24,6 +23,7 @@ from pretrain.quality import (
     usage,
     without_stress,
 )
+from tests.fake_corpus import FakeCorpus, FakePhones, write_store
 
 pairs = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 9)), min_size=1, max_size=300)
 
