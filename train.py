@@ -59,10 +59,10 @@ def main(_: Sequence[str]) -> None:
             (workdir / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         code = train(config, workdir)
     except (ValueError, OSError, OutOfMemory) as error:
-        details = workdir / f"error-{jax.process_index()}.txt"
+        print(f"train.py: {error}", file=sys.stderr)
         if workdir.is_dir():
-            details.write_text(traceback.format_exc())
-        print(f"train.py: {error}\n(traceback: {details})", file=sys.stderr)
+            (workdir / "error.txt").write_text(traceback.format_exc())
+            print(f"(traceback: {workdir / 'error.txt'})", file=sys.stderr)
         code = EXIT_WRONG
     sys.exit(code)
 
@@ -81,15 +81,16 @@ def parse(arguments: list[str]) -> list[str]:
 def _unknown_key(arguments: list[str]) -> str | None:
     """Which `--config.x.y=z` the config file does not know, and the nearest key that it does."""
     overrides = [argument for argument in arguments if argument.startswith("--config.")]
-    FLAGS([argument for argument in arguments if argument not in overrides])
+    alone = flags.FlagValues()
+    config = config_flags.DEFINE_config_file("config", None, "", flag_values=alone, sys_argv=[])
+    alone([argument for argument in arguments if argument not in overrides], known_only=True)
     for override in overrides:
-        node: Any = _CONFIG.value
+        node: Any = config.value
         name = override.partition("=")[0]
         for key in name.split(".")[1:]:
             if not hasattr(node, "keys") or key not in node:
-                return (
-                    f"{name}: no such key; {nearest(key, node) if hasattr(node, 'keys') else 'its parent is a value'}"
-                )
+                hint = nearest(key, node) if hasattr(node, "keys") else "what it is a part of is a value"
+                return f"{name}: no such key as {key}; {hint}"
             node = node[key]
     return None
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -151,24 +152,49 @@ def finish(processes: list[subprocess.Popen]) -> tuple[list[int], list[str]]:
     return [process.returncode for process in processes], outputs
 
 
-def test_two_processes_stop_together_and_go_on_to_the_same_bits(runner: Runner, expected: str, tmp_path: Path) -> None:
+def test_two_processes_stop_together_and_two_or_one_go_on(runner: Runner, expected: str, tmp_path: Path) -> None:
     """SIGTERM reaches one of them; both save the same step. Two processes give the bits of one with two devices."""
-    processes = start_two(runner, tmp_path, delay=0.2)
-    wait_for_step(processes[0], tmp_path, 4)
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    processes = start_two(runner, together, delay=0.2)
+    wait_for_step(processes[0], together, 4)
     processes[1].send_signal(signal.SIGTERM)
     codes, outputs = finish(processes)
     assert codes == [75, 75], outputs
-    last = stored.newest_valid(tmp_path)[0].step
+    last = stored.newest_valid(together)[0].step
     assert all(f"outcome PREEMPTED {last}" in output for output in outputs)
-    codes, outputs = finish(start_two(runner, tmp_path))
+    shutil.copytree(together, alone)
+    codes, outputs = finish(start_two(runner, together))
     assert codes == [0, 0], outputs
-    assert digest(tmp_path) == expected
+    assert digest(together) == expected
+    goes_on_to_the_same_end(runner, alone, expected)
 
 
-def test_another_number_of_processes_goes_on_where_two_stopped(runner: Runner, tmp_path: Path) -> None:
-    codes, outputs = finish(start_two(runner, tmp_path, num_steps=6))
-    assert codes == [0, 0], outputs
-    code, output = runner.run(tmp_path)
-    assert code == 0, output
-    assert "resumed at step 6" in output
-    assert logged(tmp_path)[-1] == ("eval/valid", STEPS)
+def test_what_a_person_got_wrong_is_one_message(runner: Runner, tmp_path: Path) -> None:
+    """train.py itself: exit code 2, the cure, no traceback."""
+    demo = "configs/pretrain/demo.py"
+    cases = {
+        (
+            demo,
+            "--config.optim.learning_rat=1",
+        ): "no such key as learning_rat; did you mean learning_rate?",
+        (demo, "--config.optin.adam.b1=1"): "--config.optin.adam.b1: no such key as optin; did you mean optim?",
+        (demo, "--config.data.train=nowhere"): "nowhere",
+        (demo, "--config.mesh.fsdp=3"): "config.mesh: data -1, fsdp 3, tensor 1 on 1 devices",
+        ("configs/pretrain/none.py", "--config.seed=1"): "configs/pretrain/none.py",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "train.py", "--config", config, f"--workdir={tmp_path / str(index)}", override],
+            cwd=SCRIPT.parents[1],
+            env=runner.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index, (config, override) in enumerate(cases)
+    ]
+    outputs = [process.communicate(timeout=120)[1] for process in processes]
+    for process, errors, message in zip(processes, outputs, cases.values(), strict=True):
+        assert process.returncode == 2, errors
+        assert message in errors
+        assert "Traceback" not in errors
