@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import re
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -177,10 +178,12 @@ def test_another_shape_is_named(tmp_path):
         import_microsoft(save(checkpoint, tmp_path / "w.pt"))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
 def test_numbers_that_are_not_finite_are_refused(tmp_path, value):
     checkpoint = checkpoint_of(model_of())
-    checkpoint["model"]["encoder.layers.1.fc2.bias"][3] = value
+    bias = checkpoint["model"]["encoder.layers.1.fc2.bias"].double()
+    bias[3] = value
+    checkpoint["model"]["encoder.layers.1.fc2.bias"] = bias
     with pytest.raises(ConversionError, match=r"encoder.layers.1.fc2.bias holds numbers that are not finite"):
         import_microsoft(save(checkpoint, tmp_path / "w.pt"))
 
@@ -393,7 +396,7 @@ def test_exports_that_have_no_place_in_the_layout(tmp_path):
     imported = import_microsoft(path)
     with pytest.raises(ConversionError, match="layer_norm_eps is 1e-06"):
         export_microsoft(small_config(layer_norm_eps=1e-6), imported.params, tmp_path / "out.pt")
-    with pytest.raises(ConversionError, match="of another shape"):
+    with pytest.raises(ConversionError, match="of another shape or not finite: encoder/layers/feed_forward"):
         export_microsoft(small_config(intermediate_size=16), imported.params, tmp_path / "out.pt")
     assert not (tmp_path / "out.pt").exists()
 
@@ -413,6 +416,30 @@ def test_an_empty_slot_says_so(tmp_path):
     for name in KNOWN:
         assert "no trustworthy SHA-256 is known" in check_known(tmp_path / name, dict.fromkeys(KNOWN))
     assert all(value is None or len(bytes.fromhex(value)) == 32 for value in KNOWN.values())
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+from wavlm_jax.convert.microsoft import import_microsoft
+small, big = map(Path, sys.argv[1:])
+import_microsoft(small)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+imported = import_microsoft(big)
+assert "torch" not in sys.modules
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def test_memory_of_an_import(tmp_path):
+    """The parameters and little more: below 1.3 times the file."""
+    _, small = saved(tmp_path)
+    model = torch_model(small_config(hidden_size=512, intermediate_size=4096, num_hidden_layers=8))
+    big = save(checkpoint_of(model), tmp_path / "big.pt")
+    command = [sys.executable, "-c", MEASURE, str(small), str(big)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert big.stat().st_size > 150e6
+    assert int(done.stdout) < 1.3 * big.stat().st_size
 
 
 @pytest.mark.parametrize("kind", ["base", "large", "hubert_large"])

@@ -14,12 +14,14 @@ import numpy as np
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.convert.fairseq_config import from_fairseq, to_microsoft, training_only
 from wavlm_jax.convert.known import check_known
-from wavlm_jax.convert.names import ConversionError, Place, from_torch, parameter_shapes, places, to_torch
+from wavlm_jax.convert.names import ConversionError, Place, parameter_shapes, places
 from wavlm_jax.convert.state_dict import (
     Imported,
     Source,
     Sources,
     check_layers,
+    fill,
+    flatten,
     match,
     old_spelling,
     read_head,
@@ -92,7 +94,7 @@ def import_microsoft(path: Path) -> Imported:
     match(encoder, dict(wanted.values()), path)
     sources = {name: source_of(prefix + key, encoder[key]) for name, (key, _) in wanted.items()}
     sources |= _identity(model)
-    params = from_torch(Sources(sources, path), shapes)
+    params = fill(Sources(sources, path), shapes)
     notes += [*head_notes, *training_only(config, str(path))]
     return Imported(model, params, head, "microsoft", tuple(notes))
 
@@ -112,8 +114,7 @@ def export_microsoft(config: WavLMConfig, params: Params, path: Path, head: Mapp
     """
     if config.layer_norm_eps != 1e-5:  # noqa: PLR2004 (the authors' code knows no other)
         raise ConversionError(f"layer_norm_eps is {config.layer_norm_eps}; the authors' layout has no place for it")
-    tensors = to_torch(params)
-    from_torch(tensors, parameter_shapes(config))
+    tensors = _as_in_torch(params, parameter_shapes(config))
     for name, source in _identity(config).items():
         if not np.array_equal(tensors.pop(name), source.read()):
             raise ConversionError(
@@ -164,6 +165,23 @@ def _take_head(encoder: dict[str, LazyTensor], path: Path) -> tuple[dict[str, An
     head = read_head(*found.values(), path=path)
     rows, width = head["label_embeddings"].shape
     return head, [f"pre-training head with {rows} label embeddings of width {width}"]
+
+
+def _as_in_torch(params: Params, shapes: Params) -> dict[str, np.ndarray]:
+    """Hugging Face's state dict of our tree, as views that need no memory of their own."""
+    expected = {path: leaf.shape for path, leaf in flatten(shapes).items()}
+    arrays = {path: np.asarray(leaf, np.float32) for path, leaf in flatten(params).items()}
+    wrong = [path for path in expected.keys() | arrays.keys() if path not in arrays or path not in expected]
+    wrong += [path for path in expected.keys() & arrays.keys() if arrays[path].shape != expected[path]]
+    wrong += [path for path, array in arrays.items() if not np.isfinite(array).all()]
+    if wrong:
+        names = ", ".join("/".join(path) for path in sorted(wrong)[:8])
+        raise ConversionError(f"{len(wrong)} parameters missing, unknown, of another shape or not finite: {names}")
+    tensors = {}
+    for place in places(shapes):
+        array = arrays[place.path] if place.layer is None else arrays[place.path][place.layer]
+        tensors[place.name] = array.transpose() if place.reverse else array.reshape(place.shape)
+    return tensors
 
 
 def _head_tensors(head: Mapping[str, Any]) -> dict[str, np.ndarray]:

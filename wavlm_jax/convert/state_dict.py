@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Shaped
 
 from wavlm_jax.convert.faults import HostileFile
-from wavlm_jax.convert.names import ConversionError
+from wavlm_jax.convert.names import ConversionError, places
 from wavlm_jax.convert.torch_tensor import LazyTensor
+from wavlm_jax.shapes import Params
 
 _WEIGHT_NORM = {".parametrizations.weight.original0": ".weight_g", ".parametrizations.weight.original1": ".weight_v"}
 
@@ -51,7 +53,7 @@ def source_of(key: str, tensor: LazyTensor) -> Source:
 
 
 class Sources(Mapping[str, np.ndarray]):
-    """Hugging Face's names -> arrays, each read (and tested for finite numbers) when it is asked for."""
+    """Hugging Face's names -> float32 arrays, each read when it is asked for."""
 
     def __init__(self, sources: Mapping[str, Source], path: Path) -> None:
         self.sources, self.path = sources, path
@@ -60,11 +62,12 @@ class Sources(Mapping[str, np.ndarray]):
         """The numbers of one tensor.
 
         Raises:
-            ConversionError: some of them are not finite.
+            ConversionError: some of them are not finite in float32.
 
         """
         source = self.sources[name]
-        array = source.read()
+        with np.errstate(over="ignore"):
+            array = np.asarray(source.read(), np.float32)
         if not np.isfinite(array).all():
             raise ConversionError(
                 f"{self.path}: {source.key} holds numbers that are not finite; the file is damaged, fetch it again"
@@ -76,6 +79,31 @@ class Sources(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self.sources)
+
+
+def fill(sources: Mapping[str, np.ndarray], shapes: Params) -> dict[str, Any]:
+    """Our tree of float32 arrays, filled tensor by tensor: memory holds the tree and one tensor.
+
+    Args:
+        sources: Hugging Face's names -> arrays; names and shapes were compared before (`match`).
+        shapes: the tree to fill, as `parameter_shapes` gives it.
+
+    """
+    tree: dict[str, Any] = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), dict(shapes))
+    arrays = flatten(tree)
+    for place in places(shapes):
+        array = arrays[place.path] if place.layer is None else arrays[place.path][place.layer, ...]
+        as_in_torch = array.transpose() if place.reverse else array.reshape(place.shape)
+        as_in_torch[...] = sources[place.name]
+    return tree
+
+
+def flatten(tree: Params, above: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """Path -> array, for every array of a tree."""
+    arrays: dict[tuple[str, ...], Any] = {}
+    for key, value in tree.items():
+        arrays |= flatten(value, (*above, key)) if isinstance(value, Mapping) else {(*above, key): value}
+    return arrays
 
 
 def read_head(weight: Source, bias: Source, labels: Source, *, path: Path) -> dict[str, Any]:
@@ -96,7 +124,7 @@ def read_head(weight: Source, bias: Source, labels: Source, *, path: Path) -> di
         parts = ", ".join(f"{source.key} {source.shape}" for source in (weight, bias, labels))
         raise ConversionError(f"{path}: the parts of the pre-training head do not fit together: {parts}")
     found = Sources({source.key: source for source in (weight, bias, labels)}, path)
-    arrays = [np.asarray(found[source.key], np.float32) for source in (weight, bias, labels)]
+    arrays = [found[source.key] for source in (weight, bias, labels)]
     projection = {"kernel": np.ascontiguousarray(arrays[0].T), "bias": arrays[1]}
     return {"final_proj": projection, "label_embeddings": arrays[2]}
 

@@ -13,12 +13,13 @@ import numpy as np
 
 from wavlm_jax.config import BASE_STRIDES, WavLMConfig
 from wavlm_jax.convert.known import check_known
-from wavlm_jax.convert.names import ConversionError, from_torch, parameter_shapes, places
+from wavlm_jax.convert.names import ConversionError, parameter_shapes, places
 from wavlm_jax.convert.state_dict import (
     Imported,
     Source,
     Sources,
     check_layers,
+    fill,
     match,
     old_spelling,
     read_head,
@@ -90,7 +91,7 @@ def import_torchaudio(path: Path, **changes: Any) -> Imported:
     match(encoder, dict(wanted.values()), path)
     sources = {name: source_of(key, encoder[key]) for name, (key, _) in wanted.items()}
     sources[_OUR_MASK_VECTOR] = _mask_vector(vector, config, notes)
-    params = from_torch(Sources(sources, path), shapes)
+    params = fill(Sources(sources, path), shapes)
     return Imported(config, params, _head(head, path), "torchaudio", tuple(notes))
 
 
