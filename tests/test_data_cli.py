@@ -66,6 +66,17 @@ def test_a_folder_of_all_formats_and_odd_names(tmp_path: Path):
     assert corpus.header.faults == {}
 
 
+def test_linked_folders_are_not_entered_but_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    source = speech(tmp_path / "in", 2)
+    (source / "more").symlink_to(speech(tmp_path / "elsewhere", 3))
+    (source / "round").symlink_to(source)
+    assert run(source, "--out", tmp_path / "out") == 0
+    assert len(Corpus.open(tmp_path / "out")) == 2
+    notes = capsys.readouterr().err
+    assert f"{source / 'more'}: a linked folder, not entered" in notes
+    assert f"{source / 'round'}: a linked folder, not entered" in notes
+
+
 def test_the_fingerprint_knows_speech_and_nothing_else(tmp_path: Path):
     first = speech(tmp_path / "first", 150)
     second = Path(shutil.copytree(first, tmp_path / "elsewhere"))
@@ -240,6 +251,10 @@ FAULTY = {
     "fairseq no root": (["nowhere", "0000.flac\t3000"], r"m.tsv:1: root 'nowhere' is not a folder"),
     "fairseq columns": ([ROOT, "0000.flac 3000"], r"m.tsv:2: found 1 columns, expected path TAB samples"),
     "header only": ([HEADER], r"m.tsv: no utterance"),
+    "number of 5000 digits": ([HEADER, "a\t0000.flac\t" + "9" * 5000], r"m.tsv:2: samples is '999"),
+    "endless cell": ([HEADER, "a\t0000.flac\t" + "9" * 200_000], r"m.tsv:2: field larger than field limit"),
+    "bottomless JSON": (['{"path": "0000.flac"}', '{"path":' + "[" * 100_000], r"m.tsv:2: not JSON"),
+    "half a character": ([r'{"path": "0000.flac", "text": "\ud800"}'], r"m.tsv:1: text is '\\ud800', expected text"),
     "not JSON": (['{"path": "0000.flac"}', "{"], r"m.tsv:2: not JSON"),
     "JSON without path": (
         ['{"path": "0000.flac"}', '{"id": "a"}'],
@@ -249,6 +264,10 @@ FAULTY = {
     "phones of one kind": (
         ['{"path": "0000.flac", "phones": {"symbols": ["a"]}}'],
         r"m.tsv:1: phones has to be an object with symbols, starts, ends",
+    ),
+    "phones no lists": (
+        ['{"path": "0000.flac", "phones": {"symbols": "a", "starts": 0, "ends": 9}}'],
+        r"m.tsv:1: phones: symbols, starts and ends have to be lists",
     ),
     "phones overlap": (
         ['{"path": "0000.flac", "phones": {"symbols": ["a", "b"], "starts": [0, 5], "ends": [9, 12]}}'],

@@ -14,6 +14,7 @@ from audio_files import encoded, save, tone
 from wavlm_jax.audio.wave import to_int16
 from wavlm_jax.data.__main__ import main
 from wavlm_jax.data.corpus import Corpus
+from wavlm_jax.data.header import CorpusError
 from wavlm_jax.data.prepare import PrepareError, split
 from wavlm_jax.data.sources import Entry, Files, Source, from_folder
 
@@ -108,6 +109,8 @@ def test_a_held_out_share_is_a_matter_of_each_id(tmp_path: Path):
     assert len(train) + len(valid) == 60
     assert 5 <= len(valid) <= 20
     assert (train.header.name, valid.header.name) == ("n/train", "n/valid")
+    with pytest.raises(CorpusError, match="it holds the corpora train, valid: open one of them"):
+        Corpus.open(tmp_path / "out")
     # without some of the others, each stays where it was
     source = from_folder(tmp_path / "in")
     fewer = Source(source.description, source.entries[:30], source.reader)

@@ -46,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _prepare(words: Sequence[str]) -> None:
     options = _parser().parse_args(words)
     source = _open(options.source, options)
+    for note in source.notes:
+        print(f"note: {note}", file=sys.stderr)
     name = options.name or Path(options.source).stem
     policy = Policy(
         rate=options.rate_policy,

@@ -80,6 +80,9 @@ def read_header(path: Path) -> CorpusHeader:
     """
     file = path / HEADER
     if not file.is_file():
+        parts = sorted(inner.parent.name for inner in path.glob(f"*/{HEADER}"))
+        if parts:
+            raise CorpusError(f"{path}: no corpus itself; it holds the corpora {', '.join(parts)}: open one of them")
         raise CorpusError(
             f"{path}: no {HEADER}, so not a whole corpus; make it: python -m wavlm_jax.data SOURCE --out {path}"
         )

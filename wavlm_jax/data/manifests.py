@@ -35,6 +35,8 @@ COLUMNS = {
     "phones": ("phones",),
 }
 
+_MOST_DIGITS = 18
+
 Numbered: TypeAlias = tuple[int, Mapping[str, Any]]
 """A line's number, and its columns."""
 
@@ -53,21 +55,23 @@ def from_manifest(file: Path, root: Path | None = None) -> Source:
         SourceError: naming the line.
 
     """
-    lines = _lines(file)
+    lines, notes = _lines(file), tuple[str, ...]()
     if lines[0].startswith("{"):
         rows = _json_rows(file, lines)
     elif "\t" in lines[0] or file.suffix == ".csv":
         rows = _table_rows(file, lines, "," if file.suffix == ".csv" else "\t")
     else:
         rows = _fairseq_rows(file, lines[1:])
-        root = root or _fairseq_root(file, lines[0])
+        if root is None:
+            root = _fairseq_root(file, lines[0])
+            notes = (f"{file}: paths are relative to {root}, as its first line says",)
     numbered = list(rows)
     if not numbered:
         raise SourceError(f"{file}: no utterance, expected one a line")
     root = (root or _find_root(file, str(numbered[0][1]["path"]))).resolve()
     entries = [_entry(row, root, f"{file}:{number}") for number, row in numbered]
     _check_unique(file, [(number, entry.id) for (number, _), entry in zip(numbered, entries, strict=True)])
-    return Source(f"manifest {file}, root {root}", entries, Files(root))
+    return Source(f"manifest {file}, root {root}", entries, Files(root), notes)
 
 
 def _lines(file: Path) -> list[str]:
@@ -88,7 +92,7 @@ def _json_rows(file: Path, lines: list[str]) -> Iterator[Numbered]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise SourceError(f"{file}:{number}: not JSON ({error})") from error
         if not isinstance(row, dict) or not isinstance(row := _known(row), dict) or not isinstance(row["path"], str):
             raise SourceError(f"{file}:{number}: expected an object with a text under 'path', found {line[:80]!r}")
@@ -98,19 +102,28 @@ def _json_rows(file: Path, lines: list[str]) -> Iterator[Numbered]:
 def _table_rows(file: Path, lines: list[str], delimiter: str) -> Iterator[Numbered]:
     """Rows of a TSV, where a quote is a letter, or of a CSV, where it is a quote."""
     if delimiter == ",":
-        table = csv.reader(lines, strict=True)
+        table = _cells(file, csv.reader(lines, strict=True))
     else:
-        table = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE, strict=True)
-    columns = next(table)
+        table = _cells(file, csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE, strict=True))
+    _, columns = next(table)
     if len(set(columns)) < len(columns) or _known(dict.fromkeys(columns, "")) is None:
         raise SourceError(
             f"{file}:1: found columns {', '.join(columns)}; expected path and, optional, id, samples, speaker, text, "
             "each once (or fairseq's form: the root folder alone on the first line)"
         )
-    for cells in table:
+    for number, cells in table:
         if len(cells) != len(columns):
-            raise SourceError(f"{file}:{table.line_num}: found {len(cells)} columns, the header has {len(columns)}")
-        yield table.line_num, _known(dict(zip(columns, cells, strict=True))) or {}
+            raise SourceError(f"{file}:{number}: found {len(cells)} columns, the header has {len(columns)}")
+        yield number, _known(dict(zip(columns, cells, strict=True))) or {}
+
+
+def _cells(file: Path, table: Any) -> Iterator[tuple[int, list[str]]]:
+    """Line numbers and cells of a csv.reader, whose errors name no line."""
+    try:
+        for cells in table:
+            yield table.line_num, cells
+    except csv.Error as error:
+        raise SourceError(f"{file}:{table.line_num}: {error}") from error
 
 
 def _known(row: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -150,7 +163,7 @@ def _entry(row: Mapping[str, Any], root: Path, where: str) -> Entry:
     name = row["id"] if "id" in row else str(PurePosixPath(path).with_suffix(""))
     texts = {"id": name, "speaker": row.get("speaker", ""), "text": row.get("text", "")}
     for key, value in texts.items():
-        if not isinstance(value, str):
+        if not isinstance(value, str) or not _is_unicode(value):
             raise SourceError(f"{where}: {key} is {value!r}, expected text")
     if not name or name != name.strip():
         raise SourceError(f"{where}: id is {name!r}, expected text without blanks at its ends")
@@ -173,7 +186,7 @@ def _check_path(path: str, root: Path, where: str) -> None:
 def _samples(value: Any, where: str) -> int | None:
     if value is None or value == "":
         return None
-    if isinstance(value, str) and value.isascii() and value.isdigit():
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < _MOST_DIGITS:
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise SourceError(f"{where}: samples is {value!r}, expected a whole number (columns swapped?)")
@@ -185,9 +198,12 @@ def _alignment(value: Any, samples: int | None, where: str) -> Alignment | None:
         return None
     if not isinstance(value, dict) or set(value) != set(Alignment._fields):
         raise SourceError(f"{where}: phones has to be an object with symbols, starts, ends (in samples)")
+    if not all(isinstance(column, list) for column in value.values()):
+        raise SourceError(f"{where}: phones: symbols, starts and ends have to be lists")
     phones = Alignment(**value)
     numbers = [*phones.starts, *phones.ends]
-    if not all(isinstance(number, int) for number in numbers) or not all(isinstance(s, str) for s in phones.symbols):
+    texts = all(isinstance(symbol, str) and _is_unicode(symbol) for symbol in phones.symbols)
+    if not texts or not all(isinstance(number, int) for number in numbers):
         raise SourceError(f"{where}: phones: expected texts under symbols, whole numbers under starts and ends")
     spans = sorted(numbers) == [n for pair in zip(phones.starts, phones.ends, strict=False) for n in pair]
     if not len(phones.symbols) == len(phones.starts) == len(phones.ends) or not spans or min(numbers, default=0) < 0:
@@ -195,6 +211,15 @@ def _alignment(value: Any, samples: int | None, where: str) -> Alignment | None:
     if samples is not None and max(numbers, default=0) > samples:
         raise SourceError(f"{where}: phones end at sample {max(numbers)}, the utterance has {samples}")
     return phones
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON can spell half a character, which no file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_unique(file: Path, names: list[tuple[int, str]]) -> None:

@@ -67,6 +67,8 @@ class Source:
     description: str
     entries: Sequence[Entry]
     reader: AudioReader
+    notes: tuple[str, ...] = ()
+    """What a person should know about how the source was read."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,8 @@ def stamp(path: Path) -> str:
 def from_folder(root: Path) -> Source:
     """Every audio file under `root`, in order of its path. The id is the path without suffix.
 
-    Linked folders are not entered (they could lead anywhere, or round in circles); linked files are taken if they lie
-    inside the root.
+    Linked folders are not entered (they could lead anywhere, or round in circles), but noted; linked files are taken if
+    they lie inside the root.
 
     Raises:
         SourceError: no audio file there.
@@ -125,7 +127,7 @@ def from_folder(root: Path) -> Source:
     entries = [
         Entry(id=printable(name), audio=path, stamp=stamp(root / path)) for name, path in zip(names, paths, strict=True)
     ]
-    return Source(f"folder {root}", entries, Files(root))
+    return Source(f"folder {root}", entries, Files(root), tuple(_linked_folders(root)))
 
 
 def has_audio(root: Path) -> bool:
@@ -144,6 +146,14 @@ def _audio_files(root: Path) -> Iterator[str]:
         for name in [*files, *odd]:
             if _is_audio(name):
                 yield os.path.relpath(os.path.join(folder, name), root)  # noqa: PTH118
+
+
+def _linked_folders(root: Path) -> Iterator[str]:
+    for folder, folders, _ in os.walk(root):
+        for name in folders:
+            path = Path(folder, name)
+            if path.is_symlink():
+                yield f"{path}: a linked folder, not entered; to have its audio, give it as a SOURCE of its own"
 
 
 def _is_audio(name: str) -> bool:
