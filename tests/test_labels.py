@@ -8,6 +8,7 @@ import pickle
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from pretrain.kmeans import KMeansSettings
@@ -74,6 +75,7 @@ def test_labels_are_read_back(tmp_path, corpora, labels):
 
 
 @given(counts=st.lists(st.integers(0, 30), min_size=1, max_size=12), cuts=st.sets(st.integers(1, 11)), data=st.data())
+@examples(max_examples=25, deadline=None)
 def test_parts_in_any_division_give_the_same_file(tmp_path_factory, counts, cuts, data):
     """Parts of any size, and a new writer before any of them, as after a kill."""
     folder = tmp_path_factory.mktemp("labels")

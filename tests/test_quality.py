@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import entropy as scipy_entropy
 from sklearn.metrics import mutual_info_score
@@ -29,6 +29,7 @@ pairs = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 9)), min_size=1, ma
 
 
 @given(pairs)
+@settings(deadline=None)
 def test_measures_are_those_of_sklearn(found):
     phones, labels = (np.array(column) for column in zip(*found, strict=True))
     joint = contingency_matrix(phones, labels).astype(np.int64)
@@ -51,6 +52,7 @@ def test_measures_counted_by_hand():
 
 
 @given(st.lists(st.lists(st.integers(0, 3), max_size=20), min_size=1, max_size=20))
+@settings(max_examples=25, deadline=None)
 def test_usage_and_runs_are_those_of_groupby(tmp_path_factory, utterances):
     if not any(utterances):
         utterances = [*utterances, [1]]
@@ -78,6 +80,7 @@ def test_labels_meet_phones_at_the_centre_of_their_window(tmp_path):
 
 @pytest.mark.parametrize(("rate_hz", "hop"), [(50, 320), (100, 160)])
 @given(cuts=st.lists(st.integers(0, 12000), min_size=2, max_size=10, unique=True), num_labels=st.integers(0, 80))
+@settings(deadline=None)
 def test_phone_of_a_frame_is_the_one_that_covers_its_centre(rate_hz, hop, cuts, num_labels):
     edges = sorted(cuts)
     starts, ends = np.array(edges[:-1]), np.array(edges[1:])
@@ -98,7 +101,7 @@ def test_no_alignment_gives_usage_only(tmp_path):
     assert found["unigram_accuracy"] == 0.5
     assert found["usage_entropy"] == pytest.approx(scipy_entropy([2, 2, 4]))
     assert "pnmi" not in report("train", found)
-    assert "mean_run_length 2.667" in report("train", found)
+    assert "mean_run_length 2.6667" in report("train", found)
 
 
 @pytest.mark.parametrize(
