@@ -21,8 +21,8 @@ from pretrain import task as pretraining
 from wavlm_jax.settings import nearest, read_sections
 from wavlm_jax.training import hosts, loop
 from wavlm_jax.training.compilation import OutOfMemory
-from wavlm_jax.training.session import RunSettings
-from wavlm_jax.training.sharding import Topology, make_mesh
+from wavlm_jax.training.mesh import Topology, make_mesh
+from wavlm_jax.training.run_settings import RunSettings
 
 TASKS = {"masked_prediction": pretraining.build}
 EXIT_WRONG = 2
@@ -48,7 +48,7 @@ def train(config: dict[str, Any], workdir: Path) -> int:
 
 def main(_: Sequence[str]) -> None:
     """From flags to an exit code; what a person can put right is one message, its traceback a file."""
-    workdir = Path(_WORKDIR.value)
+    workdir = Path(_WORKDIR.value or "")
     if _PLATFORM.value is not None:
         jax.config.update("jax_platforms", _PLATFORM.value)
     try:

@@ -25,8 +25,8 @@ from wavlm_jax.data.plan import BatchSettings, describe
 from wavlm_jax.data.reader import Host
 from wavlm_jax.settings import SettingsError, nearest, read_sections
 from wavlm_jax.shapes import Params, StepKey
-from wavlm_jax.training.session import RunSettings
-from wavlm_jax.training.sharding import Topology
+from wavlm_jax.training.mesh import Topology
+from wavlm_jax.training.run_settings import RunSettings
 from wavlm_jax.training.task import BatchStream, Task
 
 

@@ -15,8 +15,8 @@ import toy_task
 from wavlm_jax.training import checkpoint, disk, manifest, stored
 from wavlm_jax.training.checkpoint import Checkpoints, CheckpointSettings, RunRecord
 from wavlm_jax.training.manifest import CheckpointError
+from wavlm_jax.training.mesh import MeshSettings, make_mesh
 from wavlm_jax.training.optim import adam
-from wavlm_jax.training.sharding import MeshSettings, make_mesh
 from wavlm_jax.training.start import Layout, plan_layout
 from wavlm_jax.training.state import init_key, shard_state
 

@@ -12,8 +12,8 @@ import toy_task
 
 from wavlm_jax.training import checkpoint, compilation, loop, stored
 from wavlm_jax.training.manifest import CheckpointError
-from wavlm_jax.training.session import Outcome, Session, Status
-from wavlm_jax.training.sharding import make_mesh
+from wavlm_jax.training.mesh import make_mesh
+from wavlm_jax.training.outcome import Outcome, Status
 from wavlm_jax.training.start import config_changes
 
 
@@ -82,7 +82,7 @@ def test_the_time_buckets_of_the_log_add_up(tmp_path: Path) -> None:
 def test_a_request_to_stop_saves_at_the_boundary_and_the_next_call_goes_on_to_the_same_bits(
     oracle: Path, tmp_path: Path, monkeypatch, stop: int
 ) -> None:
-    original = Session.update
+    original = loop._Session.update
 
     def update(self, *arguments) -> None:
         original(self, *arguments)
@@ -90,7 +90,7 @@ def test_a_request_to_stop_saves_at_the_boundary_and_the_next_call_goes_on_to_th
             signal.raise_signal(signal.SIGTERM if stop % 2 else signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "update", update)
+        patch.setattr(loop._Session, "update", update)
         outcome = run(tmp_path)
     assert (outcome.status, outcome.step, int(outcome.status)) == (Status.PREEMPTED, stop, 75)
     assert stored.steps(tmp_path)[-1] == stop
@@ -104,7 +104,7 @@ def test_a_request_to_stop_saves_at_the_boundary_and_the_next_call_goes_on_to_th
 
 def test_a_stop_between_checkpoint_and_evaluation_loses_no_evaluation(tmp_path: Path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "evaluate", lambda _: 1 / 0)
+        patch.setattr(loop._Session, "evaluate", lambda _: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(tmp_path, every=5)
     assert stored.steps(tmp_path) == [5]
@@ -210,10 +210,9 @@ def test_the_second_start_finds_its_programs(tmp_path: Path, monkeypatch, capsys
     monkeypatch.setattr(toy_task, "make_settings", lambda **_: dataclasses.replace(settings, train=train))
     before = jax.config.jax_compilation_cache_dir
     run(tmp_path)
-    assert "4 programs" in (first := capsys.readouterr().out)
-    assert "cache: 0 found" in first
+    assert "(0 of them found in the cache)" in capsys.readouterr().out
     run(tmp_path)
-    assert "cache: 4 found, 0 not" in capsys.readouterr().out
+    assert "4 programs in" in capsys.readouterr().out
     compilation.use_cache(Path(before))
 
 

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboardX.proto.event_pb2 import Event  # the reader's side of what we write
 
-from wavlm_jax.training.metrics import Clock, Interval, Totals, for_json
-from wavlm_jax.training.step import Report
+from wavlm_jax.training.metrics import Clock, Interval, Totals
+from wavlm_jax.training.state import Report
 from wavlm_jax.training.task import LossSums
-from wavlm_jax.training.writers import Jsonl, Metrics, MetricsSettings, Terminal, WandbSettings, open_metrics
+from wavlm_jax.training.writers import Jsonl, Metrics, MetricsSettings, Terminal, WandbSettings, for_json, open_metrics
 
 
 def sums(loss: float, count: float, **metrics: tuple[float, float]) -> LossSums:

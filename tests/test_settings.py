@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from wavlm_jax.config import Compute, WavLMConfig
 from wavlm_jax.settings import SettingsError, convert, read, read_sections
-from wavlm_jax.training.session import RunSettings
+from wavlm_jax.training.run_settings import RunSettings
 from wavlm_jax.training.writers import WandbSettings
 
 

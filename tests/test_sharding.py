@@ -11,11 +11,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.model.wavlm import WavLM
 from wavlm_jax.training import sharding
-from wavlm_jax.training.axes import ENCODER_AXES, WAVLM_AXES
+from wavlm_jax.training.axes import ENCODER_AXES, WAVLM_AXES, AxesTable
+from wavlm_jax.training.mesh import MeshSettings, Topology, make_mesh
 from wavlm_jax.training.optim import adam
-from wavlm_jax.training.sharding import MeshSettings, make_mesh
 from wavlm_jax.training.state import abstract_state, init_key
-from wavlm_jax.training.task import BatchSpec
+from wavlm_jax.training.trees import path_name
 
 
 def mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
@@ -24,7 +24,7 @@ def mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
 
 def test_minus_one_is_the_rest() -> None:
     assert dict(mesh(fsdp=2, tensor=2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert sharding.Topology.of(mesh(fsdp=2, tensor=2)) == sharding.Topology(4, 0, 1)
+    assert Topology.of(mesh(fsdp=2, tensor=2)) == Topology(4, 0, 1)
 
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, -1, 1), (-1, 3, 1), (0, 1, 1), (2, 2, 1), (-1, 1, 0)])
@@ -51,7 +51,7 @@ def test_base_is_split_evenly_where_it_is_large() -> None:
     shardings = sharding.parameter_shardings(params, WAVLM_AXES, mesh(fsdp=8))
     text = sharding.describe(params, shardings)
     assert "94,381,936 parameters" in text
-    held = sum(np.prod(shardings[sharding.path_name(p)].shard_shape(x.shape)) for p, x in _leaves(params))
+    held = sum(np.prod(shardings[path_name(p)].shard_shape(x.shape)) for p, x in _leaves(params))
     assert held < 94_381_936 / 8 + 9_000_000  # what stays whole: conv encoder, positional conv, norms, biases
 
 
@@ -68,7 +68,7 @@ def _leaves(tree: object) -> list:
         (((r"a", ("embd",)), (r"b", (None, None))), r"a names axis 'embd'; known: "),
     ],
 )
-def test_the_table_is_strict(table: sharding.AxesTable, message: str) -> None:
+def test_the_table_is_strict(table: AxesTable, message: str) -> None:
     params = {"a": jax.ShapeDtypeStruct((4,), jnp.float32), "b": jax.ShapeDtypeStruct((4, 2), jnp.float32)}
     with pytest.raises(ValueError, match=message):
         sharding.parameter_shardings(params, table, mesh())
@@ -100,12 +100,12 @@ def test_the_rules_move_activations_too() -> None:
 
 
 def test_batches_are_checked_and_placed_by_rows() -> None:
-    spec = BatchSpec("long", {"x": jax.ShapeDtypeStruct((16, 3), np.float32)}, 1, 1.0)
+    shapes = {"x": jax.ShapeDtypeStruct((16, 3), np.float32)}
     values = np.arange(48, dtype=np.float32).reshape(16, 3)
-    placed = sharding.place({"x": values}, spec, mesh(data=4, tensor=2))["x"]
+    placed = sharding.place({"x": values}, shapes, mesh(data=4, tensor=2), "long")["x"]
     np.testing.assert_array_equal(placed, values)
     assert {shard.data.shape for shard in placed.addressable_shards} == {(4, 3)}
     with pytest.raises(ValueError, match=r"batch long: x is float64\(16, 3\), expected float32\(16, 3\)"):
-        sharding.place({"x": values.astype(np.float64)}, spec, mesh())
+        sharding.place({"x": values.astype(np.float64)}, shapes, mesh(), "long")
     with pytest.raises(ValueError, match=r"batch long: found arrays \['x', 'y'\], expected \['x'\]"):
-        sharding.place({"x": values, "y": values}, spec, mesh())
+        sharding.place({"x": values, "y": values}, shapes, mesh(), "long")

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh
 
 from wavlm_jax.training import compilation
+from wavlm_jax.training.mesh import MESH_AXES
 from wavlm_jax.training.metrics import Totals
 from wavlm_jax.training.optim import adam
-from wavlm_jax.training.sharding import MESH_AXES, place
+from wavlm_jax.training.sharding import place
 from wavlm_jax.training.start import plan_layout
 from wavlm_jax.training.state import init_key, root_key, shard_state
 from wavlm_jax.training.step import check_spec, split_rows
@@ -55,7 +56,7 @@ class Trainer:
         spec, arrays = self.task.stream("train").global_batch(number)
         assert spec.name == "long"
         with jax.set_mesh(self.mesh):
-            batch = place(arrays | changes, spec, self.mesh)
+            batch = place(arrays | changes, spec.arrays, self.mesh, spec.name)
             self.state, report = self.programs.train["long"](self.state, batch)
         return jax.device_get(report)
 
@@ -174,13 +175,10 @@ def test_evaluation_leaves_filler_rows_out_and_repeats_to_the_bit(trainer: Train
     spec, arrays = trainer.task.stream("valid").global_batch(1)
     garbage = {name: array.copy() for name, array in arrays.items()}
     garbage["waveform"][-1], garbage["labels"][-1] = 1e6, 0
+    evaluate, params = trainer.programs.evaluate["valid"]["long"], trainer.state.params
     with jax.set_mesh(trainer.mesh):
-        sums = [
-            jax.device_get(
-                trainer.programs.evaluate["valid"]["long"](trainer.state.params, place(a, spec, trainer.mesh))
-            )
-            for a in (arrays, arrays, garbage)
-        ]
+        batches = [place(each, spec.arrays, trainer.mesh, "long") for each in (arrays, arrays, garbage)]
+        sums = [jax.device_get(evaluate(params, batch)) for batch in batches]
     assert arrays["weight"][-1] == 0
     assert toy_task.digest(sums[0]) == toy_task.digest(sums[1]) == toy_task.digest(sums[2])
 

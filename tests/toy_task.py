@@ -23,9 +23,9 @@ import numpy as np
 
 from wavlm_jax.training import loop
 from wavlm_jax.training.checkpoint import CheckpointSettings
+from wavlm_jax.training.mesh import MeshSettings, make_mesh
 from wavlm_jax.training.optim import AdamSettings, OptimSettings
-from wavlm_jax.training.session import LoopSettings, RunSettings
-from wavlm_jax.training.sharding import MeshSettings, make_mesh
+from wavlm_jax.training.run_settings import LoopSettings, RunSettings
 from wavlm_jax.training.task import BatchSpec, LossSums, Task
 from wavlm_jax.training.writers import MetricsSettings
 
@@ -204,7 +204,7 @@ def main() -> int:
 
 def arm(where: str) -> None:
     """SIGKILL to ourselves on entering a chosen phase: the process gets no chance to tidy up."""
-    from wavlm_jax.training import checkpoint, session
+    from wavlm_jax.training import checkpoint
 
     def lethal(function, when=lambda *_: True):
         def wrapped(*arguments, **named):
@@ -216,7 +216,7 @@ def arm(where: str) -> None:
 
     phase, _, detail = where.partition(":")
     if phase == "step":
-        session.Session.boundary = lethal(session.Session.boundary, lambda self: self.step == int(detail))
+        loop._Session.boundary = lethal(loop._Session.boundary, lambda self: self.step == int(detail))
     elif phase in ("describe_files", "write", "push"):
         wanted = int(detail or 1)
         calls = iter(range(1, 1000))

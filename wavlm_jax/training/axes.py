@@ -4,7 +4,8 @@ Names are Hugging Face's with "/" for "."; Transformer layers are stacked on axi
 biases, gate, masks) is kept whole on every device; what is large is split, see `sharding.RULES`.
 """
 
-from wavlm_jax.training.sharding import AxesTable
+AxesTable = tuple[tuple[str, tuple[str | None, ...]], ...]
+"""Rows of (regular expression over the whole parameter path, one logical axis per dimension; None = never split)."""
 
 ENCODER_AXES: AxesTable = (
     (r"(.*/)?masked_spec_embed", (None,)),

@@ -1,5 +1,6 @@
 """Everything is compiled before the first step; afterwards a compilation is a fault that the metrics show."""
 
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,13 +15,14 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 from jax.stages import Compiled
 
-from wavlm_jax.training.sharding import by_rows, replicated, row_shards
+from wavlm_jax.training.mesh import row_shards
+from wavlm_jax.training.sharding import by_rows, replicated
 from wavlm_jax.training.state import TrainState
 from wavlm_jax.training.step import check_spec, eval_step, train_step
 from wavlm_jax.training.task import BatchSpec, Task
 
 COMPILES = "/jax/core/compile/backend_compile_duration"
-HITS, MISSES = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
+HITS = "/jax/compilation_cache/cache_hits"
 
 
 class OutOfMemory(RuntimeError):  # noqa: N818 named as people call it
@@ -34,11 +36,19 @@ class Programs:
     train: dict[str, Compiled]
     evaluate: dict[str, dict[str, Compiled]]
     """Split -> spec name -> executable."""
+    seconds: float
+    found: int
+    """How many came out of the cache."""
+
+    def describe(self) -> str:
+        """For people: how many, how long, how many from the cache."""
+        count = len(self.train) + sum(map(len, self.evaluate.values()))
+        return f"{count} programs in {self.seconds:.1f} s ({self.found} of them found in the cache)"
 
 
 @cache
 def events() -> Counter[str]:
-    """Live counts of JAX's own events: COMPILES, HITS, MISSES."""
+    """Live counts of JAX's own events: COMPILES and HITS among them."""
     counts: Counter[str] = Counter()
 
     def count(event: str, **_: str | int) -> None:
@@ -50,6 +60,11 @@ def events() -> Counter[str]:
     jax.monitoring.register_event_listener(count)
     jax.monitoring.register_event_duration_secs_listener(count_timed)
     return counts
+
+
+def num_compilations() -> int:
+    """Programs compiled by this process since the first call."""
+    return events()[COMPILES]
 
 
 def use_cache(folder: Path) -> None:
@@ -103,6 +118,7 @@ def compile_programs(
         OutOfMemory: a program does not fit.
 
     """
+    started, found_before = time.monotonic(), events()[HITS]
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     update = partial(
         train_step, task=task, optimizer=optimizer, schedule=schedule, max_grad_norm=max_grad_norm, key=key
@@ -126,4 +142,4 @@ def compile_programs(
         for split, found in specs.items()
         if split != "train"
     }
-    return Programs(train, evaluate)
+    return Programs(train, evaluate, time.monotonic() - started, events()[HITS] - found_before)

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from wavlm_jax.training.sharding import path_name
+from wavlm_jax.training.trees import path_name
 
 NAME = "manifest.json"
 FORMAT = 1

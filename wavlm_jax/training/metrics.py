@@ -1,6 +1,5 @@
 """Where the time goes and what the numbers mean: a clock with buckets, and sums that become means. Host only."""
 
-import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from wavlm_jax.training.step import Report
-from wavlm_jax.training.task import LossSums
+from wavlm_jax.training.state import Report
 
 BUCKETS = ("init", "compile", "data", "step", "eval", "save", "other")
 
@@ -59,10 +57,9 @@ class Totals:
         self._sums: dict[str, np.ndarray] = {}
         self._histograms: dict[str, np.ndarray] = {}
 
-    def add(self, sums: LossSums) -> None:
-        """Adds the sums of one batch, as fetched from the device."""
-        pairs = {"loss": (sums.loss, sums.count), **sums.metrics}
-        for name, pair in pairs.items():
+    def add(self, sums: Any) -> None:
+        """Adds the LossSums of one batch, as fetched from the device."""
+        for name, pair in {"loss": (sums.loss, sums.count), **sums.metrics}.items():
             self._sums[name] = self._sums.get(name, np.zeros(2)) + np.asarray(pair, np.float64)
         for name, counts in sums.histograms.items():
             self._histograms[name] = self._histograms.get(name, np.zeros(1)) + np.asarray(counts, np.float64)
@@ -105,11 +102,3 @@ class Interval:
             "data_wait_share": seconds["data"] / busy,
         }
         return result | {f"seconds_{name}": value for name, value in seconds.items()}
-
-
-def for_json(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values that strict JSON can hold: what is not finite becomes a string ("nan", "inf")."""
-    return {
-        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in values.items()
-    }

@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from wavlm_jax.shapes import Params, Scalar
-from wavlm_jax.training.sharding import path_name
+from wavlm_jax.training.trees import path_name
 
 
 @dataclass(frozen=True, kw_only=True)

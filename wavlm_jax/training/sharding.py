@@ -1,4 +1,4 @@
-"""Where every array lives: one mesh, one table from parameter names to axes, one from axes to the mesh.
+"""Where every array lives: one table from parameter names to axes, one from axes to the mesh.
 
 Auto axes throughout: the tables say what is wanted, XLA inserts the communication. Nothing here changes a result.
 """
@@ -6,24 +6,16 @@ Auto axes throughout: the tables say what is wanted, XLA inserts the communicati
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from wavlm_jax.shapes import Params
-from wavlm_jax.training.task import BatchSpec
-
-KeyPath = tuple[Any, ...]
-
-AxesTable = tuple[tuple[str, tuple[str | None, ...]], ...]
-"""Rows of (regular expression over the whole parameter path, one logical axis per dimension; None = never split)."""
-
-MESH_AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")
-"""Mesh axes over which the rows of a batch are spread."""
+from wavlm_jax.training.axes import AxesTable
+from wavlm_jax.training.mesh import ROWS
+from wavlm_jax.training.trees import KeyPath, path_name
 
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("rows", ROWS),
@@ -39,76 +31,6 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 """Logical axis -> mesh axes, for parameters and for activations (the model's `nn.with_logical_constraint`)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class MeshSettings:
-    """Sizes of the mesh; at most one is -1: whatever devices the others leave."""
-
-    data: int
-    """Copies of the parameters; each sees its own rows."""
-    fsdp: int
-    """Devices over which parameters and optimizer state are split; each sees its own rows. 8 or 16, not all."""
-    tensor: int
-    """Devices that share the same rows and split heads and feed-forward units."""
-
-    def sizes(self, num_devices: int) -> tuple[int, int, int]:
-        """(data, fsdp, tensor) with -1 resolved.
-
-        Raises:
-            ValueError: where they do not multiply to `num_devices`.
-
-        """
-        sizes = [self.data, self.fsdp, self.tensor]
-        known = math.prod(size for size in sizes if size != -1)
-        if sizes.count(-1) == 1 and known > 0 and num_devices % known == 0:
-            sizes[sizes.index(-1)] = num_devices // known
-        if min(sizes) < 1 or math.prod(sizes) != num_devices:
-            raise ValueError(
-                f"config.mesh: data {self.data}, fsdp {self.fsdp}, tensor {self.tensor} on {num_devices} devices; "
-                f"expected sizes that multiply to {num_devices}, one of them may be -1 (the rest)"
-            )
-        return sizes[0], sizes[1], sizes[2]
-
-
-@dataclass(frozen=True)
-class Topology:
-    """What a task needs to know about the devices in order to cut its batches."""
-
-    num_devices: int
-    """Devices that see different rows (data * fsdp)."""
-    process_index: int
-    process_count: int
-
-    @classmethod
-    def of(cls, mesh: Mesh) -> "Topology":
-        """The topology of a mesh, seen from this process."""
-        return cls(row_shards(mesh), jax.process_index(), jax.process_count())
-
-
-def make_mesh(settings: MeshSettings) -> Mesh:
-    """The mesh (data, fsdp, tensor) over all devices, rows in the order of the processes.
-
-    `jax.make_mesh` knows the physical network but may interleave processes (and refuses several slices); a loader hands
-    out rows by process, so then the plain order is taken.
-    """
-    sizes = settings.sizes(jax.device_count())
-    if jax.local_device_count() % sizes[2]:
-        raise ValueError(
-            f"config.mesh.tensor: {sizes[2]} does not divide the {jax.local_device_count()} devices a host"
-        )
-    devices = sorted(jax.devices(), key=lambda d: (getattr(d, "slice_index", 0), d.process_index, d.id))
-    plain = Mesh(np.array(devices).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
-    if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
-        return plain
-    mesh = jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
-    owners = [device.process_index for device in mesh.devices.flat]
-    return mesh if owners == sorted(owners) else plain
-
-
-def row_shards(mesh: Mesh) -> int:
-    """Devices that see different rows."""
-    return math.prod(mesh.shape[axis] for axis in ROWS)
-
-
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same values on every device."""
     return NamedSharding(mesh, PartitionSpec())
@@ -117,11 +39,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def by_rows(mesh: Mesh) -> NamedSharding:
     """First axis spread over the devices that see different rows."""
     return NamedSharding(mesh, PartitionSpec(ROWS))
-
-
-def path_name(path: KeyPath) -> str:
-    """A tree path as "encoder/layers/attention/q_proj/kernel"."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def parameter_axes(params: Params, table: AxesTable) -> dict[str, tuple[str | None, ...]]:
@@ -189,25 +106,30 @@ def tree_shardings(tree: Any, parameters: Mapping[str, NamedSharding], mesh: Mes
     return jax.tree_util.tree_map_with_path(of, tree)
 
 
-def place(arrays: Mapping[str, np.ndarray], spec: BatchSpec, mesh: Mesh) -> dict[str, jax.Array]:
+def place(
+    arrays: Mapping[str, np.ndarray], shapes: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh, name: str
+) -> dict[str, jax.Array]:
     """This host's rows of a batch, onto the devices.
 
+    Args:
+        arrays: this host's rows.
+        shapes: global shapes, for which the step was compiled.
+        mesh: spreads the rows.
+        name: of the batch, for messages.
+
     Raises:
-        ValueError: where names, dtypes or shapes are not what the spec announced (and was compiled for).
+        ValueError: where names, dtypes or shapes are not those announced.
 
     """
-    if set(arrays) != set(spec.arrays):
-        raise ValueError(f"batch {spec.name}: found arrays {sorted(arrays)}, expected {sorted(spec.arrays)}")
+    if set(arrays) != set(shapes):
+        raise ValueError(f"batch {name}: found arrays {sorted(arrays)}, expected {sorted(shapes)}")
     placed = {}
-    for name, expected in spec.arrays.items():
-        rows = expected.shape[0] // jax.process_count()
-        found = arrays[name]
-        if found.shape != (rows, *expected.shape[1:]) or found.dtype != expected.dtype:
-            raise ValueError(
-                f"batch {spec.name}: {name} is {found.dtype}{found.shape}, "
-                f"expected {expected.dtype}{(rows, *expected.shape[1:])}"
-            )
-        placed[name] = jax.make_array_from_process_local_data(by_rows(mesh), found, expected.shape)
+    for key, expected in shapes.items():
+        local = (expected.shape[0] // jax.process_count(), *expected.shape[1:])
+        found = arrays[key]
+        if found.shape != local or found.dtype != expected.dtype:
+            raise ValueError(f"batch {name}: {key} is {found.dtype}{found.shape}, expected {expected.dtype}{local}")
+        placed[key] = jax.make_array_from_process_local_data(by_rows(mesh), found, expected.shape)
     return placed
 
 

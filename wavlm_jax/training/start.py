@@ -15,11 +15,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from wavlm_jax.shapes import Params
+from wavlm_jax.training.axes import AxesTable
 from wavlm_jax.training.checkpoint import Checkpoints, RunRecord
 from wavlm_jax.training.manifest import CheckpointError, Manifest, describe_arrays, difference
-from wavlm_jax.training.sharding import AxesTable, parameter_shardings, path_name
+from wavlm_jax.training.sharding import parameter_shardings
 from wavlm_jax.training.state import TrainState, abstract_state, init_key, shard_state
 from wavlm_jax.training.task import Task
+from wavlm_jax.training.trees import path_name
 from wavlm_jax.training.writers import say
 
 

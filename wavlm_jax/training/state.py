@@ -1,4 +1,4 @@
-"""What training changes: parameters, optimizer state, counters. Everything else is a function of (config, step)."""
+"""What training changes, and what a step says about itself. Everything else is a function of (config, step)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,8 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int
 
 from wavlm_jax.shapes import Params, StepKey
-from wavlm_jax.training.sharding import path_name, replicated, tree_shardings
+from wavlm_jax.training.sharding import replicated, tree_shardings
+from wavlm_jax.training.trees import path_name
 
 
 @struct.dataclass
@@ -26,6 +27,20 @@ class TrainState:
     """Steps whose loss or gradient was not finite, in all."""
     skipped_in_a_row: Any
     """Of those, the ones since the last good step."""
+
+
+@struct.dataclass
+class Report:
+    """What a step says about itself: scalars, the same on every device; numpy once fetched."""
+
+    sums: Any
+    """LossSums of the global batch."""
+    values: dict[str, Any]
+    """Gradient norm before clipping, learning rate."""
+    finite: Any
+    """bool: whether the step changed anything."""
+    skipped: Any
+    skipped_in_a_row: Any
 
 
 def root_key(seed: int) -> StepKey:

@@ -10,29 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from wavlm_jax.shapes import Batch, Params, Scalar, StepKey
+from wavlm_jax.training.mesh import ROWS
 from wavlm_jax.training.optim import clip
-from wavlm_jax.training.sharding import ROWS
-from wavlm_jax.training.state import TrainState
+from wavlm_jax.training.state import Report, TrainState
 from wavlm_jax.training.task import BatchSpec, LossSums, Task
-
-
-@struct.dataclass
-class Report:
-    """What a step says about itself: scalars, the same on every device; numpy once fetched."""
-
-    sums: LossSums
-    """Of the global batch."""
-    values: dict[str, Any]
-    """Gradient norm before clipping, learning rate."""
-    finite: Any
-    """bool: whether the step changed anything."""
-    skipped: Any
-    skipped_in_a_row: Any
 
 
 def check_spec(spec: BatchSpec, row_group: int, shards: int) -> None:

@@ -4,6 +4,7 @@ Process 0 writes. A writer that fails is reported once and never stops training.
 """
 
 import json
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,8 +13,6 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from tqdm import tqdm
-
-from wavlm_jax.training.metrics import for_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,3 +225,11 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def for_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values that strict JSON can hold: what is not finite becomes a string ("nan", "inf")."""
+    return {
+        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }

@@ -1,0 +1,82 @@
+"""The mesh (data, fsdp, tensor): which devices there are, and who sees which rows."""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+MESH_AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")
+"""Mesh axes over which the rows of a batch are spread."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshSettings:
+    """Sizes of the mesh; at most one is -1: whatever devices the others leave."""
+
+    data: int
+    """Copies of the parameters; each sees its own rows."""
+    fsdp: int
+    """Devices over which parameters and optimizer state are split; each sees its own rows. 8 or 16, not all."""
+    tensor: int
+    """Devices that share the same rows and split heads and feed-forward units."""
+
+    def sizes(self, num_devices: int) -> tuple[int, int, int]:
+        """(data, fsdp, tensor) with -1 resolved.
+
+        Raises:
+            ValueError: where they do not multiply to `num_devices`.
+
+        """
+        sizes = [self.data, self.fsdp, self.tensor]
+        known = math.prod(size for size in sizes if size != -1)
+        if sizes.count(-1) == 1 and known > 0 and num_devices % known == 0:
+            sizes[sizes.index(-1)] = num_devices // known
+        if min(sizes) < 1 or math.prod(sizes) != num_devices:
+            raise ValueError(
+                f"config.mesh: data {self.data}, fsdp {self.fsdp}, tensor {self.tensor} on {num_devices} devices; "
+                f"expected sizes that multiply to {num_devices}, one of them may be -1 (the rest)"
+            )
+        return sizes[0], sizes[1], sizes[2]
+
+
+@dataclass(frozen=True)
+class Topology:
+    """What a task needs to know about the devices in order to cut its batches."""
+
+    num_devices: int
+    """Devices that see different rows (data * fsdp)."""
+    process_index: int
+    process_count: int
+
+    @classmethod
+    def of(cls, mesh: Mesh) -> "Topology":
+        """The topology of a mesh, seen from this process."""
+        return cls(row_shards(mesh), jax.process_index(), jax.process_count())
+
+
+def make_mesh(settings: MeshSettings) -> Mesh:
+    """The mesh (data, fsdp, tensor) over all devices, rows in the order of the processes.
+
+    `jax.make_mesh` knows the physical network but may interleave processes (and refuses several slices); a loader hands
+    out rows by process, so then the plain order is taken.
+    """
+    sizes = settings.sizes(jax.device_count())
+    if jax.local_device_count() % sizes[2]:
+        raise ValueError(
+            f"config.mesh.tensor: {sizes[2]} does not divide the {jax.local_device_count()} devices a host"
+        )
+    devices = sorted(jax.devices(), key=lambda d: (getattr(d, "slice_index", 0), d.process_index, d.id))
+    plain = Mesh(np.array(devices).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
+        return plain
+    mesh = jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    owners = [device.process_index for device in mesh.devices.flat]
+    return mesh if owners == sorted(owners) else plain
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Devices that see different rows."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
