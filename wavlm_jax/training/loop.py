@@ -241,18 +241,7 @@ def run(
             streams = {split: task.stream(split) for split in ("train", *settings.train.eval_splits)}
             _introduce(task, layout, start, workdir)
         with clock.bucket("compile"):
-            specs = {split: stream.specs for split, stream in streams.items()}
-            programs = compile_programs(
-                task,
-                specs,
-                layout.abstract,
-                mesh,
-                optimizer=layout.optimizer,
-                schedule=schedule,
-                max_grad_norm=settings.optim.max_grad_norm,
-                key=root_key(settings.seed),
-            )
-            say(f"compiled {programs.describe()}")
+            programs = _compile(task, settings, layout, streams)
         metrics, nonfinite = _open_logs(settings, workdir, start)
         stack.callback(metrics.close)
         stack.callback(nonfinite.close)
@@ -271,6 +260,21 @@ def _introduce(task: Task, layout: Layout, start: Start, workdir: Path) -> None:
     if jax.process_index() == 0:
         say(summarize(task, layout, start, workdir))
         (workdir / "parameters.txt").write_text(describe(layout.abstract.params, layout.shardings) + "\n")
+
+
+def _compile(task: Task, settings: RunSettings, layout: Layout, streams: Mapping[str, BatchStream]) -> Programs:
+    programs = compile_programs(
+        task,
+        {split: stream.specs for split, stream in streams.items()},
+        layout.abstract,
+        layout.mesh,
+        optimizer=layout.optimizer,
+        schedule=make_schedule(settings.optim, settings.train.num_steps),
+        max_grad_norm=settings.optim.max_grad_norm,
+        key=root_key(settings.seed),
+    )
+    say(f"compiled {programs.describe()}")
+    return programs
 
 
 def _open_logs(settings: RunSettings, workdir: Path, start: Start) -> tuple[Metrics, Jsonl]:
