@@ -77,7 +77,7 @@ class WavLMConfig:
     mask_feature_min_masks: int = 0
 
     padding: Padding = "exact"
-    """"exact": padding never changes a valid frame. "huggingface", "microsoft": as those sources do (FACTS A7, E5, E9)."""
+    """"exact": padding never changes a valid frame. "huggingface", "microsoft": as those sources do (FACTS A7, E5)."""
 
     def __post_init__(self) -> None:
         self._check_literals()

@@ -97,7 +97,9 @@ def _probabilities(
 _EXCLUDED = -1e30
 
 
-def _mix(probabilities: Probabilities, value: Heads, drop: AttentionDropout) -> Heads:
+def _mix(
+    probabilities: Probabilities, value: Heads, drop: AttentionDropout
+) -> Float[Array, "rows queries heads head_dim"]:
     kept = dropout(probabilities.astype(value.dtype), drop.rate, drop.row_keys, Site.ATTENTION)
     return jnp.einsum("rhqk,rkhd->rqhd", kept, value)
 

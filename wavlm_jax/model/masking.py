@@ -83,7 +83,7 @@ def _spans(key: Array, valid: Array, size: int, prob: float, length: int, min_ma
     rounding, order = jax.random.split(key)
     wanted = jnp.floor(prob * valid / length + jax.random.uniform(rounding)).astype(jnp.int32)
     wanted = jnp.maximum(wanted, min_masks)
-    candidates = jnp.where(valid - length <= wanted, wanted + 1, valid - length)
+    candidates = jnp.minimum(jnp.where(valid - length <= wanted, wanted + 1, valid - length), valid - 1)
     position = jnp.arange(size)
     score = jnp.where(position < candidates, jax.random.uniform(order, (size,)), 2.0)
     rank = jnp.argsort(jnp.argsort(score))

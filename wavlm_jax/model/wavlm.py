@@ -1,6 +1,7 @@
 """The WavLM model: waveform in, hidden states out (FACTS A1)."""
 
-import flax.struct
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
@@ -24,8 +25,7 @@ from wavlm_jax.shapes import (
 )
 
 
-@flax.struct.dataclass
-class WavLMOutput:
+class WavLMOutput(NamedTuple):
     """What a forward pass gives. All lists of layers have one fixed length, whatever layer drop did."""
 
     last_hidden_state: Hidden
