@@ -112,6 +112,21 @@ def test_a_stop_between_checkpoint_and_evaluation_loses_no_evaluation(tmp_path: 
     assert [line["step"] for line in lines(tmp_path) if line["kind"] == "eval/valid"] == [5, 10, 12]
 
 
+def test_a_stop_in_an_evaluation_stops_at_once_and_evaluates_after_the_resume(oracle: Path, tmp_path: Path) -> None:
+    class Signalling(toy_task.Stream):
+        def batches(self, start: int = 0):
+            signal.raise_signal(signal.SIGTERM)
+            yield from super().batches(start)
+
+    train, valid = toy_task.Stream(16), Signalling(16, 1, 3)
+    outcome = run(tmp_path, toy_task.make_task(stream={"train": train, "valid": valid}.__getitem__))
+    assert (outcome.status, outcome.step) == (Status.PREEMPTED, 5)
+    assert stored.steps(tmp_path) == [4, 5]
+    run(tmp_path)
+    assert [line["step"] for line in lines(tmp_path) if line["kind"] == "eval/valid"] == [5, 10, 12]
+    assert params_digest(tmp_path) == params_digest(oracle)
+
+
 def test_a_finished_run_only_evaluates_again(oracle: Path) -> None:
     before = params_digest(oracle), lines(oracle)
     outcome = run(oracle)

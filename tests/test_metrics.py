@@ -15,7 +15,7 @@ from tensorboardX.proto.event_pb2 import Event  # the reader's side of what we w
 from wavlm_jax.training.metrics import Clock, Interval, Totals
 from wavlm_jax.training.state import Report
 from wavlm_jax.training.task import LossSums
-from wavlm_jax.training.writers import Jsonl, Metrics, MetricsSettings, Terminal, WandbSettings, for_json, open_metrics
+from wavlm_jax.training.writers import Jsonl, Metrics, MetricsSettings, Terminal, WandbSettings, for_json, open_writers
 
 
 def sums(loss: float, count: float, **metrics: tuple[float, float]) -> LossSums:
@@ -153,7 +153,7 @@ def settings(**changes) -> MetricsSettings:
 
 
 def open_all(workdir: Path, **changes) -> Metrics:
-    return open_metrics(settings(**changes), workdir, resume=0, num_steps=10, run_id="ab", config={"seed": 0})
+    return Metrics(open_writers(settings(**changes), workdir, resume=0, num_steps=10, run_id="ab", config={"seed": 0}))
 
 
 def test_a_tracker_that_is_not_installed_is_reported_and_left_out(tmp_path: Path, capsys, monkeypatch) -> None:

@@ -28,10 +28,18 @@ from wavlm_jax.training.outcome import Outcome, Status
 from wavlm_jax.training.preemption import Preemption, listening
 from wavlm_jax.training.run_settings import RunSettings
 from wavlm_jax.training.sharding import RULES, describe, place
-from wavlm_jax.training.start import Layout, Start, begin, plan_layout, summarize
+from wavlm_jax.training.start import (
+    Layout,
+    Start,
+    begin,
+    open_metrics,
+    open_nonfinite,
+    plan_layout,
+    summarize,
+)
 from wavlm_jax.training.state import Report, root_key
 from wavlm_jax.training.task import BatchSpec, BatchStream, LossSums, Task
-from wavlm_jax.training.writers import Jsonl, Metrics, open_metrics, say
+from wavlm_jax.training.writers import Jsonl, Metrics, say
 
 
 class _Dispatched(NamedTuple):
@@ -71,8 +79,8 @@ class _Session:
         self.state, self.step = self.start.state, self.start.step
         self.saved = self.step if self.start.step else -1
         self.compiled = num_compilations()
-        if self.step and self.evaluation_due():
-            self.evaluate()  # a stop may have come between the checkpoint and its evaluation
+        if self.step and self.evaluation_due() and not self.evaluate():  # a stop may have come before it was done
+            return Outcome(Status.PREEMPTED, self.step, self.evaluation)
         batches = self.streams["train"].batches(self.step)
         while self.step < self.settings.train.num_steps:
             with self.clock.bucket("data"):
@@ -123,7 +131,7 @@ class _Session:
             "batch": done.spec.name,
             "loss": float(report.sums.loss),
             "grad_norm": float(report.values["grad_norm"]),
-            "rows": [name(int(index)) for index in done.ids],
+            "rows": [name(int(index)) for index in done.ids if index >= 0],
         }
         self.nonfinite.write("nonfinite", done.step, values)
         say(f"warning: step {done.step} is not finite and was skipped; its rows are in nonfinite.jsonl")
@@ -145,7 +153,9 @@ class _Session:
             self.save()
         if self.evaluation_due():
             self.settle_last()
-            self.evaluate()
+            if not self.evaluate():
+                self.save_surely()  # at this step, so that the next session begins with the evaluation
+                return Status.PREEMPTED
         if last:
             self.save_surely()
         return None
@@ -154,12 +164,17 @@ class _Session:
         """Every so many steps, and at the end."""
         return self.step % self.settings.train.eval_every == 0 or self.step == self.settings.train.num_steps
 
-    def evaluate(self) -> None:
-        """Every split once, every utterance once; the sums of a batch are read while the next one is computed."""
+    def evaluate(self) -> bool:
+        """Every split once, every utterance once; the sums of a batch are read while the next one is computed.
+
+        False where a signal came in between: then nothing is logged, and the step's evaluation is still to be done.
+        """
         for split in self.settings.train.eval_splits:
             totals, before = Totals(), None
             with self.clock.bucket("eval"):
                 for spec, arrays in self.streams[split].batches():
+                    if self.preemption.heard:
+                        return False
                     batch = place(arrays, spec.arrays, self.mesh, spec.name)
                     sums: LossSums = self.programs.evaluate[split][spec.name](self.state.params, batch)
                     if before is not None:
@@ -169,6 +184,7 @@ class _Session:
                     totals.add(jax.device_get(before))
             self.evaluation[split] = totals.means()
             self.metrics.write(f"eval/{split}", self.step, self.evaluation[split])
+        return True
 
     def save(self) -> None:
         """Starts a checkpoint of this step, unless there is one."""
@@ -242,8 +258,9 @@ def run(
             _introduce(task, layout, start, workdir)
         with clock.bucket("compile"):
             programs = _compile(task, settings, layout, streams)
-        metrics, nonfinite = _open_logs(settings, workdir, start)
+        metrics = open_metrics(settings.metrics, workdir, start, settings.train.num_steps)
         stack.callback(metrics.close)
+        nonfinite = open_nonfinite(workdir, start)
         stack.callback(nonfinite.close)
         session = _Session(settings, mesh, start, streams, programs, checkpoints, metrics, nonfinite, clock, preemption)
         return session.train()
@@ -273,22 +290,6 @@ def _compile(task: Task, settings: RunSettings, layout: Layout, streams: Mapping
         max_grad_norm=settings.optim.max_grad_norm,
         key=root_key(settings.seed),
     )
-    say(f"compiled {programs.describe()}")
+    if jax.process_index() == 0:
+        say(f"compiled {programs.describe()}")
     return programs
-
-
-def _open_logs(settings: RunSettings, workdir: Path, start: Start) -> tuple[Metrics, Jsonl]:
-    index = jax.process_index()
-    name = "nonfinite.jsonl" if index == 0 else f"nonfinite-{index}.jsonl"
-    nonfinite = Jsonl(workdir / name, start.step)
-    if index != 0:
-        return Metrics({}), nonfinite
-    metrics = open_metrics(
-        settings.metrics,
-        workdir,
-        resume=start.step,
-        num_steps=settings.train.num_steps,
-        run_id=start.record.run_id,
-        config=start.record.config,
-    )
-    return metrics, nonfinite

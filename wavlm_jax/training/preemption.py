@@ -25,6 +25,11 @@ class Preemption:
             if jax.process_count() > 1:
                 os.kill(os.getpid(), signal.SIGTERM)
 
+    @property
+    def heard(self) -> bool:
+        """Whether to stop at once. Never on several hosts, which could not agree between two steps."""
+        return self._asked and jax.process_count() == 1
+
     def requested(self, step: int) -> bool:
         """Whether to stop after `step`; the same answer on all hosts. Call it once a step on each."""
         if jax.process_count() > 1:

@@ -22,7 +22,7 @@ from wavlm_jax.training.sharding import parameter_shardings
 from wavlm_jax.training.state import TrainState, abstract_state, init_key, shard_state
 from wavlm_jax.training.task import Task
 from wavlm_jax.training.trees import path_name
-from wavlm_jax.training.writers import say
+from wavlm_jax.training.writers import Jsonl, Metrics, MetricsSettings, open_writers, say
 
 
 @dataclass(frozen=True)
@@ -161,3 +161,21 @@ def summarize(task: Task, layout: Layout, start: Start, workdir: Path) -> str:
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(layout.abstract.params))
     lines.append(f"{count:,} parameters, train state {layout.num_bytes / 2**20:,.1f} MiB")
     return "\n".join(lines)
+
+
+def open_metrics(settings: MetricsSettings, workdir: Path, start: Start, num_steps: int) -> Metrics:
+    """Process 0's writers, which go on where `start` does; none elsewhere."""
+    if jax.process_index() != 0:
+        return Metrics({})
+    record = start.record
+    return Metrics(
+        open_writers(
+            settings, workdir, resume=start.step, num_steps=num_steps, run_id=record.run_id, config=record.config
+        )
+    )
+
+
+def open_nonfinite(workdir: Path, start: Start) -> Jsonl:
+    """Where this process names the rows of steps that were not finite."""
+    index = jax.process_index()
+    return Jsonl(workdir / ("nonfinite.jsonl" if index == 0 else f"nonfinite-{index}.jsonl"), start.step)

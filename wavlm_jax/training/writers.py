@@ -182,9 +182,9 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-def open_metrics(
+def open_writers(
     settings: MetricsSettings, workdir: Path, *, resume: int, num_steps: int, run_id: str, config: Mapping[str, Any]
-) -> Metrics:
+) -> dict[str, Writer]:
     """The writers that `settings` asks for; one that cannot be opened is reported and left out."""
     makers: dict[str, Any] = {"metrics.jsonl": lambda: Jsonl(workdir / "metrics.jsonl", resume)}
     if settings.tensorboard and find_spec("tensorboardX") is not None:
@@ -194,13 +194,13 @@ def open_metrics(
         makers["wandb"] = lambda: Wandb(wandb, run_id, config)
     if settings.progress:
         makers["terminal"] = lambda: Terminal(resume, num_steps)
-    writers = {}
+    writers: dict[str, Writer] = {}
     for name, make in makers.items():
         try:
             writers[name] = make()
         except Exception as error:  # noqa: BLE001 a tracker may do anything; training goes on
             say(f"warning: metrics: {name} could not be opened ({type(error).__name__}: {error})")
-    return Metrics(writers)
+    return writers
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
