@@ -1,6 +1,7 @@
 """Preparation killed at any moment goes on where it was, and leaves no process behind."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -74,6 +75,16 @@ def test_killed_and_started_again(source: Path, whole: Corpus, tmp_path: Path, w
     assert {name: (out / f"{name}.arrow").stat().st_mtime_ns for name in kept} == kept
     assert not partial.exists()
     assert not [file for file in out.iterdir() if file.suffix == ".tmp"]
+
+
+def test_killed_between_the_header_and_the_name(source: Path, whole: Corpus, tmp_path: Path):
+    out, partial = tmp_path / "corpus", tmp_path / "corpus.partial"
+    shutil.copytree(whole.path, partial)
+    (partial / "plan.json").write_text("{}")
+    assert main([str(source), "--out", str(out)]) == 0
+    assert Corpus.open(out).header == whole.header
+    assert not partial.exists()
+    assert {file.name for file in out.iterdir()} == {file.name for file in whole.path.iterdir()}
 
 
 def test_a_worker_that_is_killed_is_an_error_that_says_so(source: Path, whole: Corpus, tmp_path: Path):

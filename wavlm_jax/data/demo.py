@@ -97,7 +97,7 @@ def make_demo(out: Path, settings: DemoSettings, workers: int, *, progress: bool
     jobs = _jobs(settings, scratch)
     _render_all(jobs, workers, progress=progress)
     _write_manifests(jobs, settings, scratch)
-    results = {name: _prepare(scratch / f"{name}.jsonl", out / name, workers) for name in SPLITS}
+    results = {name: _prepare(scratch / f"{name}.jsonl", out / name) for name in SPLITS}
     done.write_text(recipe)
     shutil.rmtree(scratch)
     return results
@@ -161,9 +161,12 @@ def _write_manifests(jobs: Sequence[VoiceJob], settings: DemoSettings, scratch: 
         (scratch / f"{name}.jsonl").write_text("".join(rows))
 
 
-def _prepare(manifest: Path, out: Path, workers: int) -> Result:
-    """Stamps and paths of the scratch folder stay out of the corpus, so that it is the same every time."""
+def _prepare(manifest: Path, out: Path) -> Result:
+    """Stamps and paths of the scratch folder stay out of the corpus, so that it is the same every time.
+
+    Done in this process: an hour of speech is ready before others have come up.
+    """
     source = from_manifest(manifest, manifest.parent)
     entries = [entry._replace(stamp="") for entry in source.entries]
     named = dataclasses.replace(source, entries=entries, description=f"demo, spoken by espeak-ng: {out.name}")
-    return prepare(named, out, Preparation(name=f"demo/{out.name}", workers=workers))
+    return prepare(named, out, Preparation(name=f"demo/{out.name}"))

@@ -61,8 +61,10 @@ def is_corpus(path: Path) -> bool:
 
 
 def write_header(folder: Path, header: CorpusHeader) -> None:
-    """Write `header.json`: the last file of a corpus."""
-    (folder / HEADER).write_text(json.dumps(asdict(header), indent=2, ensure_ascii=False) + "\n")
+    """Write `header.json`, the last file of a corpus, whole or not at all."""
+    draft = folder / "header.tmp"
+    draft.write_text(json.dumps(asdict(header), indent=2, ensure_ascii=False) + "\n")
+    draft.rename(folder / HEADER)
 
 
 def sha256_of(file: Path) -> str:

@@ -77,11 +77,13 @@ def prepare(source: Source, out: Path, preparation: Preparation) -> Result:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PrepareError(f"{out}: exists and is no corpus; give another --out, or remove it")
     partial = out.with_name(out.name + ".partial")
-    _claim(partial, source, preparation.policy)
-    jobs = _jobs(source, partial)
-    reports = _run(jobs, source.reader, preparation, partial)
-    header = _header(jobs, reports, source, preparation, state)
-    _finish(jobs, header, partial, out)
+    if not is_corpus(partial):
+        _claim(partial, source, preparation.policy)
+        jobs = _jobs(source, partial)
+        reports = _run(jobs, source.reader, preparation, partial)
+        _complete(jobs, reports, _header(jobs, reports, source, preparation, state), partial)
+    header = _same_corpus(partial, state)
+    _publish(partial, out)
     return Result(header, fresh=True)
 
 
@@ -243,13 +245,15 @@ def _versions() -> dict[str, str]:
     return {"wavlm_jax": wavlm_jax.__version__, "libsndfile": soundfile.__libsndfile_version__, **versions}
 
 
-def _finish(jobs: Sequence[_Job], header: CorpusHeader, partial: Path, out: Path) -> None:
-    """Metadata and header into the work folder, which then takes its name; its scaffolding goes last."""
-    reports = [ShardReport.read(report_file(job.file)) for job in jobs]
-    _write_bad_files(partial, [row for report in reports if report for row in report.bad_files])
+def _complete(jobs: Sequence[_Job], reports: Sequence[ShardReport], header: CorpusHeader, partial: Path) -> None:
+    """Everything that makes the work folder a corpus, the header last."""
+    _write_bad_files(partial, [row for report in reports for row in report.bad_files])
     write_dataset_info(partial, [job.file.name for job in jobs])
     write_header(partial, header)
+
+
+def _publish(partial: Path, out: Path) -> None:
+    """Take down the scaffolding of a whole corpus, and give it its name."""
+    for leftover in (partial / _PLAN, *partial.glob("data-*.json")):
+        leftover.unlink(missing_ok=True)
     partial.rename(out)
-    (out / _PLAN).unlink()
-    for job in jobs:
-        report_file(out / job.file.name).unlink()
