@@ -142,6 +142,19 @@ def test_torch_loads_the_export_as_the_authors_state_dict(tmp_path, kind):
     assert found["cfg"]["conv_feature_layers"] == "[(16,10,5)] + [(16,3,2)] * 4 + [(16,2,2)] * 2"
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_export_in_half_precision(tmp_path, dtype):
+    _, path = saved(tmp_path, head=True)
+    imported = import_microsoft(path)
+    export_microsoft(imported.config, imported.params, tmp_path / "half.pt", imported.head, dtype=dtype)
+    found = torch.load(tmp_path / "half.pt", weights_only=True)["model"]
+    for name, tensor in torch.load(path, weights_only=True)["model"].items():
+        torch.testing.assert_close(found[name], tensor.to(getattr(torch, dtype)), rtol=0, atol=0)
+    imported.params["encoder"]["layer_norm"]["bias"][0] = 1e30 if dtype == "float16" else np.inf
+    with pytest.raises(ConversionError, match=r"encoder.layer_norm.bias"):
+        export_microsoft(imported.config, imported.params, tmp_path / "half.pt", dtype=dtype)
+
+
 def test_the_export_is_the_same_every_time(tmp_path):
     _, path = saved(tmp_path)
     imported = import_microsoft(path)
@@ -487,7 +500,7 @@ def test_torchaudio_tensors_are_named_in_errors(tmp_path):
     ):
         with pytest.raises(ConversionError, match=message):
             import_torchaudio(save(state | change, tmp_path / "ta.pt"))
-    for name in [name for name in state if "layers.1." in name or "projection" in name]:
+    for name in [name for name in state if "layers.1.attention." in name or "projection.projection" in name]:
         rest = {key: tensor for key, tensor in state.items() if key != name}
         part = name.replace("attention.attention.", "attention.").replace("in_proj_", "k_proj.")
         with pytest.raises(ConversionError, match=rf"{re.escape(part)}.*|conv\.weight is missing"):

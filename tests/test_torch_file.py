@@ -1,8 +1,10 @@
 """The reader gives what torch.load gives, and survives whatever else a file may hold."""
 
 import argparse
+import struct
 import subprocess
 import sys
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -161,6 +163,39 @@ def test_files_without_checksums(tmp_path):
     finally:
         torch.serialization.set_crc32_options(True)
     assert_same(read_torch_file(path), {"w": torch.arange(5.0)})
+
+
+def test_archives_in_zip64(tmp_path, monkeypatch):
+    """Sizes and counts where files of more than 4 GiB have them."""
+    value = {"w": torch.arange(500.0), "v": torch.ones(3)}
+    path = save(value, tmp_path / "w.pt")
+    with zipfile.ZipFile(path) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 10)
+    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 2)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in contents.items():
+            archive.writestr(name, content)
+    assert_same(read_torch_file(path), value)
+    content = path.read_bytes()
+    ending = struct.pack("<2H2LH", 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+    path.write_bytes(content[: -len(ending)] + ending)
+    assert_same(read_torch_file(path), value)
+    path.write_bytes(content.replace(b"PK\6\6", b"PK\6\0")[: -len(ending)] + ending)
+    with pytest.raises(DamagedFile, match="zip64 archive without its end record"):
+        read_torch_file(path)
+
+
+@pytest.mark.parametrize(
+    ("opening", "closing"),
+    [(b"]", b"a"), (b"}N", b"s"), (b"cargparse\nNamespace\n", b"\x85R")],
+    ids=["lists", "dicts", "records"],
+)
+def test_very_deep_values_are_let_go_again(tmp_path, opening, closing):
+    """Thirty thousand containers one inside the other: no recursion, neither on the way in nor when they are freed."""
+    count = 30_000
+    hostile.pickle_in_archive(tmp_path / "deep.pt", b"}N" + opening * count + b"N" + closing * count + b"s")
+    assert list(read_torch_file(tmp_path / "deep.pt")) == [None]
 
 
 def test_file_that_shrinks_after_it_was_opened(tmp_path):

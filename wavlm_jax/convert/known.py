@@ -1,8 +1,9 @@
 """Released checkpoints by file name, and the SHA-256 that a sound copy has, so that a damaged one is refused.
 
-Some copies of WavLM-Large.pt in circulation give NaN or 1e37 (FACTS E43). None of the publishers states a SHA-256, and
-a hash that somebody took of an unknown copy proves nothing; the slots are therefore empty until a trustworthy value is
-known. An empty slot is no check: the archive's own checksums and the test for finite numbers still are.
+Some copies of WavLM-Large.pt in circulation give NaN or 1e37 (FACTS E43). No SHA-256 stated by a publisher was found
+(looked for in November 2026), and a hash that somebody took of an unknown copy proves nothing; the slots are therefore
+empty until a trustworthy value is known. An empty slot is no check; the archive's own checksums and the test for finite
+numbers are, and are always made.
 """
 
 import hashlib

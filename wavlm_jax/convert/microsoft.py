@@ -7,9 +7,11 @@ CTC projection is left out by name). Read and written without torch.
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike
 
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.convert.fairseq_config import from_fairseq, to_microsoft, training_only
@@ -51,6 +53,9 @@ _RENAMED: tuple[tuple[str, str], ...] = (
 
 _CONV_NORM = re.compile(r"^(feature_extractor\.conv_layers\.\d+)\.layer_norm\.")
 _CONV_NORM_NAME = {"group": r"\1.2.", "layer": r"\1.2.1."}
+
+Precision = Literal["float32", "float16", "bfloat16"]
+_DTYPES: Mapping[str, DTypeLike] = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 _FIRST_CONV = "feature_extractor.conv_layers.0.0.weight"
 _HEAD = ("final_proj.weight", "final_proj.bias", "label_embs_concat")
@@ -99,17 +104,26 @@ def import_microsoft(path: Path) -> Imported:
     return Imported(model, params, head, "microsoft", tuple(notes))
 
 
-def export_microsoft(config: WavLMConfig, params: Params, path: Path, head: Mapping[str, Any] | None = None) -> None:
-    """Writes the authors' `.pt`: exactly the names and shapes of their model, float32, for torch's `weights_only=True`.
+def export_microsoft(
+    config: WavLMConfig,
+    params: Params,
+    path: Path,
+    head: Mapping[str, Any] | None = None,
+    *,
+    dtype: Precision = "float32",
+) -> None:
+    """Writes the authors' `.pt`: exactly the names and shapes of their model, for torch's `weights_only=True`.
 
     Args:
         config: what the model is.
         params: its parameters.
         path: the file; an older one is replaced once the new one is whole.
         head: the pre-training head as `Imported.head` has it.
+        dtype: of the numbers in the file.
 
     Raises:
-        ConversionError: parameters that do not fit the config, or a model that the layout has no place for.
+        ConversionError: parameters that do not fit the config or the dtype, or a model that the layout has no place
+            for.
 
     """
     if config.layer_norm_eps != 1e-5:  # noqa: PLR2004 (the authors' code knows no other)
@@ -124,6 +138,8 @@ def export_microsoft(config: WavLMConfig, params: Params, path: Path, head: Mapp
     model = {microsoft_name(name, config): tensor for name, tensor in tensors.items()}
     if head is not None:
         model |= _head_tensors(head)
+    if dtype != "float32":
+        model = {name: _rounded(name, tensor, dtype) for name, tensor in model.items()}
     write_torch_file(path, {"cfg": to_microsoft(config), "model": model})
 
 
@@ -188,6 +204,14 @@ def _head_tensors(head: Mapping[str, Any]) -> dict[str, np.ndarray]:
     projection = head["final_proj"]
     arrays = (np.asarray(projection["kernel"]).T, projection["bias"], head["label_embeddings"])
     return {name: np.asarray(array, np.float32) for name, array in zip(_HEAD, arrays, strict=True)}
+
+
+def _rounded(name: str, tensor: np.ndarray, dtype: Precision) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        rounded = tensor.astype(_DTYPES[dtype])
+    if not np.isfinite(rounded).all():
+        raise ConversionError(f"{name} holds numbers that {dtype} has no room for")
+    return rounded
 
 
 def _stored(shapes: Params, config: WavLMConfig) -> list[Place]:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Shaped
 
+from wavlm_jax.config import WavLMConfig
 from wavlm_jax.convert.faults import HostileFile
 from wavlm_jax.convert.names import ConversionError, places
 from wavlm_jax.convert.torch_tensor import LazyTensor
@@ -26,8 +27,8 @@ _WEIGHT_NORM = {".parametrizations.weight.original0": ".weight_g", ".parametriza
 class Imported:
     """A checkpoint from outside, as our model."""
 
-    config: Any
-    """`WavLMConfig`, with the conventions of the source."""
+    config: WavLMConfig
+    """With the conventions of the source (`padding`, `do_normalize`)."""
     params: Mapping[str, Any]
     """Float32 numpy arrays in our tree."""
     head: Mapping[str, Any] | None
