@@ -200,6 +200,25 @@ def test_lengths_and_rates_by_option(tmp_path: Path):
     assert list(Corpus.open(tmp_path / "split").ids) == ["1", "2", "3"]  # 8000 left over: shorter than allowed
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--max-seconds", "0"],
+        ["--max-seconds", "nan"],
+        ["--min-seconds", "-1"],
+        ["--min-seconds", "2", "--max-seconds", "1", "--long", "split"],
+        ["--holdout", "1.5"],
+        ["--fault-cap", "-0.1"],
+        ["--rate-policy", "guess"],
+    ],
+)
+def test_options_that_cannot_be_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]):
+    with pytest.raises(SystemExit):
+        run(speech(tmp_path / "in", 1), "--out", tmp_path / "out", *words)
+    assert words[0] in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*"))
+
+
 def manifest(root: Path, name: str, lines: list[str], end: str = "\n") -> Path:
     file = root / name
     file.write_bytes(("".join(line + end for line in lines)).encode())

@@ -44,17 +44,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _prepare(words: Sequence[str]) -> None:
-    options = _parser().parse_args(words)
+    parser = _parser()
+    options = parser.parse_args(words)
+    try:
+        policy = _policy(options)
+    except ValueError as error:
+        parser.error(str(error))
     source = _open(options.source, options)
     for note in source.notes:
         print(f"note: {note}", file=sys.stderr)
     name = options.name or Path(options.source).stem
-    policy = Policy(
-        rate=options.rate_policy,
-        min_samples=max(samples_for(1), round(options.min_seconds * SAMPLE_RATE)),
-        max_samples=None if options.max_seconds is None else round(options.max_seconds * SAMPLE_RATE),
-        long=options.long,
-    )
     parts = {"": source}
     if options.holdout:
         parts = dict(zip(("train", "valid"), split(source, options.holdout), strict=True))
@@ -68,6 +67,15 @@ def _prepare(words: Sequence[str]) -> None:
         )
         out = options.out / part
         report(prepare(entries, out, preparation), out)
+
+
+def _policy(options: argparse.Namespace) -> Policy:
+    return Policy(
+        rate=options.rate_policy,
+        min_samples=max(samples_for(1), round(options.min_seconds * SAMPLE_RATE)),
+        max_samples=None if options.max_seconds is None else round(options.max_seconds * SAMPLE_RATE),
+        long=options.long,
+    )
 
 
 def report(result: Result, out: Path) -> None:
@@ -103,15 +111,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, metavar="CORPUS", help="folder of the corpus; made, resumed, or left alone")
     add("--name", help="in the header and in logs (default: the name of SOURCE)")
     add("--workers", type=int, default=_cores(), help="processes (default: one a core)")
-    add("--min-seconds", type=float, default=0.025, help="shorter utterances are dropped (default: 0.025, one frame)")
-    add("--max-seconds", type=float, default=None, help="longer ones: see --long (default: no limit)")
+    add(
+        "--min-seconds", type=_seconds, default=0.025, help="shorter utterances are dropped (default: 0.025, one frame)"
+    )
+    add("--max-seconds", type=_seconds, default=None, help="longer ones: see --long (default: no limit)")
     add(
         "--long", choices=("drop", "split"), default="drop", help="drop long ones, or cut them (pieces lose their text)"
     )
     add("--rate-policy", choices=("error", "resample"), default="error", help="what to do with rates other than 16 kHz")
     add(
         "--fault-cap",
-        type=float,
+        type=_share,
         default=0.001,
         help=f"share of bad files above which it stops (default: 0.001; {FREE_FAULTS} are always tolerated)",
     )
@@ -124,9 +134,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _share(text: str) -> float:
     share = float(text)
-    if not 0 <= share < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no share; expected 0 <= share < 1")
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share; expected 0 to 1")
     return share
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no length; expected seconds, 0 or more")
+    return seconds
 
 
 def _verify(words: Sequence[str]) -> None:

@@ -34,6 +34,13 @@ class Policy:
     long: Literal["drop", "split"] = "drop"
     """Longer than `max_samples`: dropped, or cut into pieces of that length (which lose text and phones)."""
 
+    def __post_init__(self) -> None:
+        if self.max_samples is not None and self.max_samples < self.min_samples:
+            raise ValueError(
+                f"the longest utterance allowed has {self.max_samples} samples, the shortest {self.min_samples}; "
+                "expected more (--max-seconds, --min-seconds)"
+            )
+
 
 @dataclass(frozen=True)
 class Conformed:
@@ -62,7 +69,7 @@ class Measures:
         wide = samples.astype(np.float64)  # exact: 2^30 per square and 2^18 samples a block stay below 2^53
         self.num_samples += len(samples)
         self.total += int(wide.sum())
-        self.squares += int(wide @ wide)
+        self.squares += int(np.square(wide, out=wide).sum())
         self.sha256.update(samples.astype("<i2", copy=False).tobytes())
 
     def conformed(self, flac: bytes) -> Conformed:
