@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from pretrain import task as pretraining
@@ -49,6 +49,8 @@ def train(config: dict[str, Any], workdir: Path) -> int:
 def main(_: Sequence[str]) -> None:
     """From flags to an exit code; what a person can put right is one message, its traceback a file."""
     workdir = Path(_WORKDIR.value or "")
+    if FLAGS["verbosity"].using_default_value:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells about every file that it writes
     if _PLATFORM.value is not None:
         jax.config.update("jax_platforms", _PLATFORM.value)
     try:
