@@ -56,27 +56,9 @@ def model() -> ConfigDict:
     )
 
 
-def get_config() -> ConfigDict:
-    config = ConfigDict()
-    config.task = "masked_prediction"
-    config.seed = 0
-    config.model = model()
-    config.compute = ConfigDict(
-        {
-            "dtype": "bfloat16",  # chosen: float32 parameters and Adam, bf16 activations
-            "remat": "dots",
-            "unroll": 1,
-            "attention": "auto",
-        }
-    )
-    config.data = ConfigDict(
-        {
-            "train": "corpora/librispeech/train",
-            "evaluation": ("corpora/librispeech/valid",),
-            "evaluation_buckets": (256, 512, 768, 1280, 1792),
-        }
-    )
-    config.batch = ConfigDict(
+def batch() -> ConfigDict:
+    """Seconds of audio, cut into shapes that accelerators like."""
+    return ConfigDict(
         {
             "buckets": (128, 256, 384, 512, 640, 768),  # chosen: frames, multiples of 128; 768 = 245,840 samples
             "seconds_per_update": 2800.0,  # HuBERT's; the paper's own is not published
@@ -84,7 +66,11 @@ def get_config() -> ConfigDict:
             "row_multiple": 64,
         }
     )
-    config.mixing = ConfigDict(
+
+
+def mixing() -> ConfigDict:
+    """The second voice (FACTS C7)."""
+    return ConfigDict(
         {
             "prob": 0.2,
             "group": 4,  # chosen: the authors mix within a device's 3 to 5 rows
@@ -95,7 +81,11 @@ def get_config() -> ConfigDict:
             "reference_quirks": False,
         }
     )
-    config.objective = ConfigDict(
+
+
+def objective() -> ConfigDict:
+    """Masked prediction (FACTS C2)."""
+    return ConfigDict(
         {
             "final_dim": 256,
             "logit_temp": 0.1,
@@ -105,16 +95,11 @@ def get_config() -> ConfigDict:
             "special_rows": 0,  # 4 for weights that go to fairseq
         }
     )
-    config.loader = ConfigDict(
-        {
-            "workers": 8,
-            "threads": 2,
-            "prefetch": 4,
-            "crop_alignment": "frame",  # chosen: a frame has exactly its label; "sample" as fairseq
-            "fault_cap": 0.001,
-        }
-    )
-    config.labels = ConfigDict(
+
+
+def labels() -> ConfigDict:
+    """What is predicted (FACTS C9)."""
+    return ConfigDict(
         {
             "path": "labels/librispeech-mfcc",
             "make": False,
@@ -140,8 +125,11 @@ def get_config() -> ConfigDict:
             "max_constant_share": 0.01,
         }
     )
-    config.init = ConfigDict({"path": None, "step": None})
-    config.optim = ConfigDict(
+
+
+def optim() -> ConfigDict:
+    """Fairseq's Adam (FACTS C6)."""
+    return ConfigDict(
         {
             "learning_rate": 5e-4,
             "schedule": "linear",
@@ -157,6 +145,43 @@ def get_config() -> ConfigDict:
             },
         }
     )
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.task = "masked_prediction"
+    config.seed = 0
+    config.model = model()
+    config.compute = ConfigDict(
+        {
+            "dtype": "bfloat16",  # chosen: float32 parameters and Adam, bf16 activations
+            "remat": "dots",
+            "unroll": 1,
+            "attention": "auto",
+        }
+    )
+    config.data = ConfigDict(
+        {
+            "train": "corpora/librispeech/train",
+            "evaluation": ("corpora/librispeech/valid",),
+            "evaluation_buckets": (256, 512, 768, 1280, 1792),
+        }
+    )
+    config.batch = batch()
+    config.mixing = mixing()
+    config.objective = objective()
+    config.loader = ConfigDict(
+        {
+            "workers": 8,
+            "threads": 2,
+            "prefetch": 4,
+            "crop_alignment": "frame",  # chosen: a frame has exactly its label; "sample" as fairseq
+            "fault_cap": 0.001,
+        }
+    )
+    config.labels = labels()
+    config.init = ConfigDict({"path": None, "step": None})
+    config.optim = optim()
     config.train = ConfigDict(
         {
             "num_steps": 400_000,
