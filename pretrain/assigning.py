@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int64, UInt16
 
 from pretrain.features import Block, Piece
 from pretrain.kmeans import nearest
-from pretrain.labels import LabelError
+from pretrain.label_arrays import LabelError
 
 PART_LABELS = 2**20
 """Labels that are made between two notes on progress."""

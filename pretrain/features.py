@@ -1,4 +1,4 @@
-"""Features to cluster, in blocks of static shape: MFCC from threads, or a layer of a teacher (pretrain/teacher.py).
+"""Features to cluster, in blocks of static shape: MFCC from threads, or a layer of a teacher (layer_features.py).
 
 A block is a matrix of frames; its pieces say which rows belong to which utterance, the other rows are filler. Nobody
 holds more than a few blocks, however large the corpus is.

@@ -1,6 +1,5 @@
 """Writes the arrays of one split of a label store part by part, so that a killed run goes on where it was."""
 
-import hashlib
 import io
 import os
 from pathlib import Path
@@ -10,9 +9,7 @@ import numpy as np
 from jaxtyping import Int64, UInt16, UInt64
 
 from pretrain.files import read_json, write_json
-from pretrain.labels import file_of, map_array
-
-_DIGEST_PIECE = 2**22
+from pretrain.label_arrays import array_digest, file_of, map_array
 
 
 class SplitWriter:
@@ -79,14 +76,6 @@ class SplitWriter:
             _sync(handle)
         self._note(0)
         return 0
-
-
-def array_digest(array: np.ndarray) -> str:
-    """SHA-256 (hex) of an array's bytes, read in small pieces: a memory map stays out of memory."""
-    digest = hashlib.sha256()
-    for start in range(0, len(array), _DIGEST_PIECE):
-        digest.update(array[start : start + _DIGEST_PIECE].tobytes())
-    return digest.hexdigest()
 
 
 def _npy_header(count: int) -> bytes:

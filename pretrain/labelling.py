@@ -1,47 +1,21 @@
-"""From a corpus to a label store: features, clusters, labels, quality; resumable at every stage, and idempotent.
-
-request.json                   what is being made, written first: another request for the same folder is an error
-kmeans.progress.safetensors    the fit after its last pass
-kmeans.safetensors             the fit
-{split}.progress.json          labels of a split up to some utterance
-header.json                    written last
-"""
+"""Makes label stores: from the settings to features, clusters, labels and quality; resumable, and idempotent."""
 
 import hashlib
-import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
-from jaxtyping import Float32
-from tqdm import tqdm
 
-from pretrain.assigning import label_part, part_end
-from pretrain.features import Block, Corpus, FeatureSource, MfccFeatures
-from pretrain.files import read_json, write_json
-from pretrain.kmeans import KMeans, fit
-from pretrain.label_writer import SplitWriter
-from pretrain.labels import (
-    FORMAT,
-    HEADER,
-    LabelError,
-    LabelHeader,
-    LabelSettings,
-    LabelStore,
-    SplitHeader,
-    utterance_keys,
-)
-from pretrain.layer_features import LayerFeatures
+from pretrain.features import Corpus, FeatureSource, MfccFeatures
+from pretrain.label_request import TRAIN, LabelRequest
+from pretrain.labels import LabelError, LabelHeader, LabelSettings, LabelStore
+from pretrain.layer_features import LayerFeatures, Teacher
 from pretrain.quality import measure, report
-from pretrain.sample import choose_utterances, draw
-from pretrain.teacher import load_teacher
 from wavlm_jax.audio.frames import SAMPLE_RATE
-
-REQUEST, CLUSTERS, FIT = "request.json", "kmeans.safetensors", "kmeans.progress.safetensors"
-TRAIN = "train"
+from wavlm_jax.loading import load_weights
+from wavlm_jax.shapes import Params
 
 
 def make_labels(settings: LabelSettings, corpora: Mapping[str, Corpus]) -> LabelHeader:
@@ -60,22 +34,22 @@ def make_labels(settings: LabelSettings, corpora: Mapping[str, Corpus]) -> Label
     """
     if TRAIN not in corpora:
         raise LabelError(f"config.data: found the splits {', '.join(sorted(corpora))}, expected one called {TRAIN!r}")
-    work = _Work(settings, feature_source(settings), corpora)
-    header = work.existing()
+    request = LabelRequest(settings, feature_source(settings), corpora)
+    header = request.existing()
     missing = {split: corpus for split, corpus in corpora.items() if header is None or split not in header.splits}
     if header is not None and not missing:
         return header
-    work.claim()
-    clusters = work.clusters()
-    header = header or work.header(clusters)
+    request.claim()
+    clusters = request.clusters()
+    header = header or request.header(clusters)
     for split, corpus in missing.items():
-        described = work.label(split, corpus, clusters)
+        described = request.label(split, corpus, clusters)
         header = replace(header, splits={**header.splits, split: described})
-        quality = measure(LabelStore(work.folder, split, header), corpus)
+        quality = measure(LabelStore(request.folder, split, header), corpus)
         print(report(split, quality), flush=True)
         header = replace(header, splits={**header.splits, split: replace(described, quality=quality)})
-    header.write(work.folder)
-    for leftover in work.folder.glob("*.progress.*"):
+    header.write(request.folder)
+    for leftover in request.folder.glob("*.progress.*"):
         leftover.unlink()
     return header
 
@@ -105,144 +79,31 @@ def feature_source(settings: LabelSettings) -> FeatureSource:
     return source
 
 
-@dataclass(frozen=True)
-class _Work:
-    """One request: the stages of `make_labels`."""
+def load_teacher(path: Path, step: int | None = None) -> Teacher:
+    """The teacher in `path`.
 
-    settings: LabelSettings
-    source: FeatureSource
-    corpora: Mapping[str, Corpus]
+    Args:
+        path: workdir of a run of ours, or a Hugging Face folder (WavLM or HuBERT).
+        step: checkpoint of the run; None: its newest.
 
-    @property
-    def folder(self) -> Path:
-        return Path(self.settings.path)
+    Raises:
+        ValueError: neither of the two, a step of a folder that has none, or whatever the file's reader finds.
 
-    @property
-    def request(self) -> dict[str, Any]:
-        """Everything that shapes the clusters; nothing that only changes speed or memory."""
-        return {
-            "format": FORMAT,
-            "num_clusters": self.settings.num_clusters,
-            "teacher": dict(self.source.description),
-            "seed": self.settings.seed,
-            "sample_seconds": self.settings.sample_seconds,
-            "kmeans": asdict(self.settings.kmeans),
-            "corpus": self.corpora[TRAIN].fingerprint,
-        }
-
-    @property
-    def digest(self) -> str:
-        return hashlib.sha256(json.dumps(self.request, sort_keys=True).encode()).hexdigest()[:16]
-
-    def existing(self) -> LabelHeader | None:
-        """The header of a store that answers this request, perhaps for fewer splits; None where there is none yet."""
-        self._check_request()
-        if not (self.folder / HEADER).exists():
-            return None
-        header = LabelHeader.load(self.folder)
-        for split, corpus in self.corpora.items():
-            if split in header.splits and header.corpora[split] != corpus.fingerprint:
-                raise LabelError(
-                    f"{self.folder}: has labels of {split} for the corpus {header.corpora[split]}, the config names "
-                    f"{corpus.fingerprint}; choose another config.labels.path, or remove the folder"
-                )
-        return header
-
-    def _check_request(self) -> None:
-        file = self.folder / REQUEST
-        if not file.exists():
-            return
-        found, wanted = read_json(file), self.request
-        other = [key for key in wanted if key not in found or found[key] != wanted[key]]
-        if other:
-            changes = "; ".join(f"{key}: {found.get(key)}, asked for {wanted[key]}" for key in other)
-            raise LabelError(
-                f"{self.folder}: holds labels of another request ({changes}); choose another config.labels.path "
-                "(--out), or remove the folder"
-            )
-
-    def claim(self) -> None:
-        """Notes in the folder what is being made in it."""
-        write_json(self.folder / REQUEST, self.request)
-
-    def clusters(self) -> KMeans:
-        """The clusters of this request: read, or learned."""
-        file = self.folder / CLUSTERS
-        if file.exists():
-            return KMeans.load(file, self.digest)
-        made = fit(
-            self._sample(),
-            self.settings.num_clusters,
-            self.settings.kmeans,
-            seed=self.settings.seed,
-            checkpoint=self.folder / FIT,
-            made_from=self.digest,
-            on_pass=lambda number, inertia: print(f"k-means: pass {number}, inertia {inertia:.6g}", flush=True),
-        )
-        made.save(file, self.digest)
-        return made
-
-    def _sample(self) -> Float32[np.ndarray, "frames dim"]:
-        corpus = self.corpora[TRAIN]
-        lengths = np.asarray(corpus.lengths)
-        utterances = choose_utterances(lengths, self.settings.sample_seconds, self.settings.seed)
-        seconds = float(lengths[utterances].sum() / SAMPLE_RATE)
-        with _bar(seconds, "features to cluster") as bar:
-            return draw(
-                _watched(self.source.blocks(corpus, utterances), bar, self.settings.rate_hz),
-                utterances,
-                self.source.counts(lengths[utterances]),
-                size=self.settings.kmeans.sample_frames,
-                dim=self.source.dim,
-                seed=self.settings.seed,
-            )
-
-    def header(self, clusters: KMeans) -> LabelHeader:
-        """The header of a store that has no split yet."""
-        lengths = np.asarray(self.corpora[TRAIN].lengths)
-        sampled = choose_utterances(lengths, self.settings.sample_seconds, self.settings.seed)
-        frames = int(self.source.counts(lengths[sampled]).sum())
-        return LabelHeader(
-            format=FORMAT,
-            num_clusters=self.settings.num_clusters,
-            rate_hz=self.settings.rate_hz,
-            kmeans=clusters.fingerprint,
-            inertia=clusters.inertia,
-            teacher=self.source.description,
-            seed=self.settings.seed,
-            sample_share=float(lengths[sampled].sum() / lengths.sum()),
-            sample_frames=min(frames, self.settings.kmeans.sample_frames),
-            request=self.digest,
-            splits={},
-        )
-
-    def label(self, split: str, corpus: Corpus, clusters: KMeans) -> SplitHeader:
-        """Labels a split, from where an earlier run stopped."""
-        lengths = np.asarray(corpus.lengths)
-        made_from = f"{corpus.fingerprint} {clusters.fingerprint}"
-        writer = SplitWriter(self.folder, split, self.source.counts(lengths), utterance_keys(corpus.ids), made_from)
-        centroids = jnp.asarray(clusters.centroids)
-        with _bar(float(lengths[writer.done :].sum() / SAMPLE_RATE), f"labels of {split}") as bar:
-            while writer.done < len(lengths):
-                first, end = writer.done, part_end(writer.offsets, writer.done)
-                blocks = _watched(self.source.blocks(corpus, np.arange(first, end)), bar, self.settings.rate_hz)
-                writer.write(first, end, label_part(blocks, centroids, writer.offsets[first : end + 1], first))
-        return SplitHeader(
-            corpus=corpus.fingerprint,
-            kmeans=clusters.fingerprint,
-            utterances=len(lengths),
-            labels=int(writer.offsets[-1]),
-            sha256=writer.finish(),
-            quality={},
-        )
+    """
+    weights = load_weights(path, step)
+    # A padded batch must give what each row gives alone, whatever the checkpoint was trained with.
+    return Teacher(replace(weights.config, padding="exact"), weights.params, fingerprint(weights.params))
 
 
-def _bar(seconds: float, name: str) -> Any:
-    """A progress bar in seconds of audio, on a terminal only."""
-    return tqdm(total=round(seconds), desc=name, unit="s", unit_scale=True, disable=None)
+def fingerprint(params: Params) -> str:
+    """16 hex digits over names, shapes, dtypes and values of a parameter tree."""
+    digest = hashlib.sha256()
+    for name, array in sorted(_named(params)):
+        digest.update(f"{name} {array.shape} {array.dtype}\n".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
 
 
-def _watched(blocks: Iterable[Block], bar: Any, rate_hz: int) -> Iterator[Block]:
-    for block in blocks:
-        bar.update(sum(piece.frames for piece in block.pieces) / rate_hz)
-        yield block
+def _named(params: Params) -> Iterator[tuple[str, np.ndarray]]:
+    for path, array in jax.tree_util.tree_leaves_with_path(params):
+        yield jax.tree_util.keystr(path), np.asarray(array)

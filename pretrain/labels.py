@@ -9,8 +9,7 @@
 There is no dictionary file: a label is a number below `num_clusters`, and nothing else.
 """
 
-import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,16 +19,15 @@ from jaxtyping import Int64, UInt16, UInt64
 
 from pretrain.files import read_json, write_json
 from pretrain.kmeans import KMeansSettings
+from pretrain.label_arrays import LabelError, file_of, map_array
 from wavlm_jax.settings import read
+
+__all__ = ["FORMAT", "HEADER", "LabelError", "LabelHeader", "LabelSettings", "LabelStore", "SplitHeader"]
 
 FORMAT = 1
 HEADER = "header.json"
 MIN_CLUSTERS, MAX_CLUSTERS = 2, 2**16
 TeacherKind = Literal["mfcc", "layer"]
-
-
-class LabelError(ValueError):
-    """Labels that cannot be right for the corpus or the config; the message names file, utterance and cause."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,34 +204,6 @@ class LabelStore:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.path}: {self.split} has no utterance {index}; it has {len(self)}")
         return self.flat[self.offsets[index] : self.offsets[index + 1]]
-
-
-def file_of(folder: Path, split: str, array: str) -> Path:
-    """Where the store in `folder` keeps "labels", "offsets" or "keys" of a split."""
-    return folder / f"{split}.{array}.npy"
-
-
-def utterance_keys(ids: Iterable[str]) -> UInt64[np.ndarray, " utterances"]:
-    """A 64-bit hash of each utterance id."""
-    digests = b"".join(hashlib.blake2b(name.encode(), digest_size=8).digest() for name in ids)
-    return np.frombuffer(digests, np.dtype("<u8")).astype(np.uint64)
-
-
-def map_array(file: Path, dtype: type[np.generic]) -> np.ndarray:
-    """A one-dimensional .npy file of `dtype`, by memory map.
-
-    Raises:
-        LabelError: missing, cut off, or something else.
-
-    """
-    try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError) as error:
-        raise LabelError(f"{file}: not a whole .npy file ({error}); make the labels anew") from error
-    if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != 1:
-        found = f"{array.ndim}-D {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
-        raise LabelError(f"{file}: found {found}, expected 1-D {np.dtype(dtype).name}; make the labels anew")
-    return array
 
 
 def _check_format(file: Path, values: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ The features stay on the devices; nothing but labels comes back when blocks are 
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +16,8 @@ from jaxtyping import Array, Float, Float32, Int16, Int32, Int64
 
 from pretrain.features import Block, Corpus, Piece, Utterances, in_threads
 from pretrain.kmeans import row_sharding
-from pretrain.teacher import Teacher
 from wavlm_jax.audio.frames import SAMPLE_RATE, Geometry, num_frames, samples_for
+from wavlm_jax.config import WavLMConfig
 from wavlm_jax.model.wavlm import WavLM
 from wavlm_jax.shapes import Params
 
@@ -35,6 +36,32 @@ class Padded(NamedTuple):
     mean: Float32[np.ndarray, " rows"]
     """Of the whole utterance, which normalises its pieces (FACTS C4)."""
     variance: Float32[np.ndarray, " rows"]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A WavLM or HuBERT in evaluation."""
+
+    config: WavLMConfig
+    params: Params
+    """Of `wavlm_jax.model.wavlm.WavLM`, on the host."""
+    fingerprint: str
+    """Over names, shapes and values of the parameters: 16 hex digits."""
+
+    def up_to(self, layer: int) -> "Teacher":
+        """The same model without the layers above `layer` (1-based); its fingerprint stays that of the whole model.
+
+        Raises:
+            ValueError: the model has no such layer.
+
+        """
+        if not 1 <= layer <= self.config.num_hidden_layers:
+            raise ValueError(
+                f"labels.layer: found {layer}, the teacher has the layers 1 to {self.config.num_hidden_layers}"
+            )
+        layers = jax.tree.map(lambda stacked: stacked[:layer], self.params["encoder"]["layers"])
+        params = {**self.params, "encoder": {**self.params["encoder"], "layers": layers}}
+        return replace(self, config=replace(self.config, num_hidden_layers=layer), params=params)
 
 
 class LayerFeatures:

@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Int64, UInt16
 
 from pretrain.features import Corpus
-from pretrain.label_writer import array_digest
-from pretrain.labels import LabelError, LabelSettings, LabelStore, file_of, utterance_keys
+from pretrain.label_arrays import LabelError, array_digest, file_of, utterance_keys
+from pretrain.labels import LabelSettings, LabelStore
 from pretrain.quality import entropy
 from wavlm_jax.audio.frames import SAMPLE_RATE, expected_labels, num_frames
 

@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pretrain.label_arrays import utterance_keys
 from pretrain.label_writer import SplitWriter
-from pretrain.labels import FORMAT, LabelHeader, SplitHeader, utterance_keys
+from pretrain.labels import FORMAT, LabelHeader, SplitHeader
 
 SEGMENT = 3200
 

@@ -12,8 +12,9 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from pretrain.kmeans import KMeansSettings
+from pretrain.label_arrays import utterance_keys
 from pretrain.label_writer import SplitWriter
-from pretrain.labels import LabelError, LabelSettings, utterance_keys
+from pretrain.labels import LabelError, LabelSettings
 from pretrain.preflight import check_labels
 from tests.fake_corpus import FakeCorpus, ragged, write_store
 from wavlm_jax.audio.frames import num_frames

@@ -1,0 +1,178 @@
+"""The stages from a corpus to a label store, each of which finds what an earlier run has left.
+
+request.json                   what is being made, written first: another request for the same folder is an error
+kmeans.progress.safetensors    the fit after its last pass
+kmeans.safetensors             the fit
+{split}.progress.json          labels of a split up to some utterance
+header.json                    written last
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float32
+from tqdm import tqdm
+
+from pretrain.assigning import label_part, part_end
+from pretrain.features import Block, Corpus, FeatureSource
+from pretrain.files import read_json, write_json
+from pretrain.kmeans import KMeans, fit
+from pretrain.label_arrays import LabelError, utterance_keys
+from pretrain.label_writer import SplitWriter
+from pretrain.labels import FORMAT, HEADER, LabelHeader, LabelSettings, SplitHeader
+from pretrain.sample import choose_utterances, draw
+from wavlm_jax.audio.frames import SAMPLE_RATE
+
+REQUEST, CLUSTERS, FIT = "request.json", "kmeans.safetensors", "kmeans.progress.safetensors"
+TRAIN = "train"
+
+
+@dataclass(frozen=True)
+class LabelRequest:
+    """What is to be made, and the stages of making it."""
+
+    settings: LabelSettings
+    source: FeatureSource
+    corpora: Mapping[str, Corpus]
+
+    @property
+    def folder(self) -> Path:
+        """Of the label store."""
+        return Path(self.settings.path)
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """Everything that shapes the clusters; nothing that only changes speed or memory."""
+        return {
+            "format": FORMAT,
+            "num_clusters": self.settings.num_clusters,
+            "teacher": dict(self.source.description),
+            "seed": self.settings.seed,
+            "sample_seconds": self.settings.sample_seconds,
+            "kmeans": asdict(self.settings.kmeans),
+            "corpus": self.corpora[TRAIN].fingerprint,
+        }
+
+    @property
+    def digest(self) -> str:
+        """Tells two requests apart."""
+        return hashlib.sha256(json.dumps(self.request, sort_keys=True).encode()).hexdigest()[:16]
+
+    def existing(self) -> LabelHeader | None:
+        """The header of a store that answers this request, perhaps for fewer splits; None where there is none yet."""
+        self._check_request()
+        if not (self.folder / HEADER).exists():
+            return None
+        header = LabelHeader.load(self.folder)
+        for split, corpus in self.corpora.items():
+            if split in header.splits and header.corpora[split] != corpus.fingerprint:
+                raise LabelError(
+                    f"{self.folder}: has labels of {split} for the corpus {header.corpora[split]}, the config names "
+                    f"{corpus.fingerprint}; choose another config.labels.path, or remove the folder"
+                )
+        return header
+
+    def _check_request(self) -> None:
+        file = self.folder / REQUEST
+        if not file.exists():
+            return
+        found, wanted = read_json(file), self.request
+        other = [key for key in wanted if key not in found or found[key] != wanted[key]]
+        if other:
+            changes = "; ".join(f"{key}: {found.get(key)}, asked for {wanted[key]}" for key in other)
+            raise LabelError(
+                f"{self.folder}: holds labels of another request ({changes}); choose another config.labels.path "
+                "(--out), or remove the folder"
+            )
+
+    def claim(self) -> None:
+        """Notes in the folder what is being made in it."""
+        write_json(self.folder / REQUEST, self.request)
+
+    def clusters(self) -> KMeans:
+        """The clusters of this request: read, or learned."""
+        file = self.folder / CLUSTERS
+        if file.exists():
+            return KMeans.load(file, self.digest)
+        made = fit(
+            self._sample(),
+            self.settings.num_clusters,
+            self.settings.kmeans,
+            seed=self.settings.seed,
+            checkpoint=self.folder / FIT,
+            made_from=self.digest,
+            on_pass=lambda number, inertia: print(f"k-means: pass {number}, inertia {inertia:.6g}", flush=True),
+        )
+        made.save(file, self.digest)
+        return made
+
+    def _sample(self) -> Float32[np.ndarray, "frames dim"]:
+        corpus = self.corpora[TRAIN]
+        lengths = np.asarray(corpus.lengths)
+        utterances = choose_utterances(lengths, self.settings.sample_seconds, self.settings.seed)
+        seconds = float(lengths[utterances].sum() / SAMPLE_RATE)
+        with _bar(seconds, "features to cluster") as bar:
+            return draw(
+                _watched(self.source.blocks(corpus, utterances), bar, self.settings.rate_hz),
+                utterances,
+                self.source.counts(lengths[utterances]),
+                size=self.settings.kmeans.sample_frames,
+                dim=self.source.dim,
+                seed=self.settings.seed,
+            )
+
+    def header(self, clusters: KMeans) -> LabelHeader:
+        """The header of a store that has no split yet."""
+        lengths = np.asarray(self.corpora[TRAIN].lengths)
+        sampled = choose_utterances(lengths, self.settings.sample_seconds, self.settings.seed)
+        frames = int(self.source.counts(lengths[sampled]).sum())
+        return LabelHeader(
+            format=FORMAT,
+            num_clusters=self.settings.num_clusters,
+            rate_hz=self.settings.rate_hz,
+            kmeans=clusters.fingerprint,
+            inertia=clusters.inertia,
+            teacher=self.source.description,
+            seed=self.settings.seed,
+            sample_share=float(lengths[sampled].sum() / lengths.sum()),
+            sample_frames=min(frames, self.settings.kmeans.sample_frames),
+            request=self.digest,
+            splits={},
+        )
+
+    def label(self, split: str, corpus: Corpus, clusters: KMeans) -> SplitHeader:
+        """Labels a split, from where an earlier run stopped."""
+        lengths = np.asarray(corpus.lengths)
+        made_from = f"{corpus.fingerprint} {clusters.fingerprint}"
+        writer = SplitWriter(self.folder, split, self.source.counts(lengths), utterance_keys(corpus.ids), made_from)
+        centroids = jnp.asarray(clusters.centroids)
+        with _bar(float(lengths[writer.done :].sum() / SAMPLE_RATE), f"labels of {split}") as bar:
+            while writer.done < len(lengths):
+                first, end = writer.done, part_end(writer.offsets, writer.done)
+                blocks = _watched(self.source.blocks(corpus, np.arange(first, end)), bar, self.settings.rate_hz)
+                writer.write(first, end, label_part(blocks, centroids, writer.offsets[first : end + 1], first))
+        return SplitHeader(
+            corpus=corpus.fingerprint,
+            kmeans=clusters.fingerprint,
+            utterances=len(lengths),
+            labels=int(writer.offsets[-1]),
+            sha256=writer.finish(),
+            quality={},
+        )
+
+
+def _bar(seconds: float, name: str) -> Any:
+    """A progress bar in seconds of audio, on a terminal only."""
+    return tqdm(total=round(seconds), desc=name, unit="s", unit_scale=True, disable=None)
+
+
+def _watched(blocks: Iterable[Block], bar: Any, rate_hz: int) -> Iterator[Block]:
+    for block in blocks:
+        bar.update(sum(piece.frames for piece in block.pieces) / rate_hz)
+        yield block
