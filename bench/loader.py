@@ -65,7 +65,7 @@ def make_corpus(folder: Path) -> Corpus:
     return Corpus.open(folder / "corpus")
 
 
-def no_labels(_index: int, _first_frame: int, num_frames: int) -> dict[str, np.ndarray]:
+def no_labels(_index: int, _first_frame: int, num_frames: int, _bits: int) -> dict[str, np.ndarray]:
     """Labels that cost nothing."""
     return {"labels": np.zeros(num_frames, np.int32)}
 

@@ -18,7 +18,7 @@ class FrameLabels:
 
     store: LabelStore
 
-    def __call__(self, index: int, first_frame: int, frames: int, bits: int = 0) -> Mapping[str, np.ndarray]:
+    def __call__(self, index: int, first_frame: int, frames: int, bits: int) -> Mapping[str, np.ndarray]:
         """`labels` int32 (frames,), NO_LABEL behind the last one."""
         del bits  # labels are not random
         return {"labels": self.frame_labels(index, first_frame, frames)}
@@ -40,7 +40,7 @@ class NoiseClips:
     corpus: Corpus
     share: float
 
-    def __call__(self, index: int, first_frame: int, frames: int, bits: int = 0) -> Mapping[str, np.ndarray]:
+    def __call__(self, index: int, first_frame: int, frames: int, bits: int) -> Mapping[str, np.ndarray]:
         """`noise` int16 (samples / 2,), zeros behind `num_noise_samples`, which is 0 where the row got no clip.
 
         A span never takes more than half of a row (FACTS C7), so more of a clip is never needed; its start is random.
@@ -63,7 +63,7 @@ class Together:
 
     parts: tuple[FrameLabels | NoiseClips, ...]
 
-    def __call__(self, index: int, first_frame: int, frames: int, bits: int = 0) -> Mapping[str, np.ndarray]:
+    def __call__(self, index: int, first_frame: int, frames: int, bits: int) -> Mapping[str, np.ndarray]:
         """The arrays of all parts."""
         arrays: dict[str, np.ndarray] = {}
         for part in self.parts:

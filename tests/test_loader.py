@@ -39,7 +39,7 @@ def corpus(tmp_path_factory) -> Corpus:
     return Corpus.open(root / "corpus")
 
 
-def labels(index: int, first_frame: int, num_frames: int) -> dict[str, np.ndarray]:
+def labels(index: int, first_frame: int, num_frames: int, _bits: int) -> dict[str, np.ndarray]:
     """Labels that tell which frame of which utterance they belong to."""
     return {"labels": (1000 * index + first_frame + np.arange(num_frames)).astype(np.int32)}
 

@@ -128,7 +128,7 @@ def labels() -> ConfigDict:
 
 
 def optim() -> ConfigDict:
-    """Fairseq's Adam (FACTS C6)."""
+    """Adam as fairseq has it (FACTS C6)."""
     return ConfigDict(
         {
             "learning_rate": 5e-4,

@@ -161,7 +161,7 @@ def _specs(reader: Reader, found: Census, batch: BatchSettings, devices: int, gr
     specs = []
     for bucket, rows in sorted(found.rows.items()):
         reader.host.rows(rows)
-        extra = reader.annotate(longest, 0, bucket)
+        extra = reader.annotate(longest, 0, bucket, 0)
         arrays = {
             "waveform": jax.ShapeDtypeStruct((rows, samples_for(bucket)), np.int16),
             **dict.fromkeys(("num_samples", "id"), jax.ShapeDtypeStruct((rows,), np.int32)),

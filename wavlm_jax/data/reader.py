@@ -17,8 +17,9 @@ from wavlm_jax.data.plan import FILLER, BatchSettings, Fit, PlannedBatch, plan, 
 
 Alignment: TypeAlias = Literal["frame", "sample"]
 Arrays: TypeAlias = dict[str, np.ndarray]
-Annotate: TypeAlias = Callable[[int, int, int], Mapping[str, np.ndarray]]
-"""(utterance, first frame, frames) -> arrays of one row, such as {"labels": int32 (frames,)}; of static shape a bucket.
+Annotate: TypeAlias = Callable[[int, int, int, int], Mapping[str, np.ndarray]]
+"""(utterance, first frame, frames, bits) -> arrays of one row, such as {"labels": int32 (frames,)}; of static shape a
+bucket. `bits` are 64 random ones that belong to (seed, batch, row), 0 in evaluation: what is random comes from them.
 Picklable where there are worker processes."""
 
 _CROP_STREAM = 2
@@ -119,7 +120,7 @@ class Reader:
             "weight": np.array(1, np.float32),
             "mean": np.array(self.corpus.means[index]),
             "variance": np.array(self.corpus.variances[index]),
-            **self.annotate(index, first_frame, bucket),
+            **self.annotate(index, first_frame, bucket, bits),
         }
 
     def _row(self, planned: PlannedBatch, row: int, bits: int, faults: list[str]) -> Arrays:
@@ -147,7 +148,7 @@ class Reader:
             "weight": np.array(0, np.float32),
             "mean": np.array(0, np.float32),
             "variance": np.array(0, np.float32),
-            **{name: np.zeros_like(array) for name, array in self.annotate(0, 0, bucket).items()},
+            **{name: np.zeros_like(array) for name, array in self.annotate(0, 0, bucket, 0).items()},
         }
 
 
