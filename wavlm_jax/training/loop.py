@@ -258,10 +258,11 @@ def run(
             _introduce(task, layout, start, workdir)
         with clock.bucket("compile"):
             programs = _compile(task, settings, layout, streams)
-        metrics = open_metrics(settings.metrics, workdir, start, settings.train.num_steps)
-        stack.callback(metrics.close)
-        nonfinite = open_nonfinite(workdir, start)
-        stack.callback(nonfinite.close)
+        with clock.bucket("init"):
+            metrics = open_metrics(settings.metrics, workdir, start, settings.train.num_steps)
+            stack.callback(metrics.close)
+            nonfinite = open_nonfinite(workdir, start)
+            stack.callback(nonfinite.close)
         session = _Session(settings, mesh, start, streams, programs, checkpoints, metrics, nonfinite, clock, preemption)
         return session.train()
 
