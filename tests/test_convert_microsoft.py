@@ -381,9 +381,17 @@ def test_nothing_is_run_on_import(tmp_path, name):
 
 def test_a_head_that_does_not_fit_together(tmp_path):
     checkpoint = checkpoint_of(model_of(), head=True)
-    checkpoint["model"]["label_embs_concat"] = torch.ones(10, 7)
-    with pytest.raises(ConversionError, match=r"do not fit together: .*label_embs_concat \(10, 7\)"):
-        import_microsoft(save(checkpoint, tmp_path / "w.pt"))
+    path = save(checkpoint, tmp_path / "w.pt")
+    imported = import_microsoft(path)
+    for name, shape in (("label_embs_concat", (10, 7)), ("final_proj.weight", (HEAD_WIDTH, 31))):
+        state = checkpoint["model"] | {name: torch.ones(shape)}
+        with pytest.raises(
+            ConversionError, match=rf"do not fit an encoder of width 32: .*{name} \({shape[0]}, {shape[1]}\)"
+        ):
+            import_microsoft(save(checkpoint | {"model": state}, path))
+    imported.head["final_proj"]["bias"] = np.ones(3, np.float32)
+    with pytest.raises(ConversionError, match=r"do not fit .*final_proj.bias \(3,\)"):
+        export_microsoft(imported.config, imported.params, tmp_path / "out.pt", imported.head)
 
 
 def test_equal_widths_need_no_projection(tmp_path):

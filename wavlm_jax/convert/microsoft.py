@@ -6,6 +6,7 @@ CTC projection is left out by name). Read and written without torch.
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,8 +92,8 @@ def import_microsoft(path: Path) -> Imported:
     config, tensors = _open(path)
     prefix, encoder = _encoder(tensors, path)
     notes += [f"left out: {name}" for name in tensors if name.removeprefix(prefix) not in encoder]
-    head, head_notes = _take_head(encoder, path)
     model = from_fairseq(config, str(path))
+    head, head_notes = _take_head(encoder, model.hidden_size, path)
     check_layers(model.num_hidden_layers, encoder, path)
     shapes = parameter_shapes(model)
     wanted = {place.name: (microsoft_name(place.name, model), place.shape) for place in _stored(shapes, model)}
@@ -137,7 +138,7 @@ def export_microsoft(
             )
     model = {microsoft_name(name, config): tensor for name, tensor in tensors.items()}
     if head is not None:
-        model |= _head_tensors(head)
+        model |= _head_tensors(head, config.hidden_size, path)
     if dtype != "float32":
         model = {name: _rounded(name, tensor, dtype) for name, tensor in model.items()}
     write_torch_file(path, {"cfg": to_microsoft(config), "model": model})
@@ -173,12 +174,12 @@ def _encoder(tensors: Mapping[str, LazyTensor], path: Path) -> tuple[str, dict[s
     return prefixes[0], encoder
 
 
-def _take_head(encoder: dict[str, LazyTensor], path: Path) -> tuple[dict[str, Any] | None, list[str]]:
+def _take_head(encoder: dict[str, LazyTensor], hidden: int, path: Path) -> tuple[dict[str, Any] | None, list[str]]:
     """The pre-training head, removed from the tensors; None and notes where only a part of it is there."""
     found = {name: source_of(name, encoder.pop(name)) for name in _HEAD if name in encoder}
     if len(found) < len(_HEAD):
         return None, [f"left out: {name}, which is no whole pre-training head" for name in found]
-    head = read_head(*found.values(), path=path)
+    head = read_head(*found.values(), width=hidden, path=path)
     rows, width = head["label_embeddings"].shape
     return head, [f"pre-training head with {rows} label embeddings of width {width}"]
 
@@ -200,10 +201,13 @@ def _as_in_torch(params: Params, shapes: Params) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _head_tensors(head: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _head_tensors(head: Mapping[str, Any], hidden: int, path: Path) -> dict[str, np.ndarray]:
     projection = head["final_proj"]
     arrays = (np.asarray(projection["kernel"]).T, projection["bias"], head["label_embeddings"])
-    return {name: np.asarray(array, np.float32) for name, array in zip(_HEAD, arrays, strict=True)}
+    tensors = {name: np.asarray(array, np.float32) for name, array in zip(_HEAD, arrays, strict=True)}
+    sources = (Source(name, tensor.shape, partial(np.asarray, tensor)) for name, tensor in tensors.items())
+    read_head(*sources, width=hidden, path=path)
+    return tensors
 
 
 def _rounded(name: str, tensor: np.ndarray, dtype: Precision) -> np.ndarray:

@@ -107,23 +107,26 @@ def flatten(tree: Params, above: tuple[str, ...] = ()) -> dict[tuple[str, ...], 
     return arrays
 
 
-def read_head(weight: Source, bias: Source, labels: Source, *, path: Path) -> dict[str, Any]:
+def read_head(weight: Source, bias: Source, labels: Source, *, width: int, path: Path) -> dict[str, Any]:
     """A pre-training head as our `PredictionHead` has it.
 
     Args:
         weight: (final_dim, width), torch's layout of the projection.
         bias: (final_dim,).
         labels: (rows, final_dim); as many rows as the source has, with or without fairseq's first 4 (FACTS E20).
+        width: of the encoder.
         path: the file's name, for messages.
 
     Raises:
-        ConversionError: shapes that do not belong together, or numbers that are not finite.
+        ConversionError: shapes that do not belong together or to the encoder, or numbers that are not finite.
 
     """
-    shapes = (weight.shape, bias.shape, labels.shape)
-    if list(map(len, shapes)) != [2, 1, 2] or len({weight.shape[0], bias.shape[0], labels.shape[1]}) != 1:
+    final_dim = weight.shape[0] if weight.shape else 0
+    if (weight.shape, bias.shape, labels.shape[1:]) != ((final_dim, width), (final_dim,), (final_dim,)):
         parts = ", ".join(f"{source.key} {source.shape}" for source in (weight, bias, labels))
-        raise ConversionError(f"{path}: the parts of the pre-training head do not fit together: {parts}")
+        raise ConversionError(
+            f"{path}: the parts of the pre-training head do not fit an encoder of width {width}: {parts}"
+        )
     found = Sources({source.key: source for source in (weight, bias, labels)}, path)
     arrays = [found[source.key] for source in (weight, bias, labels)]
     projection = {"kernel": np.ascontiguousarray(arrays[0].T), "bias": arrays[1]}

@@ -92,7 +92,7 @@ def import_torchaudio(path: Path, **changes: Any) -> Imported:
     sources = {name: source_of(key, encoder[key]) for name, (key, _) in wanted.items()}
     sources[_OUR_MASK_VECTOR] = _mask_vector(vector, config, notes)
     params = fill(Sources(sources, path), shapes)
-    return Imported(config, params, _head(head, path), "torchaudio", tuple(notes))
+    return Imported(config, params, _head(head, config.hidden_size, path), "torchaudio", tuple(notes))
 
 
 def torchaudio_name(name: str) -> str:
@@ -170,10 +170,10 @@ def _mask_vector(vector: LazyTensor | None, config: WavLMConfig, notes: list[str
     return Source(_MASK_VECTOR, (config.hidden_size,), lambda: np.zeros(config.hidden_size, np.float32))
 
 
-def _head(tensors: Mapping[str, LazyTensor], path: Path) -> dict[str, Any] | None:
+def _head(tensors: Mapping[str, LazyTensor], width: int, path: Path) -> dict[str, Any] | None:
     missing = [name for name in _HEAD if name not in tensors]
     if len(missing) == len(_HEAD):
         return None
     if missing:
         raise ConversionError(f"{path}: the pre-training head is not whole; missing: {', '.join(missing)}")
-    return read_head(*(source_of(name, tensors[name]) for name in _HEAD), path=path)
+    return read_head(*(source_of(name, tensors[name]) for name in _HEAD), width=width, path=path)
