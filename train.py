@@ -49,8 +49,6 @@ def train(config: dict[str, Any], workdir: Path) -> int:
 def main(_: Sequence[str]) -> None:
     """From flags to an exit code; what a person can put right is one message, its traceback a file."""
     workdir = Path(_WORKDIR.value or "")
-    if FLAGS["verbosity"].using_default_value:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells about every file that it writes
     if _PLATFORM.value is not None:
         jax.config.update("jax_platforms", _PLATFORM.value)
     try:
@@ -72,11 +70,15 @@ def main(_: Sequence[str]) -> None:
 def parse(arguments: list[str]) -> list[str]:
     """Flags, with a message instead of a traceback for an override that the config does not have."""
     try:
-        return list(FLAGS(arguments))
+        rest = list(FLAGS(arguments))
+        if FLAGS["verbosity"].using_default_value:
+            FLAGS.verbosity = logging.WARNING  # Orbax tells about every file that it writes
     except (AttributeError, KeyError) as error:
         print(f"train.py: {_unknown_key(arguments) or error}", file=sys.stderr)
     except (TypeError, ValueError, OSError, flags.Error) as error:
         print(f"train.py: {error}", file=sys.stderr)
+    else:
+        return rest
     sys.exit(EXIT_WRONG)
 
 
