@@ -147,7 +147,7 @@ def _ours(folder: Path) -> dict[str, float]:
         )
         corpus = Corpus.open(folder)
         with Watch() as watch:
-            make_labels(settings, {"train": corpus})
+            make_labels(settings, {"train": corpus}, load_weights)
         return watch.result(float(corpus.lengths.sum()) / 16000)
 
 

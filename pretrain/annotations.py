@@ -8,8 +8,9 @@ from jaxtyping import Int32
 
 from pretrain.labels import LabelStore
 from pretrain.objective import NO_LABEL
-from wavlm_jax.audio.frames import label_index, samples_for
+from wavlm_jax.audio.frames import label_index
 from wavlm_jax.data.corpus import Corpus
+from wavlm_jax.shapes import samples_for
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Float32, Int16, Int64
 
 from pretrain.kmeans import row_sharding
 from pretrain.mfcc import MFCC_DIM, MFCC_GEOMETRY, mfcc
-from wavlm_jax.audio.frames import Geometry, num_frames
+from wavlm_jax.shapes import Geometry, num_frames
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -27,7 +27,7 @@ from pretrain.label_arrays import LabelError, utterance_keys
 from pretrain.label_writer import SplitWriter
 from pretrain.labels import FORMAT, HEADER, LabelHeader, LabelSettings, SplitHeader
 from pretrain.sample import choose_utterances, draw
-from wavlm_jax.audio.frames import SAMPLE_RATE
+from wavlm_jax.shapes import SAMPLE_RATE
 
 REQUEST, CLUSTERS, FIT = "request.json", "kmeans.safetensors", "kmeans.progress.safetensors"
 TRAIN = "train"

@@ -13,17 +13,17 @@ from pretrain.label_request import TRAIN, LabelRequest
 from pretrain.labels import LabelError, LabelHeader, LabelSettings, LabelStore
 from pretrain.layer_features import LayerFeatures, Teacher
 from pretrain.quality import measure, report
-from wavlm_jax.audio.frames import SAMPLE_RATE
-from wavlm_jax.loading import load_weights
-from wavlm_jax.shapes import Params
+from wavlm_jax.shapes import SAMPLE_RATE, Params
+from wavlm_jax.weights import Load
 
 
-def make_labels(settings: LabelSettings, corpora: Mapping[str, Corpus]) -> LabelHeader:
+def make_labels(settings: LabelSettings, corpora: Mapping[str, Corpus], load: Load) -> LabelHeader:
     """Makes the label store `settings.path` for all splits, or what of it is missing.
 
     Args:
         settings: the config section `labels`.
         corpora: split -> corpus; the clusters are learned from "train" and label all of them.
+        load: reads the weights of a teacher.
 
     Returns:
         The header of the store; its `quality` has been printed.
@@ -34,7 +34,7 @@ def make_labels(settings: LabelSettings, corpora: Mapping[str, Corpus]) -> Label
     """
     if TRAIN not in corpora:
         raise LabelError(f"config.data: found the splits {', '.join(sorted(corpora))}, expected one called {TRAIN!r}")
-    request = LabelRequest(settings, feature_source(settings), corpora)
+    request = LabelRequest(settings, feature_source(settings, load), corpora)
     header = request.existing()
     missing = {split: corpus for split, corpus in corpora.items() if header is None or split not in header.splits}
     if header is not None and not missing:
@@ -54,7 +54,7 @@ def make_labels(settings: LabelSettings, corpora: Mapping[str, Corpus]) -> Label
     return header
 
 
-def feature_source(settings: LabelSettings) -> FeatureSource:
+def feature_source(settings: LabelSettings, load: Load) -> FeatureSource:
     """What is to be clustered: MFCC, or a layer of the teacher that `settings.run` names.
 
     Raises:
@@ -64,7 +64,7 @@ def feature_source(settings: LabelSettings) -> FeatureSource:
     source: FeatureSource = MfccFeatures(settings.num_threads)
     if settings.teacher == "layer" and settings.run is not None and settings.layer is not None:
         source = LayerFeatures(
-            load_teacher(Path(settings.run), settings.step),
+            load_teacher(load, Path(settings.run), settings.step),
             settings.layer,
             piece_seconds=settings.piece_seconds,
             batch_seconds=settings.batch_seconds,
@@ -79,10 +79,11 @@ def feature_source(settings: LabelSettings) -> FeatureSource:
     return source
 
 
-def load_teacher(path: Path, step: int | None = None) -> Teacher:
+def load_teacher(load: Load, path: Path, step: int | None = None) -> Teacher:
     """The teacher in `path`.
 
     Args:
+        load: reads weights.
         path: workdir of a run of ours, or a Hugging Face folder (WavLM or HuBERT).
         step: checkpoint of the run; None: its newest.
 
@@ -90,7 +91,7 @@ def load_teacher(path: Path, step: int | None = None) -> Teacher:
         ValueError: neither of the two, a step of a folder that has none, or whatever the file's reader finds.
 
     """
-    weights = load_weights(path, step)
+    weights = load(path, step)
     # A padded batch must give what each row gives alone, whatever the checkpoint was trained with.
     return Teacher(replace(weights.config, padding="exact"), weights.params, fingerprint(weights.params))
 

@@ -16,10 +16,9 @@ from jaxtyping import Array, Float, Float32, Int16, Int32, Int64
 
 from pretrain.features import Block, Corpus, Piece, Utterances, in_threads
 from pretrain.kmeans import row_sharding
-from wavlm_jax.audio.frames import SAMPLE_RATE, Geometry, num_frames, samples_for
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.model.wavlm import WavLM
-from wavlm_jax.shapes import Params
+from wavlm_jax.shapes import SAMPLE_RATE, Geometry, Params, num_frames, samples_for
 
 WINDOW = 1024
 """Utterances that are sorted by length together."""

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict, config_flags
 from pretrain.corpora import DataSettings, open_corpora
 from pretrain.labelling import make_labels
 from pretrain.labels import LabelSettings
+from wavlm_jax.loading import load_weights
 from wavlm_jax.settings import read
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Pre-training config; its sections data and labels are used.")
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {' '.join(arguments[1:])}")
     config = _CONFIG.value
     settings = label_settings(config)
-    header = make_labels(settings, open_corpora(read(config.data, DataSettings, "data")))
+    header = make_labels(settings, open_corpora(read(config.data, DataSettings, "data")), load_weights)
     print(f"labels: {settings.path} is complete, k-means {header.kmeans}, {', '.join(sorted(header.splits))}")
 
 

@@ -10,10 +10,10 @@ import kaldi_native_fbank
 import numpy as np
 from jaxtyping import Float32, Int16
 
-from wavlm_jax.audio.frames import SAMPLE_RATE, Geometry
+from wavlm_jax.shapes import SAMPLE_RATE, Geometry
 
 MFCC_GEOMETRY = Geometry(kernels=(400,), strides=(160,))
-"""Windows of 25 ms every 10 ms, none that reaches over an edge: `frames.num_frames(n, MFCC_GEOMETRY)` frames."""
+"""Windows of 25 ms every 10 ms, none that reaches over an edge: `num_frames(n, MFCC_GEOMETRY)` frames."""
 
 NUM_CEPSTRA = 13
 MFCC_DIM = 3 * NUM_CEPSTRA

@@ -11,12 +11,11 @@ from jaxtyping import Array, Float
 
 from pretrain.mixing import MixingSettings, Provenance, mix
 from pretrain.objective import ObjectiveSettings, PredictionHead, masked_prediction
-from wavlm_jax.audio.frames import num_frames
 from wavlm_jax.config import Compute, WavLMConfig
 from wavlm_jax.model.frontend import normalize_waveform
 from wavlm_jax.model.masking import channel_mask, span_mask
 from wavlm_jax.model.wavlm import WavLM, WavLMOutput
-from wavlm_jax.shapes import Batch, ChannelMask, NumSamples, Params, RowKeys, StepKey, TimeMask, Waveform
+from wavlm_jax.shapes import Batch, ChannelMask, NumSamples, Params, RowKeys, StepKey, TimeMask, Waveform, num_frames
 from wavlm_jax.training.task import LossSums
 
 INT16_SCALE = 32_768.0

@@ -20,7 +20,7 @@ from jaxtyping import Float64, Int64
 
 from pretrain.features import Corpus
 from pretrain.labels import LabelStore
-from wavlm_jax.audio.frames import SAMPLE_RATE
+from wavlm_jax.shapes import SAMPLE_RATE
 
 HALF_WINDOW = 200
 """Samples from the first one of a frame to the centre of its window of 25 ms."""

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from pretrain.features import Block
-from wavlm_jax.audio.frames import SAMPLE_RATE
+from wavlm_jax.shapes import SAMPLE_RATE
 
 
 def choose_utterances(

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import jax
 
-from wavlm_jax.loading import load_weights
 from wavlm_jax.settings import SettingsError
 from wavlm_jax.shapes import Params
+from wavlm_jax.weights import Load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class InitSettings:
     """Checkpoint of the run; None: its newest."""
 
 
-def initial_params(settings: InitSettings, fresh: Params) -> Params:
+def initial_params(settings: InitSettings, fresh: Params, load: Load) -> Params:
     """`fresh` itself, or the same tree with what `init.path` holds.
 
     The body has to fit in every shape. The head is taken where it is there and fits (same number of clusters), else it
@@ -32,7 +32,7 @@ def initial_params(settings: InitSettings, fresh: Params) -> Params:
     """
     if settings.path is None:
         return fresh
-    weights = load_weights(Path(settings.path), settings.step)
+    weights = load(Path(settings.path), settings.step)
     _check_fit(settings.path, fresh["wavlm"], weights.params)
     fits = weights.head is not None and _shapes(weights.head) == _shapes(fresh["head"])
     return {"wavlm": weights.params, "head": weights.head if fits else fresh["head"]}

@@ -17,14 +17,14 @@ from pretrain.objective import ObjectiveSettings
 from pretrain.predictor import MaskedPredictionLoss, MaskedPredictor
 from pretrain.preflight import check_labels
 from pretrain.starting import InitSettings, initial_params
-from wavlm_jax.audio.frames import samples_for
 from wavlm_jax.config import Compute, WavLMConfig
 from wavlm_jax.data.corpus import Corpus
 from wavlm_jax.data.loader import CropStream, LoaderSettings, PaddedStream
 from wavlm_jax.data.plan import BatchSettings, describe
 from wavlm_jax.data.reader import Host
+from wavlm_jax.loading import load_weights
 from wavlm_jax.settings import SettingsError, nearest, read_sections
-from wavlm_jax.shapes import Params, StepKey
+from wavlm_jax.shapes import Params, StepKey, samples_for
 from wavlm_jax.training.mesh import Topology
 from wavlm_jax.training.run_settings import RunSettings
 from wavlm_jax.training.task import BatchStream, Task
@@ -73,7 +73,7 @@ def build(config: Mapping[str, Any], topology: Topology) -> Task:
         init=_initialiser(predictor, settings),
         loss=MaskedPredictionLoss(predictor, settings.mixing),
         stream=_streams(settings, corpora, stores, topology),
-        initial_params=lambda fresh: initial_params(settings.init, fresh),
+        initial_params=lambda fresh: initial_params(settings.init, fresh, load_weights),
         row_group=settings.mixing.group,
         fingerprints=_fingerprints(corpora, stores),
     )
@@ -92,7 +92,7 @@ def _label_stores(settings: PretrainSettings, corpora: Mapping[str, Corpus]) -> 
     """Checked labels of every split, made first where the config allows it."""
     folder = Path(settings.labels.path)
     if settings.labels.make:
-        make_labels(settings.labels, corpora)
+        make_labels(settings.labels, corpora, load_weights)
     elif not (folder / HEADER).is_file():
         raise FileNotFoundError(
             f"config.labels.path: {folder} holds no labels; make them with: python -m pretrain.make_labels --config "

@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 from torch_twins import small_config, torch_model, waveforms
 
 from wavlm_jax.convert.huggingface import export_huggingface, import_huggingface
-from wavlm_jax.convert.names import ConversionError, from_torch, parameter_shapes, to_torch
-from wavlm_jax.model.wavlm import WavLM
+from wavlm_jax.convert.names import ConversionError, from_torch, to_torch
+from wavlm_jax.model.wavlm import WavLM, parameter_shapes
 
 CONFIGS = {
     "base": small_config(),

@@ -20,9 +20,9 @@ from torch_twins import small_config, torch_model, waveforms
 from wavlm_jax.convert.faults import DamagedFile, HostileFile
 from wavlm_jax.convert.known import KNOWN, check_known
 from wavlm_jax.convert.microsoft import export_microsoft, import_microsoft
-from wavlm_jax.convert.names import ConversionError, from_torch, parameter_shapes
+from wavlm_jax.convert.names import ConversionError, from_torch
 from wavlm_jax.convert.torchaudio import import_torchaudio
-from wavlm_jax.model.wavlm import WavLM
+from wavlm_jax.model.wavlm import WavLM, parameter_shapes
 
 BASE = {}
 LARGE = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "do_normalize": True}

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch_twins import attention_mask, small_config, torch_model
 
 from wavlm_jax.audio import frames
+from wavlm_jax.shapes import STANDARD, samples_for
 
 KNOWN = {
     0: 0, 1: 0, 399: 0, 400: 1, 719: 1, 720: 2, 8000: 24, 16000: 49, 32000: 99, 160000: 499, 250000: 781, 480000: 1499,
@@ -28,12 +29,12 @@ def test_lengths_of_the_sources():
 
 
 def test_standard_geometry():
-    assert (frames.STANDARD.hop, frames.STANDARD.receptive_field) == (320, 400)
+    assert (STANDARD.hop, STANDARD.receptive_field) == (320, 400)
 
 
 @given(st.integers(1, 100_000))
 def test_samples_for_is_the_fewest(count):
-    samples = frames.samples_for(count)
+    samples = samples_for(count)
     assert samples == 320 * count + 80
     assert frames.num_frames(samples) == count
     assert frames.num_frames(samples - 1) == count - 1

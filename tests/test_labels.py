@@ -17,8 +17,8 @@ from pretrain.label_writer import SplitWriter
 from pretrain.labels import LabelError, LabelSettings
 from pretrain.preflight import check_labels
 from tests.fake_corpus import FakeCorpus, ragged, write_store
-from wavlm_jax.audio.frames import num_frames
 from wavlm_jax.settings import SettingsError, read
+from wavlm_jax.shapes import num_frames
 
 KMEANS = KMeansSettings(sample_frames=10**5, batch_frames=256, passes=2, tolerance=0.0, initialisations=1)
 SETTINGS = LabelSettings(

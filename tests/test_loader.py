@@ -12,13 +12,13 @@ from audio_files import encoded, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wavlm_jax.audio.frames import samples_for
 from wavlm_jax.data.corpus import Corpus
 from wavlm_jax.data.loader import CropStream, LoaderSettings, PaddedStream
 from wavlm_jax.data.plan import BatchSettings, seconds_of
 from wavlm_jax.data.prepare import Preparation, prepare
 from wavlm_jax.data.reader import Host, LoaderError
 from wavlm_jax.data.sources import from_folder
+from wavlm_jax.shapes import samples_for
 
 BATCH = BatchSettings(buckets=(10, 20, 40), seconds_per_update=4.0, seconds_per_device=2.0, row_multiple=4)
 NOW = LoaderSettings(threads=0)

@@ -21,13 +21,13 @@ from transformers import WavLMConfig as TorchConfig
 from transformers import WavLMModel as TorchModel
 
 from pretrain.kmeans import KMeans
-from pretrain.labelling import load_teacher, make_labels
 from pretrain.labels import LabelError, LabelStore
 from pretrain.layer_features import LayerFeatures, bucket_of
 from pretrain.mfcc import mfcc
 from pretrain.preflight import check_labels
 from pretrain.sample import choose_frames, choose_utterances
 from tests.fake_corpus import FakeCorpus, ragged
+from tests.labelling import load_teacher, make_labels
 from tests.speech import make_corpora
 from tests.test_labels import KMEANS, SETTINGS
 from wavlm_jax.config import WavLMConfig
@@ -130,7 +130,7 @@ KILLED = """
     import pretrain.assigning, pretrain.kmeans, pretrain.label_writer
     from tests.fake_corpus import FakeCorpus, ragged
     from pretrain.kmeans import KMeansSettings
-    from pretrain.labelling import load_teacher, make_labels
+    from tests.labelling import load_teacher, make_labels
     from pretrain.labels import LabelSettings
 
     folder, where, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -179,7 +179,7 @@ MEASURED = """
     import numpy as np
     from tests.fake_corpus import FakeCorpus, ragged
     from tests.test_labels import SETTINGS
-    from pretrain.labelling import load_teacher, make_labels
+    from tests.labelling import load_teacher, make_labels
 
     def own_mib():
         return int(re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024

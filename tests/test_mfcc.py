@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.mfcc import MFCC_GEOMETRY, deltas, mfcc
-from wavlm_jax.audio.frames import num_frames
+from wavlm_jax.shapes import num_frames
 
 
 def mel(frequency):

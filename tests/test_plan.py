@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wavlm_jax.audio.frames import num_frames, samples_for
 from wavlm_jax.data.buckets import fit_buckets, padding_share
 from wavlm_jax.data.plan import (
     FILLER,
@@ -24,6 +23,7 @@ from wavlm_jax.data.plan import (
     seconds_of,
 )
 from wavlm_jax.data.reader import Host
+from wavlm_jax.shapes import num_frames, samples_for
 
 BUCKETS = (50, 100, 200, 400)
 SIZES = (1, 7, 8, 9, 1000)

@@ -9,8 +9,8 @@ import torch
 import transformers
 
 from wavlm_jax.config import WavLMConfig
-from wavlm_jax.convert.names import from_torch, parameter_shapes
-from wavlm_jax.model.wavlm import WavLM
+from wavlm_jax.convert.names import from_torch
+from wavlm_jax.model.wavlm import WavLM, parameter_shapes
 
 torch.set_num_threads(2)
 

@@ -1,24 +1,12 @@
 """Weights from wherever they are: a run of ours or a Hugging Face folder, found out by looking."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.convert.huggingface import import_huggingface
 from wavlm_jax.settings import read
-from wavlm_jax.shapes import Params
 from wavlm_jax.training.stored import FOLDER, load_params
-
-
-@dataclass(frozen=True)
-class Weights:
-    """A model without what computes it; arrays are numpy, on the host."""
-
-    config: WavLMConfig
-    params: Params
-    """Of `wavlm_jax.model.wavlm.WavLM`."""
-    head: Params | None
-    """Of the pre-training head (`final_proj`, `label_embeddings`), where the source has one."""
+from wavlm_jax.weights import Weights
 
 
 def load_weights(path: Path, step: int | None = None) -> Weights:

@@ -1,4 +1,4 @@
-"""Names of the tensor kinds that cross module borders.
+"""Names of the tensor kinds that cross module borders, and how many frames a number of samples makes.
 
 Shapes are jaxtyping strings; they cost nothing in production and are checked in every test (tests/conftest.py
 installs the import hook).
@@ -14,8 +14,9 @@ Legend of the axes
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 Params = Mapping[str, Any]
@@ -37,3 +38,49 @@ Scalar = Float[Array, ""]
 RowKeys = Key[Array, "rows"]
 """One typed PRNG key a row of the global batch, so that results do not depend on how rows are spread over devices."""
 StepKey = Key[Array, ""]
+
+SAMPLE_RATE = 16_000
+"""Hz. Every corpus is stored at this rate; nothing else reaches the model."""
+
+Count = TypeVar("Count", int, Any)
+
+
+class Geometry(NamedTuple):
+    """Kernels and strides of a conv encoder without padding, first layer first."""
+
+    kernels: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)
+    strides: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
+
+    @property
+    def hop(self) -> int:
+        """Samples from one frame to the next (320)."""
+        return int(np.prod(self.strides))
+
+    @property
+    def receptive_field(self) -> int:
+        """Samples that one frame sees (400)."""
+        return samples_for(1, self)
+
+
+STANDARD = Geometry()
+
+
+def num_frames(num_samples: Count, geometry: Geometry = STANDARD) -> Count:
+    """Frames that the conv encoder makes of `num_samples` samples; 0 below the receptive field.
+
+    floor((n - kernel) / stride) + 1, layer by layer. Hugging Face counts the same way; the authors' padding mask may
+    give one or two frames more (`microsoft_num_frames`, FACTS A7).
+    """
+    for kernel, stride in zip(geometry.kernels, geometry.strides, strict=True):
+        num_samples = (num_samples - kernel) // stride + 1
+        num_samples = max(num_samples, 0) if isinstance(num_samples, int) else num_samples * (num_samples > 0)
+    return num_samples
+
+
+def samples_for(frames: int, geometry: Geometry = STANDARD) -> int:
+    """The fewest samples that give `frames` frames: 320 * frames + 80 in the standard geometry (0 for 0 frames)."""
+    if frames == 0:
+        return 0
+    for kernel, stride in zip(reversed(geometry.kernels), reversed(geometry.strides), strict=True):
+        frames = (frames - 1) * stride + kernel
+    return frames

@@ -1,58 +1,14 @@
-"""Samples and frames: the only place where one is turned into the other (FACTS A2, A7, C5).
+"""Frames of other conventions: the authors' padding rule, and labels of any rate (FACTS A7, C5).
 
-Everything here takes plain ints, numpy arrays or JAX arrays and gives back the same kind. `Geometry` is the kernels and
-strides of a conv encoder; every released WavLM and HuBERT has the one that is the default.
+How many frames a number of samples makes stands in `wavlm_jax.shapes`. Everything takes plain ints, numpy arrays or JAX
+arrays and gives back the same kind.
 """
 
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import numpy as np
 
-SAMPLE_RATE = 16_000
-"""Hz. Every corpus is stored at this rate; nothing else reaches the model."""
-
-Count = TypeVar("Count", int, Any)
-
-
-class Geometry(NamedTuple):
-    """Kernels and strides of a conv encoder without padding, first layer first."""
-
-    kernels: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)
-    strides: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
-
-    @property
-    def hop(self) -> int:
-        """Samples from one frame to the next (320)."""
-        return int(np.prod(self.strides))
-
-    @property
-    def receptive_field(self) -> int:
-        """Samples that one frame sees (400)."""
-        return samples_for(1, self)
-
-
-STANDARD = Geometry()
-
-
-def num_frames(num_samples: Count, geometry: Geometry = STANDARD) -> Count:
-    """Frames that the conv encoder makes of `num_samples` samples; 0 below the receptive field.
-
-    floor((n - kernel) / stride) + 1, layer by layer. Hugging Face counts the same way; the authors' padding mask may
-    give one or two frames more (`microsoft_num_frames`, FACTS A7).
-    """
-    for kernel, stride in zip(geometry.kernels, geometry.strides, strict=True):
-        num_samples = (num_samples - kernel) // stride + 1
-        num_samples = max(num_samples, 0) if isinstance(num_samples, int) else num_samples * (num_samples > 0)
-    return num_samples
-
-
-def samples_for(frames: int, geometry: Geometry = STANDARD) -> int:
-    """The fewest samples that give `frames` frames: 320 * frames + 80 in the standard geometry (0 for 0 frames)."""
-    if frames == 0:
-        return 0
-    for kernel, stride in zip(reversed(geometry.kernels), reversed(geometry.strides), strict=True):
-        frames = (frames - 1) * stride + kernel
-    return frames
+from wavlm_jax.shapes import SAMPLE_RATE, STANDARD, Count, Geometry, num_frames
 
 
 def microsoft_num_frames(num_samples: Any, padded_samples: int, geometry: Geometry = STANDARD) -> Any:

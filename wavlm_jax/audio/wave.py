@@ -20,7 +20,7 @@ import soundfile
 import soxr
 from jaxtyping import Float32, Int16
 
-from wavlm_jax.audio.frames import SAMPLE_RATE
+from wavlm_jax.shapes import SAMPLE_RATE
 
 FaultName = Literal[
     "missing",

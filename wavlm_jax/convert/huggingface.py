@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from wavlm_jax import settings
-from wavlm_jax.audio.frames import SAMPLE_RATE
 from wavlm_jax.config import WavLMConfig
-from wavlm_jax.convert.names import ConversionError, from_torch, parameter_shapes, to_torch
-from wavlm_jax.shapes import Params
+from wavlm_jax.convert.names import ConversionError, from_torch, to_torch
+from wavlm_jax.model.wavlm import parameter_shapes
+from wavlm_jax.shapes import SAMPLE_RATE, Params
 
 CONFIG, WEIGHTS, PREPROCESSOR = "config.json", "model.safetensors", "preprocessor_config.json"
 _MASK_VECTOR = "masked_spec_embed"

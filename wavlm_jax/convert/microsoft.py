@@ -17,7 +17,7 @@ from numpy.typing import DTypeLike
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.convert.fairseq_config import from_fairseq, to_microsoft, training_only
 from wavlm_jax.convert.known import check_known
-from wavlm_jax.convert.names import ConversionError, Place, parameter_shapes, places
+from wavlm_jax.convert.names import ConversionError, Place, places
 from wavlm_jax.convert.state_dict import (
     Imported,
     Source,
@@ -34,6 +34,7 @@ from wavlm_jax.convert.state_dict import (
 from wavlm_jax.convert.torch_file import read_torch_file
 from wavlm_jax.convert.torch_tensor import LazyTensor
 from wavlm_jax.convert.torch_writer import write_torch_file
+from wavlm_jax.model.wavlm import parameter_shapes
 from wavlm_jax.shapes import Params
 
 _RENAMED: tuple[tuple[str, str], ...] = (

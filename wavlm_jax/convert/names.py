@@ -10,12 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from wavlm_jax.config import WavLMConfig
-from wavlm_jax.model.wavlm import WavLM
 from wavlm_jax.shapes import Params
 
 Tensors = Mapping[str, np.ndarray]
@@ -40,15 +36,6 @@ class Place:
     """Shape of the torch tensor."""
     reverse: bool
     """Whether torch has the axes in the opposite order."""
-
-
-def parameter_shapes(config: WavLMConfig) -> Params:
-    """The model's parameter tree with `jax.ShapeDtypeStruct` leaves; nothing is computed."""
-    model = WavLM(config)
-    samples = model.receptive_field
-    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, samples))))
-    shapes: Params = variables["params"]
-    return shapes
 
 
 def to_torch(params: Params) -> dict[str, np.ndarray]:

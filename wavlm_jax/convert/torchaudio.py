@@ -13,7 +13,7 @@ import numpy as np
 
 from wavlm_jax.config import BASE_STRIDES, WavLMConfig
 from wavlm_jax.convert.known import check_known
-from wavlm_jax.convert.names import ConversionError, parameter_shapes, places
+from wavlm_jax.convert.names import ConversionError, places
 from wavlm_jax.convert.state_dict import (
     Imported,
     Source,
@@ -28,6 +28,7 @@ from wavlm_jax.convert.state_dict import (
 )
 from wavlm_jax.convert.torch_file import read_torch_file
 from wavlm_jax.convert.torch_tensor import LazyTensor
+from wavlm_jax.model.wavlm import parameter_shapes
 
 _PRE_TRAINING = "wav2vec2."
 """Before the encoder's names in torchaudio's pre-training model."""

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from wavlm_jax.audio.frames import SAMPLE_RATE, samples_for
 from wavlm_jax.data import manifests
 from wavlm_jax.data.conform import Policy
 from wavlm_jax.data.corpus import Corpus
@@ -17,6 +16,7 @@ from wavlm_jax.data.pool import WorkerError
 from wavlm_jax.data.prepare import BAD_FILES, FREE_FAULTS, Preparation, PrepareError, Result, prepare, split
 from wavlm_jax.data.rows import from_datasets
 from wavlm_jax.data.sources import Source, SourceError, from_folder, has_audio
+from wavlm_jax.shapes import SAMPLE_RATE, samples_for
 
 DESCRIPTION = """Prepares speech once for training and evaluation: an Arrow data set of 16 kHz mono 16-bit FLAC, and a
 header. SOURCE is a folder of audio (wav, flac, mp3, ogg, opus; with metadata.csv or metadata.jsonl, as an audiofolder

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from wavlm_jax.audio.frames import num_frames, samples_for
 from wavlm_jax.data.plan import FILLER, Lengths, PlannedBatch
+from wavlm_jax.shapes import num_frames, samples_for
 
 
 def fit_buckets(lengths: Lengths, count: int, multiple: int) -> tuple[int, ...]:

@@ -17,8 +17,8 @@ import soxr
 from jaxtyping import Float32, Int16
 
 from wavlm_jax.audio import wave
-from wavlm_jax.audio.frames import SAMPLE_RATE, samples_for
 from wavlm_jax.audio.wave import FULL_SCALE, AudioFault, AudioSource
+from wavlm_jax.shapes import SAMPLE_RATE, samples_for
 
 WarningName = Literal["down_mix_cancels", "silent", "clipped"]
 

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int16
 
-from wavlm_jax.audio.frames import SAMPLE_RATE
 from wavlm_jax.audio.wave import FULL_SCALE, encode_flac, resample, to_int16
+from wavlm_jax.shapes import SAMPLE_RATE
 
 MANIFEST = "voice.jsonl"
 PAUSE = "_"

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 from absl import flags
 
-from wavlm_jax.audio.frames import samples_for
 from wavlm_jax.data.corpus import Corpus
 from wavlm_jax.data.plan import (
     FILLER,
@@ -26,6 +25,7 @@ from wavlm_jax.data.plan import (
     seconds_of,
 )
 from wavlm_jax.data.reader import Alignment, Annotate, Arrays, EpochPlans, Host, LoaderError, Reader
+from wavlm_jax.shapes import samples_for
 from wavlm_jax.training.task import BatchSpec
 
 _ENDLESS = 2**53

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Int64, UInt64
 
-from wavlm_jax.audio.frames import SAMPLE_RATE, samples_for
+from wavlm_jax.shapes import SAMPLE_RATE, samples_for
 
 Fit = Literal["crop", "pad"]
 Lengths = Int64[np.ndarray, "utterances"]

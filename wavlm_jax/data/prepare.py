@@ -19,13 +19,13 @@ import soundfile
 from tqdm import tqdm
 
 import wavlm_jax
-from wavlm_jax.audio.frames import SAMPLE_RATE
 from wavlm_jax.data.conform import Policy
 from wavlm_jax.data.header import FORMAT, CorpusHeader, Shard, is_corpus, read_header, write_header
 from wavlm_jax.data.hub import write_dataset_info
 from wavlm_jax.data.pool import unordered
 from wavlm_jax.data.shard import ShardReport, report_file, write_atomically, write_shard
 from wavlm_jax.data.sources import AudioReader, Entry, Source, digest
+from wavlm_jax.shapes import SAMPLE_RATE
 
 FREE_FAULTS = 5
 """Bad files that are always tolerated, however small the corpus."""

@@ -10,10 +10,10 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from wavlm_jax.audio.frames import STANDARD, samples_for
 from wavlm_jax.audio.wave import AudioFault
 from wavlm_jax.data.corpus import Corpus
 from wavlm_jax.data.plan import FILLER, BatchSettings, Fit, PlannedBatch, plan, random_bits
+from wavlm_jax.shapes import STANDARD, samples_for
 
 Alignment: TypeAlias = Literal["frame", "sample"]
 Arrays: TypeAlias = dict[str, np.ndarray]

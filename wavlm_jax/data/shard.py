@@ -11,12 +11,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from wavlm_jax.audio.frames import SAMPLE_RATE
 from wavlm_jax.audio.wave import AudioFault
 from wavlm_jax.data.conform import Conformed, Policy, conform
 from wavlm_jax.data.header import sha256_of
 from wavlm_jax.data.hub import SCHEMA
 from wavlm_jax.data.sources import Alignment, AudioReader, Entry, digest, printable
+from wavlm_jax.shapes import SAMPLE_RATE
 
 DROPPED = ("too_short", "too_long")
 _BATCH_BYTES = 1 << 25

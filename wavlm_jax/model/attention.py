@@ -70,8 +70,7 @@ def attend(
     if implementation == "auto":
         implementation = "dense" if frames <= DENSE_FRAMES else "chunked"
     if implementation == "dense":
-        probabilities = attention_probabilities(query, key, bias, frame_mask)
-        return _mix(probabilities, value, drop)
+        return _attend_at_once(query, key, value, bias, frame_mask, drop)
     return _attend_in_blocks(query, key, value, bias, frame_mask, drop)
 
 
@@ -102,6 +101,18 @@ def _mix(
 ) -> Float[Array, "rows queries heads head_dim"]:
     kept = dropout(probabilities.astype(value.dtype), drop.rate, drop.row_keys, Site.ATTENTION)
     return jnp.einsum("rhqk,rkhd->rqhd", kept, value)
+
+
+def _attend_at_once(
+    query: Heads, key: Heads, value: Heads, bias: Bias | None, frame_mask: FrameMask | None, drop: AttentionDropout
+) -> Heads:
+    """All queries at once. The probabilities are computed anew in the backward pass: storing them costs more."""
+
+    @jax.checkpoint
+    def mixed(query: Heads, key: Heads, value: Heads, bias: Bias | None) -> Heads:
+        return _mix(attention_probabilities(query, key, bias, frame_mask), value, drop)
+
+    return mixed(query, key, value, bias)
 
 
 def _attend_in_blocks(

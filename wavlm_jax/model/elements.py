@@ -2,6 +2,7 @@
 
 from enum import IntEnum
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,20 +60,26 @@ def _random_uint16(key: Array, shape: tuple[int, ...]) -> Array:
     return halves.reshape(*shape[:-1], -1)[..., :last]
 
 
-@jax.custom_jvp
+@jax.custom_vjp
 def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """The exact (erf) GELU, x Phi(x), that every released WavLM uses (FACTS A2); float32 inside."""
     wide = x.astype(jnp.float32)
     return (wide * _normal_cdf(wide)).astype(x.dtype)
 
 
-@gelu.defjvp
-def _gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    """One saved array, the slope Phi(x) + x phi(x), where automatic differentiation would save several."""
-    wide = primals[0].astype(jnp.float32)
+def _gelu_forward(x: Array) -> tuple[Array, Array]:
+    return gelu(x), x
+
+
+def _gelu_backward(x: Array, gradient: Array) -> tuple[Array]:
+    """The slope Phi(x) + x phi(x), from x alone: the barrier keeps XLA from saving erf and exp of the forward pass."""
+    wide = jax.lax.optimization_barrier(x).astype(jnp.float32)
     density = jnp.exp(-0.5 * wide * wide) * (2 * jnp.pi) ** -0.5
-    slope = (_normal_cdf(wide) + wide * density).astype(primals[0].dtype)
-    return gelu(primals[0]), slope * tangents[0]
+    slope = _normal_cdf(wide) + wide * density
+    return ((gradient.astype(jnp.float32) * slope).astype(x.dtype),)
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
 def _normal_cdf(x: Array) -> Array:
@@ -110,4 +117,21 @@ def layer_norm(config: WavLMConfig, name: str | None = None) -> nn.LayerNorm:
 
 def linear(width: int, config: WavLMConfig, compute: Compute) -> nn.Dense:
     """A linear map with bias, initialised as BERT's: N(0, `initializer_range`), bias 0 (FACTS A9)."""
-    return nn.Dense(width, dtype=jnp.dtype(compute.dtype), kernel_init=nn.initializers.normal(config.initializer_range))
+    spread = nn.initializers.normal(config.initializer_range)
+    return nn.Dense(width, dtype=jnp.dtype(compute.dtype), kernel_init=spread, dot_general=_matrix_dot_general)
+
+
+def matrix_product(
+    x: Float[Array, "rows frames inputs"], kernel: Float[Array, "inputs outputs"]
+) -> Float[Array, "rows frames outputs"]:
+    """`x @ kernel` with rows and frames as one axis.
+
+    So the kernel's gradient contracts one axis instead of two, which XLA's CPU backend does without first transposing
+    both activations.
+    """
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:2], kernel.shape[-1])
+
+
+def _matrix_dot_general(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
+    """`matrix_product` in the place of the `lax.dot_general` that nn.Dense calls."""
+    return matrix_product(x, kernel)

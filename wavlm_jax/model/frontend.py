@@ -8,10 +8,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from wavlm_jax.audio import frames
 from wavlm_jax.config import Compute, WavLMConfig
-from wavlm_jax.model.elements import Site, dropout, gelu, keep_where, layer_norm
-from wavlm_jax.shapes import ConvFeatures, FrameMask, Hidden, NumSamples, RowKeys, Waveform
+from wavlm_jax.model.elements import Site, dropout, gelu, keep_where, layer_norm, matrix_product
+from wavlm_jax.shapes import ConvFeatures, FrameMask, Geometry, Hidden, NumSamples, RowKeys, Waveform, num_frames
 
 
 def normalize_waveform(waveform: Waveform, num_samples: NumSamples | None = None, eps: float = 1e-5) -> Waveform:
@@ -58,7 +57,7 @@ def strided_convolution(
     result = jnp.zeros((), x.dtype)
     for block, first in enumerate(range(0, taps, stride)):
         weights = kernel[first : first + stride].reshape(-1, features)
-        product = blocks[:, block : block + num_frames, : weights.shape[0]] @ weights
+        product = matrix_product(blocks[:, block : block + num_frames, : weights.shape[0]], weights)
         result = result + product if block else product
     return result
 
@@ -161,9 +160,9 @@ class FeatureExtractor(nn.Module):
         ):
             mask = None
             if num_samples is not None:
-                step = frames.Geometry((kernel,), (stride,))
-                num_samples = frames.num_frames(num_samples, step)
-                mask = prefix_mask(num_samples, frames.num_frames(x.shape[1], step))
+                step = Geometry((kernel,), (stride,))
+                num_samples = num_frames(num_samples, step)
+                mask = prefix_mask(num_samples, num_frames(x.shape[1], step))
             x = layer(x, mask)
         return x
 

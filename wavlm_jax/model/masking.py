@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from wavlm_jax.audio import frames
+from wavlm_jax import shapes
+from wavlm_jax.audio.frames import huggingface_num_frames, microsoft_num_frames
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.model.elements import Site
-from wavlm_jax.shapes import ChannelMask, FrameMask, NumSamples, RowKeys, TimeMask
+from wavlm_jax.shapes import ChannelMask, FrameMask, Geometry, NumSamples, RowKeys, TimeMask
 
 
 def frame_mask(num_samples: NumSamples, num_frames: int, padded_samples: int, config: WavLMConfig) -> FrameMask:
@@ -25,13 +26,13 @@ def frame_mask(num_samples: NumSamples, num_frames: int, padded_samples: int, co
         frame or two more.
 
     """
-    geometry = frames.Geometry(config.conv_kernel, config.conv_stride)
+    geometry = Geometry(config.conv_kernel, config.conv_stride)
     if config.padding == "microsoft":
-        valid = frames.microsoft_num_frames(num_samples, padded_samples, geometry)
+        valid = microsoft_num_frames(num_samples, padded_samples, geometry)
     elif config.padding == "huggingface":
-        valid = frames.huggingface_num_frames(num_samples, padded_samples, geometry)
+        valid = huggingface_num_frames(num_samples, padded_samples, geometry)
     else:
-        valid = frames.num_frames(num_samples, geometry)
+        valid = shapes.num_frames(num_samples, geometry)
     return jnp.arange(num_frames)[None, :] < valid[:, None]
 
 

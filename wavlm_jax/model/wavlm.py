@@ -2,11 +2,11 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from wavlm_jax.audio import frames
 from wavlm_jax.config import Compute, WavLMConfig
 from wavlm_jax.model.elements import keep_where, scale_gradient
 from wavlm_jax.model.encoder import Encoder, Wanted
@@ -16,8 +16,10 @@ from wavlm_jax.shapes import (
     ChannelMask,
     ConvFeatures,
     FrameMask,
+    Geometry,
     Hidden,
     NumSamples,
+    Params,
     RowKeys,
     StepKey,
     TimeMask,
@@ -120,7 +122,7 @@ class WavLM(nn.Module):
     @property
     def receptive_field(self) -> int:
         """Samples of one frame (400): the shortest row that the model takes."""
-        return frames.Geometry(self.config.conv_kernel, self.config.conv_stride).receptive_field
+        return Geometry(self.config.conv_kernel, self.config.conv_stride).receptive_field
 
     def _check(self, waveform: Waveform, step_key: StepKey | None, row_keys: RowKeys | None) -> None:
         if (step_key is None) != (row_keys is None):
@@ -131,3 +133,12 @@ class WavLM(nn.Module):
                 f"waveform: found rows of {waveform.shape[1]} samples, expected at least {self.receptive_field} "
                 "(one frame); pad them with zeros and pass num_samples"
             )
+
+
+def parameter_shapes(config: WavLMConfig) -> Params:
+    """The parameter tree of a WavLM with `jax.ShapeDtypeStruct` leaves; nothing is computed."""
+    model = WavLM(config)
+    samples = model.receptive_field
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, samples))))
+    shapes: Params = variables["params"]
+    return shapes
