@@ -72,7 +72,7 @@ def parse(arguments: list[str]) -> list[str]:
     try:
         rest = list(FLAGS(arguments))
         if FLAGS["verbosity"].using_default_value:
-            FLAGS.verbosity = logging.WARNING  # Orbax tells about every file that it writes
+            logging.set_verbosity(logging.WARNING)  # Orbax tells about every file that it writes
     except (AttributeError, KeyError) as error:
         print(f"train.py: {_unknown_key(arguments) or error}", file=sys.stderr)
     except (TypeError, ValueError, OSError, flags.Error) as error:
