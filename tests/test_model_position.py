@@ -9,7 +9,12 @@ from torch_twins import small_config, torch_model
 
 from wavlm_jax.config import Compute, WavLMConfig
 from wavlm_jax.model.position import GateProjection, RelativePositionTable, gate, relative_buckets, toeplitz
-from wavlm_jax.model.positional_conv import PositionalConvolution, grouped_convolution
+from wavlm_jax.model.positional_conv import (
+    PositionalConvolution,
+    direct_convolution,
+    grouped_convolution,
+    spectral_convolution,
+)
 
 KNOWN_BUCKETS = {
     0: 0, -1: 1, 1: 161, 2: 162, 79: 239, 80: 240, 81: 240, 82: 240, 83: 241, 100: 247, -100: 87, 400: 295, 799: 319,
@@ -63,8 +68,9 @@ def test_gate_at_initialisation_is_about_one_and_three_quarters():
     assert (values < 2).all()
 
 
+@pytest.mark.parametrize("convolution", [grouped_convolution, direct_convolution, spectral_convolution])
 @pytest.mark.parametrize(("taps", "num_frames"), [(16, 49), (16, 1), (16, 5), (9, 30), (128, 60)])
-def test_grouped_convolution_and_its_gradients_equal_torch(taps, num_frames):
+def test_grouped_convolution_and_its_gradients_equal_torch(convolution, taps, num_frames):
     generator = np.random.default_rng(0)
     x = generator.standard_normal((2, num_frames, 24)).astype(np.float32)
     weight = generator.standard_normal((24, 6, taps)).astype(np.float32) / np.float32(np.sqrt(6 * taps))
@@ -75,7 +81,7 @@ def test_grouped_convolution_and_its_gradients_equal_torch(taps, num_frames):
     output = output[:, :, :num_frames].transpose(1, 2)
     (output * torch.tensor(direction)).sum().backward()
 
-    ours, pull = jax.vjp(lambda a, b: grouped_convolution(a, b, 4), jnp.asarray(x), jnp.asarray(weight))
+    ours, pull = jax.vjp(lambda a, b: convolution(a, b, 4), jnp.asarray(x), jnp.asarray(weight))
     np.testing.assert_allclose(ours, output.detach().numpy(), atol=1e-5, rtol=0)
     for gradient, wanted in zip(pull(jnp.asarray(direction)), theirs, strict=True):
         scale = wanted.grad.abs().max().item()

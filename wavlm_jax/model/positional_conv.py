@@ -1,9 +1,16 @@
-"""The convolutional position embedding: a grouped convolution over 128 frames with its weight normalised tap by tap."""
+"""The convolutional position embedding: a grouped convolution over 128 frames with its weight normalised tap by tap.
+
+XLA's CPU backend takes the gradient of a grouped convolution channel by channel, which would be a third of a training
+step. On a CPU the convolution therefore goes through the frequency domain, with the Fourier transforms as matrix
+products; elsewhere it is XLA's own. Both give the same numbers up to rounding (docs/LOG.md has the times).
+"""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
@@ -19,6 +26,13 @@ def grouped_convolution(x: Hidden, weight: TapWeights, groups: int) -> Hidden:
 
     As many frames come out as go in (FACTS A3: 64 before and 63 after for 128 taps).
     """
+    return jax.lax.platform_dependent(
+        x, weight, cpu=partial(spectral_convolution, groups=groups), default=partial(direct_convolution, groups=groups)
+    )
+
+
+def direct_convolution(x: Hidden, weight: TapWeights, groups: int) -> Hidden:
+    """`grouped_convolution` as one XLA convolution."""
     taps = weight.shape[-1]
     return jax.lax.conv_general_dilated(
         x,
@@ -28,6 +42,45 @@ def grouped_convolution(x: Hidden, weight: TapWeights, groups: int) -> Hidden:
         dimension_numbers=("NWC", "WIO", "NWC"),
         feature_group_count=groups,
     )
+
+
+def spectral_convolution(x: Hidden, weight: TapWeights, groups: int) -> Hidden:
+    """`grouped_convolution` by overlap-save: in the frequency domain, one small matrix product a group and frequency.
+
+    Frames are cut into windows of taps + hop, each of which gives `hop` outputs free of wrap-around; float32 inside.
+    """
+    rows, frames, width = x.shape
+    taps, group_width = weight.shape[-1], width // groups
+    hop = -(-taps // 2)
+    window, count = taps + hop, -(-frames // hop)
+    analysis, synthesis = _fourier_matrices(window)
+
+    padded = jnp.pad(
+        x.astype(jnp.float32), ((0, 0), (taps // 2, (count - 1) * hop + window - frames - taps // 2), (0, 0))
+    )
+    windows = jnp.stack([padded[:, hop * i : hop * i + window] for i in range(count)], axis=1)
+    windows = windows.reshape(rows * count, window, groups, group_width)
+    kernels = weight.astype(jnp.float32).reshape(groups, group_width, group_width, taps)
+
+    # f frequency, c real or imaginary part, n time, g group, b window, i and o channels in and out
+    signal = jnp.einsum("cnf,bngi->fgbci", analysis, windows)
+    real, imaginary = signal[:, :, :, 0], signal[:, :, :, 1]
+    # Correlation multiplies by the conjugate: (a + ib)(u - iv) = (au + bv) + i(bu - av), both parts in one product.
+    crossed = jnp.stack([signal, jnp.stack([imaginary, -real], axis=3)], axis=2)
+    filters = jnp.einsum("cnf,goin->fgcio", analysis[:, :taps], kernels)
+    product = jnp.einsum("fgrbci,fgcio->fgrbo", crossed, filters)
+    outputs = jnp.einsum("rfn,fgrbo->bngo", synthesis[:, :, :hop], product)
+    return outputs.reshape(rows, count * hop, width)[:, :frames].astype(x.dtype)
+
+
+def _fourier_matrices(length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The real Fourier transform (2, time, frequency) and its inverse (2, frequency, time), real and imaginary part."""
+    frequency = np.arange(length // 2 + 1)
+    angle = 2 * np.pi * np.outer(np.arange(length), frequency) / length
+    wave = np.stack([np.cos(angle), -np.sin(angle)])
+    conjugates = np.where((frequency == 0) | (2 * frequency == length), 1, 2)
+    inverse = wave.swapaxes(1, 2) * conjugates[None, :, None] / length
+    return wave.astype(np.float32), inverse.astype(np.float32)
 
 
 class WeightNormConvolution(nn.Module):
