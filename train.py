@@ -14,20 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import config_flags
 
 from pretrain import task as pretraining
-from wavlm_jax.settings import nearest, read_sections
+from wavlm_jax import command_line
+from wavlm_jax.command_line import EXIT_WRONG
+from wavlm_jax.settings import read_sections
 from wavlm_jax.training import hosts, loop
 from wavlm_jax.training.compilation import OutOfMemory
 from wavlm_jax.training.mesh import Topology, make_mesh
 from wavlm_jax.training.run_settings import RunSettings
 
 TASKS = {"masked_prediction": pretraining.build}
-EXIT_WRONG = 2
 
-FLAGS = flags.FLAGS
 _CONFIG = config_flags.DEFINE_config_file("config", None, "What to train and how; see configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints, metrics and the resolved config go here.")
 _PLATFORM = flags.DEFINE_string("platform", None, "cpu, tpu or cuda: fail rather than take another.")
@@ -67,38 +67,5 @@ def main(_: Sequence[str]) -> None:
     sys.exit(code)
 
 
-def parse(arguments: list[str]) -> list[str]:
-    """Flags, with a message instead of a traceback for an override that the config does not have."""
-    try:
-        rest = list(FLAGS(arguments))
-        if FLAGS["verbosity"].using_default_value:
-            logging.set_verbosity(logging.WARNING)  # Orbax tells about every file that it writes
-    except (AttributeError, KeyError) as error:
-        print(f"train.py: {_unknown_key(arguments) or error}", file=sys.stderr)
-    except (TypeError, ValueError, OSError, flags.Error) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-    else:
-        return rest
-    sys.exit(EXIT_WRONG)
-
-
-def _unknown_key(arguments: list[str]) -> str | None:
-    """Which `--config.x.y=z` the config file does not know, and the nearest key that it does."""
-    overrides = [argument for argument in arguments if argument.startswith("--config.")]
-    alone = flags.FlagValues()
-    config = config_flags.DEFINE_config_file("config", None, "", flag_values=alone, sys_argv=[])
-    alone([argument for argument in arguments if argument not in overrides], known_only=True)
-    for override in overrides:
-        node: Any = config.value
-        name = override.partition("=")[0]
-        for key in name.split(".")[1:]:
-            if not hasattr(node, "keys") or key not in node:
-                hint = nearest(key, node) if hasattr(node, "keys") else "what it is a part of is a value"
-                return f"{name}: no such key as {key}; {hint}"
-            node = node[key]
-    return None
-
-
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main, flags_parser=parse)
+    command_line.run(main, required=["config", "workdir"])

@@ -8,14 +8,16 @@ Later ones, from a layer of an earlier run or of a Hugging Face folder (WavLM or
 Started again, it goes on where it was stopped; when all is done it does nothing.
 """
 
+import sys
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from pretrain.corpora import DataSettings, open_corpora
 from pretrain.labelling import make_labels
 from pretrain.labels import LabelSettings
+from wavlm_jax import command_line
 from wavlm_jax.loading import load_weights
 from wavlm_jax.settings import read
 
@@ -41,16 +43,17 @@ def label_settings(config: ConfigDict) -> LabelSettings:
     return read(section, LabelSettings, "labels")
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Makes the labels that the flags ask for."""
-    if len(arguments) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(arguments[1:])}")
+def main(_: Sequence[str]) -> None:
+    """Makes the labels that the flags ask for; what a person can put right is one message."""
     config = _CONFIG.value
-    settings = label_settings(config)
-    header = make_labels(settings, open_corpora(read(config.data, DataSettings, "data")), load_weights)
+    try:
+        settings = label_settings(config)
+        header = make_labels(settings, open_corpora(read(config.data, DataSettings, "data")), load_weights)
+    except (ValueError, OSError) as error:
+        print(f"make_labels.py: {error}", file=sys.stderr)
+        sys.exit(command_line.EXIT_WRONG)
     print(f"labels: {settings.path} is complete, k-means {header.kmeans}, {', '.join(sorted(header.splits))}")
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    app.run(main)
+    command_line.run(main, required=["config"])

@@ -1,0 +1,58 @@
+"""What the programmes with a config file share: overrides that are checked, and messages instead of tracebacks."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from wavlm_jax.settings import nearest
+
+EXIT_WRONG = 2
+"""Something in flags, config or data is wrong, and the message says what."""
+
+
+def parse(arguments: Sequence[str]) -> list[str]:
+    """Flags of a programme that has `--config`; for `app.run(main, flags_parser=parse)`.
+
+    Ends the programme with one message for an override that the config does not have, naming the nearest key.
+    """
+    program = Path(arguments[0]).name
+    try:
+        rest = list(flags.FLAGS(list(arguments)))
+        if flags.FLAGS["verbosity"].using_default_value:
+            logging.set_verbosity(logging.WARNING)  # Orbax tells about every file that it writes
+    except (AttributeError, KeyError) as error:
+        print(f"{program}: {_unknown_key(arguments) or error}", file=sys.stderr)
+    except (TypeError, ValueError, OSError, flags.Error) as error:
+        print(f"{program}: {error}", file=sys.stderr)
+    else:
+        if len(rest) == 1:
+            return rest
+        print(f"{program}: unexpected arguments: {' '.join(rest[1:])}", file=sys.stderr)
+    sys.exit(EXIT_WRONG)
+
+
+def run(main: Any, required: Sequence[str]) -> None:
+    """Runs `main` once the `required` flags are there."""
+    flags.mark_flags_as_required(list(required))
+    app.run(main, flags_parser=parse)
+
+
+def _unknown_key(arguments: Sequence[str]) -> str | None:
+    """Which `--config.x.y=z` the config file does not know, and the nearest key that it does."""
+    overrides = [argument for argument in arguments if argument.startswith("--config.")]
+    alone = flags.FlagValues()
+    config = config_flags.DEFINE_config_file("config", None, "", flag_values=alone, sys_argv=[])
+    alone([argument for argument in arguments if argument not in overrides], known_only=True)
+    for override in overrides:
+        node: Any = config.value
+        name = override.partition("=")[0]
+        for key in name.split(".")[1:]:
+            if not hasattr(node, "keys") or key not in node:
+                hint = nearest(key, node) if hasattr(node, "keys") else "what it is a part of is a value"
+                return f"{name}: no such key as {key}; {hint}"
+            node = node[key]
+    return None
