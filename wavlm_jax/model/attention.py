@@ -27,10 +27,17 @@ Heads = Float[Array, "rows frames heads head_dim"]
 Probabilities = Float[Array, "rows heads queries frames"]
 
 
-class Bias(NamedTuple):
-    """What is added to the logits: gate[row, query, head] * profile[head, key - query]."""
+PairBias = Float[Array, "heads frames frames"]
+"""Position bias of every pair of frames, before the gate."""
 
-    profile: Profile
+
+class Bias(NamedTuple):
+    """What is added to the logits: gate[row, query, head] * position[head, key - query].
+
+    `position` is the profile, or for "dense" also its matrix, so that layers can share one.
+    """
+
+    position: Profile | PairBias
     gate: Gate
 
 
@@ -66,19 +73,34 @@ def attend(
         (rows, frames, heads, head_dim) in the dtype of `value`. Logits and softmax are float32.
 
     """
-    frames = query.shape[1]
-    if implementation == "auto":
-        implementation = "dense" if frames <= DENSE_FRAMES else "chunked"
-    if implementation == "dense":
+    if _is_dense(implementation, query.shape[1]):
         return _attend_at_once(query, key, value, bias, frame_mask, drop)
     return _attend_in_blocks(query, key, value, bias, frame_mask, drop)
 
 
+def _is_dense(implementation: Implementation, num_frames: int) -> bool:
+    return implementation == "dense" or (implementation == "auto" and num_frames <= DENSE_FRAMES)
+
+
+def shared_position_bias(profile: Profile, num_frames: int, implementation: Implementation) -> Profile | PairBias:
+    """What is computed of the position bias once for all layers: for "dense" the whole matrix, else the profile.
+
+    Written out once, the matrix costs heads * frames^2 numbers; in every layer its gradient would cost a pass over as
+    much again.
+    """
+    return toeplitz(profile, num_frames, num_frames) if _is_dense(implementation, num_frames) else profile
+
+
 def attention_probabilities(query: Heads, key: Heads, bias: Bias | None, frame_mask: FrameMask | None) -> Probabilities:
     """Softmax over keys of query . key + gated bias: float32 (rows, heads, frames, frames)."""
+    if bias is None:
+        return _probabilities(query, key, None, None, frame_mask)
     frames = query.shape[1]
-    tile = None if bias is None else toeplitz(bias.profile, frames, frames)
-    return _probabilities(query, key, tile, None if bias is None else bias.gate, frame_mask)
+    pairs = bias.position if bias.position.ndim == _PAIR_AXES else toeplitz(bias.position, frames, frames)
+    return _probabilities(query, key, pairs, bias.gate, frame_mask)
+
+
+_PAIR_AXES = 3
 
 
 def _probabilities(
@@ -86,7 +108,7 @@ def _probabilities(
 ) -> Probabilities:
     logits = jnp.einsum("rqhd,rkhd->rhqk", query, key, preferred_element_type=jnp.float32)
     if tile is not None and gates is not None:
-        logits = logits + gates.swapaxes(1, 2)[:, :, :, None] * tile[None]
+        logits = logits + _gated(gates.swapaxes(1, 2), tile)
     if frame_mask is not None:
         # Finite, so that a row without a valid frame gives a uniform softmax and not 0 / 0.
         logits = jnp.where(frame_mask[:, None, None, :], logits, _EXCLUDED)
@@ -94,6 +116,31 @@ def _probabilities(
 
 
 _EXCLUDED = -1e30
+
+
+@jax.custom_vjp
+def _gated(gates: Float[Array, "rows heads queries"], tile: Float[Array, "heads queries keys"]) -> Probabilities:
+    """The position bias of each row: gate of the query times bias of the pair."""
+    return gates[:, :, :, None] * tile[None]
+
+
+def _gated_forward(gates: Array, tile: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _gated(gates, tile), (gates, tile)
+
+
+def _gated_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    """On a CPU the sum over rows is a matrix product: XLA's reduction of the first axis takes ten times as long."""
+    gates, tile = saved
+    to_tile = jax.lax.platform_dependent(
+        gates,
+        gradient,
+        cpu=lambda gates, gradient: jnp.einsum("rhqk,rhq->hqk", gradient, gates),
+        default=lambda gates, gradient: (gradient * gates[:, :, :, None]).sum(axis=0),
+    )
+    return (gradient * tile[None]).sum(axis=-1), to_tile
+
+
+_gated.defvjp(_gated_forward, _gated_backward)
 
 
 def _mix(
@@ -121,7 +168,7 @@ def _attend_in_blocks(
     rows, frames, heads, head_dim = query.shape
     blocks = -(-frames // BLOCK)
     padding = blocks * BLOCK - frames
-    padded = None if bias is None else jnp.pad(bias.profile, ((0, 0), (padding, 0)))
+    padded = None if bias is None else jnp.pad(bias.position, ((0, 0), (padding, 0)))
 
     @jax.checkpoint
     def one_block(number: Array, queries: Array, gates: Array | None) -> Array:
@@ -163,7 +210,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         hidden: Hidden,
-        profile: Profile | None,
+        position: Profile | PairBias | None,
         frame_mask: FrameMask | None,
         row_keys: RowKeys | None,
         output_attentions: bool,
@@ -172,9 +219,9 @@ class Attention(nn.Module):
         query, key, value = (self._heads(projection(hidden)) for projection in (self.q_proj, self.k_proj, self.v_proj))
         query = query * self.config.head_dim**-0.5
         bias = None
-        if profile is not None:
+        if position is not None:
             logits = self.gru_rel_pos_linear(self._heads(hidden))
-            bias = Bias(profile, gate(logits, self.gru_rel_pos_const))
+            bias = Bias(position, gate(logits, self.gru_rel_pos_const))
         drop = AttentionDropout(self.config.attention_dropout, row_keys)
         if output_attentions:
             probabilities = attention_probabilities(query, key, bias, frame_mask)

@@ -9,7 +9,7 @@ from flax.linen.spmd import with_logical_constraint
 from jaxtyping import Array, Bool, Float, Int
 
 from wavlm_jax.config import Compute, WavLMConfig
-from wavlm_jax.model.attention import Attention
+from wavlm_jax.model.attention import Attention, PairBias, shared_position_bias
 from wavlm_jax.model.elements import Site, dropout, gelu, layer_norm, linear, site_keys
 from wavlm_jax.model.position import Profile, RelativePositionTable
 from wavlm_jax.model.positional_conv import PositionalConvolution
@@ -36,7 +36,7 @@ class LayerInput(NamedTuple):
 class LayerContext(NamedTuple):
     """What all layers share."""
 
-    profile: Profile | None
+    position: Profile | PairBias | None
     frame_mask: FrameMask | None
     row_keys: RowKeys | None
 
@@ -105,7 +105,7 @@ class EncoderLayer(nn.Module):
 
     def _attend(self, hidden: Hidden, context: LayerContext) -> tuple[Hidden, Any]:
         attended, attention = self.attention(
-            hidden, context.profile, context.frame_mask, context.row_keys, self.wanted.attentions
+            hidden, context.position, context.frame_mask, context.row_keys, self.wanted.attentions
         )
         return dropout(attended, self.config.hidden_dropout, context.row_keys, Site.ATTENTION_OUTPUT), attention
 
@@ -134,12 +134,14 @@ class Encoder(nn.Module):
         hidden = dropout(hidden, config.hidden_dropout, row_keys, Site.ENCODER_INPUT)
         hidden = with_logical_constraint(hidden, AXES)
 
-        profile = None
+        position = None
         if config.position_bias:
             profile = RelativePositionTable(config, name="rel_attn_embed")(hidden.shape[1])
+            implementation = "dense" if wanted.attentions else self.compute.attention
+            position = shared_position_bias(profile, hidden.shape[1], implementation)
         layers = LayerInput(jnp.arange(config.num_hidden_layers), kept_layers(config, step_key))
         stack = scanned_layers(self.compute, config.num_hidden_layers)(config, self.compute, wanted, name="layers")
-        last, (states, attentions) = stack(hidden, layers, LayerContext(profile, frame_mask, row_keys))
+        last, (states, attentions) = stack(hidden, layers, LayerContext(position, frame_mask, row_keys))
 
         if states is not None:
             states = jnp.concatenate([hidden[None], states])

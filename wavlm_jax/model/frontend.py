@@ -1,6 +1,7 @@
 """From waveform to conv features: normalisation, the strided convolutions, their norms, the projection (FACTS A2)."""
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -42,11 +43,27 @@ def prefix_mask(lengths: NumSamples, total: int) -> FrameMask:
 def strided_convolution(
     x: Float[Array, "rows length channels"], kernel: Float[Array, "taps channels features"], stride: int
 ) -> Float[Array, "rows frames features"]:
-    """A convolution without padding, as matrix products over blocks of `stride` steps.
+    """A convolution without padding: floor((length - taps) / stride) + 1 frames.
 
-    With the input cut into blocks of `stride` steps, tap number b * stride + i of output t reads step i of block t + b:
-    one matrix product for each b, no patches copied. XLA's CPU backend does matrix products well and convolutions,
-    their gradients above all, badly (docs/LOG.md).
+    On a CPU a matrix product with the patches written out, elsewhere XLA's own convolution: the CPU backend is good at
+    the first and bad at the second, at its gradient above all (docs/LOG.md).
+    """
+    return jax.lax.platform_dependent(
+        x, kernel, cpu=partial(patch_convolution, stride=stride), default=partial(direct_convolution, stride=stride)
+    )
+
+
+def direct_convolution(x: Array, kernel: Array, stride: int) -> Array:
+    """`strided_convolution` as one XLA convolution."""
+    layout = ("NWC", "WIO", "NWC")
+    return jax.lax.conv_general_dilated(x, kernel, (stride,), "VALID", dimension_numbers=layout)
+
+
+def patch_convolution(x: Array, kernel: Array, stride: int) -> Array:
+    """`strided_convolution` as one matrix product.
+
+    With the input cut into blocks of `stride` steps, a patch is a block and the first steps of those that follow it, so
+    the patches are a few slices side by side.
     """
     rows, length, channels = x.shape
     taps, _, features = kernel.shape
@@ -54,12 +71,10 @@ def strided_convolution(
     num_blocks = num_frames - 1 + -(-taps // stride)
     fitted = jax.lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (0, num_blocks * stride - length, 0), (0, 0, 0)))
     blocks = fitted.reshape(rows, num_blocks, stride * channels)
-    result = jnp.zeros((), x.dtype)
-    for block, first in enumerate(range(0, taps, stride)):
-        weights = kernel[first : first + stride].reshape(-1, features)
-        product = matrix_product(blocks[:, block : block + num_frames, : weights.shape[0]], weights)
-        result = result + product if block else product
-    return result
+    slices = [
+        blocks[:, first // stride :, : (taps - first) * channels][:, :num_frames] for first in range(0, taps, stride)
+    ]
+    return matrix_product(jnp.concatenate(slices, axis=-1), kernel.reshape(taps * channels, features))
 
 
 class Convolution(nn.Module):
