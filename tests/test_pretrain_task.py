@@ -16,7 +16,8 @@ from pretrain.task import build
 from tests.speech import NOISY, make_corpora, tiny_config
 from wavlm_jax.data.corpus import Corpus
 from wavlm_jax.training.axes import WAVLM_AXES
-from wavlm_jax.training.sharding import MeshSettings, Topology, make_mesh, parameter_shardings
+from wavlm_jax.training.mesh import MeshSettings, Topology, make_mesh
+from wavlm_jax.training.sharding import parameter_shardings
 from wavlm_jax.training.step import add_up
 
 ONE = Topology(num_devices=1, process_index=0, process_count=1)
