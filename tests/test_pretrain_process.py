@@ -66,17 +66,17 @@ def run(workdir, flags):
 
 def interrupt(workdir, flags, step, how):
     """Sends `how` once the log has come to `step`; the exit code."""
-    process = start(workdir, flags)
-    seen = []
-    for line in process.stdout:
-        seen.append(line)
-        if line.startswith(f"train {step}/"):
-            process.send_signal(how)
-            break
-    else:
-        pytest.fail("the run ended before the step: " + "".join(seen))
-    process.stdout.read()
-    return process.wait(timeout=400)
+    with start(workdir, flags) as process:
+        seen = []
+        for line in process.stdout:
+            seen.append(line)
+            if line.startswith(f"train {step}/"):
+                process.send_signal(how)
+                break
+        else:
+            pytest.fail("the run ended before the step: " + "".join(seen))
+        process.stdout.read()
+        return process.wait(timeout=400)
 
 
 def digest(workdir):
