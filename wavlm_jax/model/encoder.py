@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from wavlm_jax.config import Compute, WavLMConfig
 from wavlm_jax.model.attention import Attention, PairBias, shared_position_bias
-from wavlm_jax.model.elements import Site, dropout, gelu, layer_norm, linear, site_keys
+from wavlm_jax.model.elements import Site, dropout, gelu, keep_where, layer_norm, linear, site_keys
 from wavlm_jax.model.position import Profile, RelativePositionTable
 from wavlm_jax.model.positional_conv import PositionalConvolution
 from wavlm_jax.shapes import FrameMask, Hidden, RowKeys, StepKey
@@ -129,6 +129,9 @@ class Encoder(nn.Module):
         config = self.config
         norm = layer_norm(config, name="layer_norm")
         hidden = hidden + PositionalConvolution(config, self.compute, name="pos_conv_embed")(hidden)
+        if frame_mask is not None and config.padding == "exact":
+            # Base's norm would blow up what rounding leaves in frames that hold nothing.
+            hidden = keep_where(frame_mask, hidden)
         if not config.do_stable_layer_norm:
             hidden = norm(hidden).astype(hidden.dtype)
         hidden = dropout(hidden, config.hidden_dropout, row_keys, Site.ENCODER_INPUT)
