@@ -182,7 +182,12 @@ def test_the_whole_parameter_tree_is_in_the_sharding_table(task):
         ("labels", "num_clusters", 9, r"another request|num_clusters"),
         ("data", "train", "/nowhere", r"no corpus.*python -m wavlm_jax\.data"),
         ("batch", "buckets", [2000], r"2000 frames.*seconds_per_device is 64\.0; raise it"),
-        ("batch", "buckets", [900], r"nothing to train on: the 24 utterances .* bucket of 900 frames.*change the buckets"),
+        (
+            "batch",
+            "buckets",
+            [900],
+            r"nothing to train on: the 24 utterances .* bucket of 900 frames.*change the buckets",
+        ),
         ("init", "path", "/nowhere", r"no model here"),
     ],
 )
