@@ -1,0 +1,1 @@
+"""Text of CTC models: vocabulary, decoding, alignment, and the files of transcripts and turns."""
