@@ -16,7 +16,7 @@ from pretrain.mixing import MixingSettings
 from pretrain.objective import ObjectiveSettings
 from pretrain.predictor import MaskedPredictionLoss, MaskedPredictor
 from pretrain.preflight import check_labels
-from pretrain.starting import InitSettings, initial_params
+from pretrain.starting import InitSettings, head_warmup, initial_params
 from wavlm_jax.config import Compute, WavLMConfig
 from wavlm_jax.data.corpus import Corpus
 from wavlm_jax.data.loader import CropStream, LoaderSettings, PaddedStream
@@ -73,8 +73,9 @@ def build(config: Mapping[str, Any], topology: Topology) -> Task:
         init=_initialiser(predictor, settings),
         loss=MaskedPredictionLoss(predictor, settings.mixing),
         stream=_streams(settings, corpora, stores, topology),
-        initial_params=lambda fresh: initial_params(settings.init, fresh, load_weights),
+        initial_params=lambda fresh: initial_params(settings.init, settings.model, fresh, load_weights),
         row_group=settings.mixing.group,
+        freeze=head_warmup(settings.init),
         fingerprints=_fingerprints(corpora, stores),
     )
 

@@ -27,10 +27,11 @@ def layout(fsdp: int = 1, task=None) -> Layout:
     chosen = make_mesh(MeshSettings(data=-1, fsdp=fsdp, tensor=1))
     return plan_layout(
         task or toy_task.make_task(),
-        adam(lambda _: 0.1, toy_task.make_settings().optim.adam),
+        adam(lambda _: 0.1, toy_task.make_settings().optim.adam, {}),
         chosen,
         toy_task.TABLE,
         0,
+        {},
     )
 
 

@@ -19,7 +19,7 @@ def gradients(steps: int, scale: float = 1.0) -> np.ndarray:
 
 
 def run(settings: AdamSettings, grads: np.ndarray, rate: float) -> list[np.ndarray]:
-    optimizer = adam(lambda _: rate, settings)
+    optimizer = adam(lambda _: rate, settings, {})
     params = {"w": jnp.linspace(-1, 1, 5, dtype=jnp.float32)}
     state, history = optimizer.init(params), []
     for g in grads:
@@ -66,7 +66,7 @@ def test_without_eps_the_conventions_agree_and_with_a_large_one_they_do_not() ->
 def test_no_decay_leaves_matching_parameters_alone() -> None:
     params = {"norm": {"scale": jnp.ones(2)}, "dense": {"kernel": jnp.ones(2)}}
     zeros = jax.tree.map(jnp.zeros_like, params)
-    optimizer = adam(lambda _: 0.5, AdamSettings(**(BASE.__dict__ | {"no_decay": "norm|bias$"})))
+    optimizer = adam(lambda _: 0.5, AdamSettings(**(BASE.__dict__ | {"no_decay": "norm|bias$"})), {})
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
     np.testing.assert_array_equal(updates["norm"]["scale"], 0)
     np.testing.assert_allclose(updates["dense"]["kernel"], -0.5 * 0.01)
@@ -80,7 +80,14 @@ def test_a_bad_pattern_or_beta_is_named() -> None:
 
 
 def optim(**changes) -> OptimSettings:
-    values = {"learning_rate": 5e-4, "schedule": "linear", "warmup_steps": 32, "max_grad_norm": 10.0, "adam": BASE}
+    values = {
+        "learning_rate": 5e-4,
+        "schedule": "linear",
+        "warmup_steps": 32,
+        "max_grad_norm": 10.0,
+        "freeze": {},
+        "adam": BASE,
+    }
     return OptimSettings(**(values | changes))
 
 

@@ -84,7 +84,7 @@ def test_an_axis_that_does_not_divide_stays_whole_and_the_table_says_so() -> Non
 def test_optimizer_state_follows_its_parameter() -> None:
     params = jax.eval_shape(toy_task.init, init_key(0))
     shardings = sharding.parameter_shardings(params, toy_task.TABLE, mesh(fsdp=2, tensor=2))
-    optimizer = adam(lambda _: 0.1, toy_task.make_settings().optim.adam)
+    optimizer = adam(lambda _: 0.1, toy_task.make_settings().optim.adam, {})
     state = abstract_state(params, optimizer, shardings, mesh(fsdp=2, tensor=2))
     assert state.params["layers"]["up"].sharding.spec == PartitionSpec(None, "fsdp", "tensor")
     for moments in (state.opt_state.mu, state.opt_state.nu):

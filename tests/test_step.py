@@ -37,7 +37,7 @@ class Trainer:
         schedule = lambda updates: jnp.float32(1e-2) + 0 * updates  # noqa: E731
         self.task, self.mesh = task, mesh_of(*sizes)
         with jax.set_mesh(self.mesh):
-            layout = plan_layout(task, adam(schedule, chosen), self.mesh, toy_task.TABLE, SEED)
+            layout = plan_layout(task, adam(schedule, chosen, {}), self.mesh, toy_task.TABLE, SEED, {})
             places = jax.tree.map(lambda leaf: leaf.sharding, layout.abstract.params)
             params = jax.jit(task.init, out_shardings=places)(init_key(SEED))
             self.state = shard_state(params, layout.optimizer, self.mesh)
@@ -49,6 +49,7 @@ class Trainer:
                 optimizer=layout.optimizer,
                 schedule=schedule,
                 max_grad_norm=None,
+                freeze={},
                 key=root_key(SEED),
             )
 

@@ -163,7 +163,9 @@ def make_settings(
             max_nonfinite_in_a_row=patience,
             compilation_cache=None,
         ),
-        optim=OptimSettings(learning_rate=1e-2, schedule="linear", warmup_steps=3, max_grad_norm=1.0, adam=adam),
+        optim=OptimSettings(
+            learning_rate=1e-2, schedule="linear", warmup_steps=3, max_grad_norm=1.0, freeze={}, adam=adam
+        ),
         checkpoint=CheckpointSettings(every=every, keep_last=2, keep_every=None),
         mesh=MeshSettings(data=-1, fsdp=fsdp, tensor=tensor),
         metrics=MetricsSettings(log_every=log_every, tensorboard=False, progress=False, wandb=None),

@@ -113,6 +113,18 @@ class WavLMConfig:
         """(channels, kernel, stride) of each conv layer."""
         return tuple(zip(self.conv_dim, self.conv_kernel, self.conv_stride, strict=True))
 
+    def another_function(self, found: "WavLMConfig") -> list[str]:
+        """Why weights of `found` mean something else in this model, a line a field; empty where they do not.
+
+        Only what decides the result of a forward pass and cannot be chosen freely: not dropouts, masks, padding.
+        """
+        without_bias = set() if self.position_bias else {"num_buckets", "max_bucket_distance"}
+        return [
+            f"{name} is {getattr(found, name)}, config.model has {getattr(self, name)}"
+            for name in (field.name for field in dataclasses.fields(self))
+            if name not in _FREE | without_bias and getattr(found, name) != getattr(self, name)
+        ]
+
     @classmethod
     def base(cls, **changes: Any) -> "WavLMConfig":
         """WavLM Base as pre-trained (FACTS A4, A11, C1): 94.4 M parameters, 12 post-norm layers."""
@@ -236,6 +248,14 @@ _HUGGINGFACE_DEFAULTS: dict[str, Any] = {
     "mask_time_prob": 0.05,
 }
 """What transformers assumes for a key that is missing from `config.json` (FACTS A11)."""
+
+_FREE = {
+    *("normalize_eps", "initializer_range", "feature_grad_mult", "feat_proj_dropout", "hidden_dropout"),
+    *("attention_dropout", "activation_dropout", "layerdrop", "layerdrop_first", "padding"),
+    *("mask_time_prob", "mask_time_length", "mask_time_min_masks"),
+    *("mask_feature_prob", "mask_feature_length", "mask_feature_min_masks"),
+}
+"""Fields that whoever uses given weights may choose."""
 
 _NOT_HUGGINGFACE = {"do_normalize", "normalize_eps", "position_bias", "feature_grad_mult", "layerdrop_first", "padding"}
 """Fields that have no place in `config.json`."""

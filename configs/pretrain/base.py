@@ -135,6 +135,7 @@ def optim() -> ConfigDict:
             "schedule": "linear",
             "warmup_steps": 32_000,
             "max_grad_norm": 10.0,
+            "freeze": {},  # name -> {"pattern": regular expression of paths, "updates": how many, None = for ever}
             "adam": {
                 "b1": 0.9,
                 "b2": 0.98,
@@ -180,7 +181,13 @@ def get_config() -> ConfigDict:
         }
     )
     config.labels = labels()
-    config.init = ConfigDict({"path": None, "step": None})
+    config.init = ConfigDict(
+        {
+            "path": None,  # a run, or any checkpoint that docs/conversion.md lists
+            "step": None,
+            "head_warmup_steps": 0,  # updates of a fresh head alone, where `path` has none that fits
+        }
+    )
     config.optim = optim()
     config.train = ConfigDict(
         {

@@ -15,6 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 from jax.stages import Compiled
 
+from wavlm_jax.training.freeze import Rules
 from wavlm_jax.training.mesh import row_shards
 from wavlm_jax.training.sharding import by_rows, replicated
 from wavlm_jax.training.state import TrainState
@@ -99,6 +100,7 @@ def compile_programs(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     max_grad_norm: float | None,
+    freeze: Rules,
     key: jax.Array,
 ) -> Programs:
     """Compiles a step for every spec of "train" and an evaluation for every spec of the other splits.
@@ -111,6 +113,7 @@ def compile_programs(
         optimizer: of `optim.adam`.
         schedule: for the report.
         max_grad_norm: see `step.train_step`.
+        freeze: see there too.
         key: root key of the run, a constant of the program.
 
     Raises:
@@ -119,10 +122,8 @@ def compile_programs(
 
     """
     started, found_before = time.monotonic(), events()[HITS]
-    places = jax.tree.map(lambda leaf: leaf.sharding, state)
-    update = partial(
-        train_step, task=task, optimizer=optimizer, schedule=schedule, max_grad_norm=max_grad_norm, key=key
-    )
+    fixed = {"optimizer": optimizer, "schedule": schedule, "max_grad_norm": max_grad_norm, "freeze": freeze}
+    update = partial(train_step, task=task, key=key, **fixed)
 
     def compiled(spec: BatchSpec, function: Any, argument: Any, **options: Any) -> Compiled:
         check_spec(spec, task.row_group, row_shards(mesh))
@@ -134,6 +135,7 @@ def compile_programs(
         with out_of_memory_explained(f"batch {spec.name}"):
             return program.lower(argument, batch).compile()
 
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
     options = {"donate_argnums": 0, "out_shardings": (places, replicated(mesh))}
     train = {spec.name: compiled(spec, update, state, **options) for spec in specs["train"]}
     score = partial(eval_step, task=task)

@@ -21,6 +21,7 @@ from wavlm_jax.training.compilation import (
     use_cache,
 )
 from wavlm_jax.training.disk import check_space
+from wavlm_jax.training.freeze import joined
 from wavlm_jax.training.manifest import CheckpointError
 from wavlm_jax.training.metrics import Clock, Interval, Totals
 from wavlm_jax.training.optim import adam, make_schedule
@@ -249,7 +250,9 @@ def run(
         preemption = stack.enter_context(listening())
         with clock.bucket("init"):
             schedule = make_schedule(settings.optim, settings.train.num_steps)
-            layout = plan_layout(task, adam(schedule, settings.optim.adam), mesh, table, settings.seed)
+            freeze = joined(settings.optim.freeze, task.freeze)
+            optimizer = adam(schedule, settings.optim.adam, freeze)
+            layout = plan_layout(task, optimizer, mesh, table, settings.seed, freeze)
             _prepare(settings, layout, workdir)
             checkpoints = Checkpoints(workdir, settings.checkpoint, say)
             stack.callback(checkpoints.close)
@@ -289,6 +292,7 @@ def _compile(task: Task, settings: RunSettings, layout: Layout, streams: Mapping
         optimizer=layout.optimizer,
         schedule=make_schedule(settings.optim, settings.train.num_steps),
         max_grad_norm=settings.optim.max_grad_norm,
+        freeze=layout.freeze,
         key=root_key(settings.seed),
     )
     if jax.process_index() == 0:

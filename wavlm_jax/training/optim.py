@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +12,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from wavlm_jax.shapes import Params, Scalar
+from wavlm_jax.training.freeze import Freeze, Rules, first_thaws, start_of
 from wavlm_jax.training.trees import path_name
 
 
@@ -51,6 +53,8 @@ class OptimSettings:
     """Updates from 0 up to the peak."""
     max_grad_norm: float | None
     """Gradients with a larger global norm are scaled down to it; None: never."""
+    freeze: Mapping[str, Freeze]
+    """What stands still, until when; the keys are names for people."""
     adam: AdamSettings
 
     def __post_init__(self) -> None:
@@ -69,6 +73,8 @@ class AdamState(NamedTuple):
     """int32: done so far; skipped steps do not count."""
     mu: Params
     nu: Params
+    thaws: Any
+    """Of `freeze`: name of an entry -> int32, updates done when it stops to hold."""
 
 
 def make_schedule(settings: OptimSettings, num_steps: int) -> optax.Schedule:
@@ -95,34 +101,46 @@ def make_schedule(settings: OptimSettings, num_steps: int) -> optax.Schedule:
     return schedule
 
 
-def adam(schedule: optax.Schedule, settings: AdamSettings) -> optax.GradientTransformation:
+def adam(schedule: optax.Schedule, settings: AdamSettings, freeze: Rules) -> optax.GradientTransformation:
     """Adam: w -= lr * (decay * w + sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps)), t = this update's number from 1.
 
-    With `eps_added_to="corrected"` eps is multiplied by sqrt(1 - b2^t) first, which is torch's AdamW.
+    With `eps_added_to="corrected"` eps is multiplied by sqrt(1 - b2^t) first, which is torch's AdamW. What `freeze`
+    holds stays as it is, to the bit, and counts t from its thaw; its gradients have to be 0 until then
+    (`freeze.without_frozen`).
     """
     b1, b2 = settings.b1, settings.b2
 
     def init(params: Params) -> AdamState:
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
-        return AdamState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.copy, zeros))
+        return AdamState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.copy, zeros), first_thaws(freeze))
 
     def update(grads: Params, state: AdamState, params: Params | None = None) -> tuple[Params, AdamState]:
         if params is None:
             raise ValueError("adam needs the parameters for weight decay")
         mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
         nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
-        root = jnp.sqrt(_one_minus_power(b2, state.updates + 1))
-        scale = root / _one_minus_power(b1, state.updates + 1)
-        eps = settings.eps * (root if settings.eps_added_to == "corrected" else 1.0)
         rate = schedule(state.updates)
 
         def change(path: Any, w: Array, m: Array, v: Array) -> Array:
+            start = start_of(freeze, state.thaws, path_name(path))
+            if start is None:
+                return jnp.full_like(w, _NOTHING)
+            done = jnp.maximum(state.updates - start, 0)
+            root = jnp.sqrt(_one_minus_power(b2, done + 1))
+            scale = root / _one_minus_power(b1, done + 1)
+            eps = settings.eps * (root if settings.eps_added_to == "corrected" else 1.0)
             decay = 0.0 if _matches(settings.no_decay, path_name(path)) else settings.weight_decay
-            return -rate * (decay * w + scale * m / (jnp.sqrt(v) + eps))
+            moved = -rate * (decay * w + scale * m / (jnp.sqrt(v) + eps))
+            return jnp.where(state.updates >= start, moved, _NOTHING)
 
-        return jax.tree_util.tree_map_with_path(change, params, mu, nu), AdamState(state.updates + 1, mu, nu)
+        updates = jax.tree_util.tree_map_with_path(change, params, mu, nu)
+        return updates, AdamState(state.updates + 1, mu, nu, state.thaws)
 
     return optax.GradientTransformation(init, update)
+
+
+_NOTHING = -0.0
+"""Added to any number, -0 included, leaves its bits alone."""
 
 
 def clip(grads: Params, norm: Scalar, max_norm: float | None) -> Params:

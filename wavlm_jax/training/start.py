@@ -4,7 +4,7 @@ import json
 import math
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from wavlm_jax.shapes import Params
 from wavlm_jax.training.axes import AxesTable
 from wavlm_jax.training.checkpoint import Checkpoints, RunRecord
+from wavlm_jax.training.freeze import Rules, check_rules, without_given
 from wavlm_jax.training.manifest import CheckpointError, Manifest, describe_arrays, difference
 from wavlm_jax.training.sharding import parameter_shardings
 from wavlm_jax.training.state import TrainState, abstract_state, init_key, shard_state
@@ -34,6 +35,8 @@ class Layout:
     abstract: TrainState
     optimizer: optax.GradientTransformation
     mesh: Mesh
+    freeze: Rules
+    """Of the config and of the task; the optimizer knows them too."""
 
     @property
     def num_bytes(self) -> int:
@@ -54,16 +57,19 @@ class Start:
     """For people: "from scratch", "resumed at step 100"."""
 
 
-def plan_layout(task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, table: AxesTable, seed: int) -> Layout:
+def plan_layout(
+    task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, table: AxesTable, seed: int, freeze: Rules
+) -> Layout:
     """Shapes by abstract evaluation, places by the strict table; no memory is taken.
 
     Raises:
-        ValueError: a parameter that the table does not cover exactly once.
+        ValueError: a parameter that the table does not cover exactly once, or a frozen one that does not exist.
 
     """
     params = jax.eval_shape(task.init, init_key(seed))
     shardings = parameter_shardings(params, table, mesh)
-    return Layout(shardings, abstract_state(params, optimizer, shardings, mesh), optimizer, mesh)
+    check_rules(freeze, shardings)
+    return Layout(shardings, abstract_state(params, optimizer, shardings, mesh), optimizer, mesh, freeze)
 
 
 def begin(task: Task, layout: Layout, checkpoints: Checkpoints, *, seed: int, config: Mapping[str, Any]) -> Start:
@@ -85,15 +91,23 @@ def begin(task: Task, layout: Layout, checkpoints: Checkpoints, *, seed: int, co
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     fresh = jax.jit(task.init, out_shardings=places)(init_key(seed))
     params = task.initial_params(fresh)
-    mode = "from scratch"
+    mode, given = "from scratch", set[str]()
     if params is not fresh:
-        mode = "from given parameters"
+        mode, given = "from given parameters", _given(params, fresh)
         if lines := difference(describe_arrays(abstract), describe_arrays(params)):
             raise ValueError("config.init: the parameters do not fit the model:\n  " + "\n  ".join(lines))
         params = _place(params, layout.shardings)
     run_id = bytes(multihost_utils.broadcast_one_to_all(np.frombuffer(secrets.token_bytes(8), np.uint8))).hex()
     record = RunRecord(run_id=run_id, config=config, fingerprints=task.fingerprints)
-    return Start(shard_state(params, layout.optimizer, layout.mesh), 0, record, 0.0, mode)
+    state = shard_state(params, layout.optimizer, layout.mesh)
+    thaws = without_given(layout.freeze, state.opt_state.thaws, given)
+    return Start(replace(state, opt_state=state.opt_state._replace(thaws=thaws)), 0, record, 0.0, mode)
+
+
+def _given(params: Params, fresh: Params) -> set[str]:
+    """Paths of the parameters that are not the very arrays which were initialised."""
+    born = {id(leaf) for leaf in jax.tree.leaves(fresh)}
+    return {path_name(path) for path, leaf in jax.tree_util.tree_leaves_with_path(params) if id(leaf) not in born}
 
 
 def _resume(

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from wavlm_jax.shapes import Batch, Params, Scalar, StepKey
+from wavlm_jax.training.freeze import Rules, hold_for_ever, without_frozen
 from wavlm_jax.training.mesh import ROWS
 from wavlm_jax.training.optim import clip
 from wavlm_jax.training.state import Report, TrainState
@@ -78,6 +79,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     max_grad_norm: float | None,
+    freeze: Rules,
     key: StepKey,
     microbatches: int,
 ) -> tuple[TrainState, Report]:
@@ -90,15 +92,17 @@ def train_step(
         optimizer: from `optim.adam`.
         schedule: learning rate for the report; the optimizer has it too.
         max_grad_norm: of the gradient of the mean loss.
+        freeze: what stands still; the optimizer knows it too.
         key: the root key of the run; this step's is `fold_in(key, state.step)`.
         microbatches: static.
 
     """
     step_key = jax.random.fold_in(key, state.step)
-    gradients = partial(_gradients, task, state.params, step_key)
+    gradients = partial(_gradients, task, state.params, step_key, freeze)
     sums, grads = add_up(gradients, batch, microbatches, task.row_group)
     count = jnp.where(sums.count > 0, sums.count, 1.0)
     grads = jax.tree.map(lambda g: g / count, grads)
+    grads = without_frozen(grads, freeze, state.opt_state.thaws, state.opt_state.updates)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
     updates, opt_state = optimizer.update(clip(grads, norm, max_grad_norm), state.opt_state, state.params)
@@ -124,9 +128,9 @@ def eval_step(params: Params, batch: Batch, *, task: Task, microbatches: int) ->
     return add_up(lambda part: task.loss(params, part, None), batch, microbatches, task.row_group)
 
 
-def _gradients(task: Task, params: Params, key: StepKey, batch: Batch) -> tuple[LossSums, Params]:
+def _gradients(task: Task, params: Params, key: StepKey, freeze: Rules, batch: Batch) -> tuple[LossSums, Params]:
     def total(params: Params) -> tuple[Scalar, LossSums]:
-        sums = task.loss(params, batch, key)
+        sums = task.loss(hold_for_ever(params, freeze), batch, key)
         return sums.loss, sums
 
     (_, sums), grads = jax.value_and_grad(total, has_aux=True)(params)

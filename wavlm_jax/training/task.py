@@ -12,6 +12,7 @@ import numpy as np
 from flax import struct
 
 from wavlm_jax.shapes import Batch, Params, StepKey
+from wavlm_jax.training.freeze import Freeze
 
 Sum = Any
 """A float32 scalar: a tracer in the step, numpy once fetched, a ShapeDtypeStruct when only shapes are asked for."""
@@ -68,7 +69,7 @@ class BatchStream(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """Four pure functions, and two facts about the data."""
+    """Four pure functions, two facts about the data, and what is frozen."""
 
     init: Callable[[StepKey], Params]
     """Fresh parameters; only ever traced, so that they are born sharded."""
@@ -80,5 +81,7 @@ class Task:
     """From fresh parameters to those that training starts from: the same, or converted weights, or an earlier run."""
     row_group: int = 1
     """Consecutive rows that stay together on one device and in one micro-batch (mixing partners)."""
+    freeze: Mapping[str, Freeze] = field(default_factory=dict)
+    """What stands still at first besides `optim.freeze` of the config: a body that waits for its fresh head."""
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     """Name -> fingerprint of what training depends on besides the config (corpus, labels); a resume insists on them."""
