@@ -47,13 +47,18 @@ def torch_model(config: WavLMConfig, seed: int = 0) -> torch.nn.Module:
         model = transformers.WavLMModel(transformers.WavLMConfig(**values))
     else:
         model = transformers.HubertModel(transformers.HubertConfig(**values))
+    shake(model)
+    return model.eval()
+
+
+def shake(model: torch.nn.Module) -> None:
+    """Makes every weight random that starts as a constant or nearly so."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "rel_attn_embed" in name or "gru_rel_pos" in name:
                 parameter.add_(0.5 * torch.randn_like(parameter))
             elif parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
 
 
 def twins(config: WavLMConfig, seed: int = 0) -> Twins:

@@ -17,6 +17,9 @@ from wavlm_jax.shapes import Params
 Tensors = Mapping[str, np.ndarray]
 """A torch state dict: name -> array."""
 
+ENCODER = "wavlm"
+"""Where a model with a head keeps its encoder: our attribute, and the prefix in transformers' WavLM classes."""
+
 
 class ConversionError(ValueError):
     """Weights that do not fit the model; the message names the tensors."""
@@ -39,10 +42,10 @@ class Place:
 
 
 def to_torch(params: Params) -> dict[str, np.ndarray]:
-    """The state dict of Hugging Face's WavLMModel or HubertModel: float32 arrays, C-contiguous.
+    """The state dict of Hugging Face's WavLMModel, HubertModel or WavLMFor...: float32 arrays, C-contiguous.
 
     Args:
-        params: our tree; arrays on any device.
+        params: our tree, of an encoder or of a model with a head; arrays on any device.
 
     """
     arrays = {path: np.asarray(leaf, np.float32) for path, leaf in _leaves(params)}
@@ -97,11 +100,13 @@ def _place(path: tuple[str, ...], layer: int | None, shape: tuple[int, ...]) -> 
     reverse = leaf == "kernel"
     shape = shape[::-1] if reverse else shape
     name = ".".join([*modules, _LEAVES.get(leaf, leaf)])
-    name = re.sub(r"conv_layers_(\d+)", r"conv_layers.\1", name)
+    name = re.sub(r"\b(conv_layers|layers|tdnn)_(\d+)", r"\1.\2", name)
     if layer is not None:
         name = name.replace("encoder.layers.", f"encoder.layers.{layer}.", 1)
     if modules[-1:] == ["rel_attn_embed"]:
-        name = "encoder.layers.0.attention.rel_attn_embed.weight"
+        name = name.replace("encoder.rel_attn_embed", "encoder.layers.0.attention.rel_attn_embed")
+    if modules[:1] == ["adapter"]:
+        name = f"{ENCODER}.{name}"  # transformers has it inside the encoder
     if leaf == "gru_rel_pos_const":
         shape = (1, *shape, 1, 1)
     return Place(path, layer, name, shape, reverse)
@@ -149,7 +154,7 @@ def _some(names: list[str], most: int = 8) -> str:
 
 
 def _is_stacked(path: tuple[str, ...]) -> bool:
-    return path[:2] == ("encoder", "layers")
+    return path[path[0] == ENCODER :][:2] == ("encoder", "layers")
 
 
 def _leaves(tree: Params, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -25,6 +25,7 @@ class Site(IntEnum):
     INTERMEDIATE = 0x5741_0007
     OUTPUT = 0x5741_0008
     LAYERDROP = 0x5741_0009
+    FINAL = 0x5741_000A
 
 
 def site_keys(row_keys: RowKeys, number: Int[Array, ""] | int) -> RowKeys:
@@ -122,14 +123,14 @@ def linear(width: int, config: WavLMConfig, compute: Compute) -> nn.Dense:
 
 
 def matrix_product(
-    x: Float[Array, "rows frames inputs"], kernel: Float[Array, "inputs outputs"]
-) -> Float[Array, "rows frames outputs"]:
-    """`x @ kernel` with rows and frames as one axis.
+    x: Float[Array, "*rows inputs"], kernel: Float[Array, "inputs outputs"]
+) -> Float[Array, "*rows outputs"]:
+    """`x @ kernel` with all axes but the last (rows and frames) as one.
 
     So the kernel's gradient contracts one axis instead of two, which XLA's CPU backend does without first transposing
     both activations.
     """
-    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:2], kernel.shape[-1])
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def _matrix_dot_general(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:

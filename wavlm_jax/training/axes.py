@@ -38,5 +38,13 @@ WAVLM_AXES: AxesTable = (
     (r"(.*/)?final_proj/kernel", ("embed", None)),
     (r"(.*/)?final_proj/bias", (None,)),
     (r"(.*/)?label_embeddings", (None, "embed")),
+    (r"layer_weights", (None,)),
+    (r"adapter/proj/kernel", ("embed", None)),
+    (r"adapter/proj_layer_norm/scale", (None,)),
+    (r"adapter/layers_\d+/conv/kernel", (None, "embed", None)),
+    (r"adapter/(proj|proj_layer_norm|layers_\d+/conv)/bias", (None,)),
+    (r"(lm_head|projector|classifier|feature_extractor|tdnn_\d+/kernel)/kernel", ("embed", None)),
+    (r"(lm_head|projector|classifier|feature_extractor|tdnn_\d+/kernel)/bias", (None,)),
+    (r"objective/weight", ("embed", None)),
 )
-"""An encoder with the masked-prediction head."""
+"""An encoder alone, with the masked-prediction head, or with any head of `wavlm_jax.model.heads`."""
