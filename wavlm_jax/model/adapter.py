@@ -8,7 +8,6 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from wavlm_jax.config import Compute, WavLMConfig
-from wavlm_jax.model.elements import keep_where, linear
 from wavlm_jax.model.frontend import Convolution, prefix_mask
 from wavlm_jax.model.head_config import HeadConfig
 from wavlm_jax.shapes import NumSamples
@@ -70,7 +69,8 @@ class Adapter(nn.Module):
         width = self.head.output_hidden_size
         self.changes_width = width is not None and width != self.config.hidden_size
         if width is not None and self.changes_width:
-            self.proj = linear(width, self.config, self.compute)
+            spread = nn.initializers.normal(self.config.initializer_range)
+            self.proj = nn.Dense(width, dtype=jnp.dtype(self.compute.dtype), kernel_init=spread)
             # transformers builds this norm with torch's own epsilon, whatever the config says
             self.proj_layer_norm = nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, use_fast_variance=False)
         self.layers = [AdapterLayer(self.config, self.head, self.compute) for _ in range(self.head.num_adapter_layers)]
@@ -86,6 +86,6 @@ class Adapter(nn.Module):
             hidden = self.proj_layer_norm(self.proj(hidden)).astype(hidden.dtype)
         for layer in self.layers:
             if self.head.compat == "exact":
-                hidden = keep_where(prefix_mask(num_frames, hidden.shape[1]), hidden)
+                hidden = jnp.where(prefix_mask(num_frames, hidden.shape[1])[:, :, None], hidden, 0)
             hidden, num_frames = layer(hidden), _shortened(num_frames, self.head)
         return hidden, num_frames
