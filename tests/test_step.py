@@ -210,7 +210,7 @@ def test_rows_that_cannot_be_split_are_named() -> None:
 
 
 def test_a_compilation_out_of_memory_says_what_helps() -> None:
-    message = r"(?s)data.seconds_per_device .* compute\.remat .*mesh\.fsdp"
+    message = r"(?s)batch\.seconds_per_device .* compute\.remat .*mesh\.fsdp"
     with (
         pytest.raises(compilation.OutOfMemory, match=message),
         compilation.out_of_memory_explained("batch long"),

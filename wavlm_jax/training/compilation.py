@@ -85,7 +85,7 @@ def out_of_memory_explained(what: str) -> Iterator[None]:
         if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
             raise
         raise OutOfMemory(
-            f"{what}: out of device memory. What helps, cheapest first: a smaller data.seconds_per_device (more "
+            f"{what}: out of device memory. What helps, cheapest first: a smaller batch.seconds_per_device (more "
             f"micro-batches, same update), compute.remat = 'dots' or 'full', compute.dtype = 'bfloat16', "
             f"a larger mesh.fsdp.\n{str(error).splitlines()[0]}"
         ) from error
