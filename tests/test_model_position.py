@@ -59,9 +59,9 @@ def test_bias_of_all_pairs_equals_transformers():
 
 def test_gate_at_initialisation_is_about_one_and_three_quarters():
     config = WavLMConfig.base()
-    heads = jax.random.normal(jax.random.key(0), (2, 50, 12, 64))
+    hidden = jax.random.normal(jax.random.key(0), (2, 50, 768))
     projection = GateProjection(config)
-    logits = projection.apply(projection.init(jax.random.key(1), heads), heads)
+    logits = projection.apply(projection.init(jax.random.key(1), hidden), hidden)
     values = gate(logits, jnp.ones(12))
     assert abs(values.mean() - 1.75) < 0.01
     assert (values > 1).all()

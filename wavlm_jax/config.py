@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 Padding = Literal["exact", "huggingface", "microsoft"]
 Remat = Literal["none", "full", "dots"]
-Attention = Literal["auto", "dense", "chunked"]
+Attention = Literal["auto", "dense", "chunked", "pallas_tpu", "cudnn"]
 
 BASE_STRIDES = (5, 2, 2, 2, 2, 2, 2)
 BASE_KERNELS = (10, 3, 3, 3, 3, 2, 2)
@@ -28,6 +28,7 @@ class Compute:
     unroll: int = 1
     """Transformer layers per iteration of the layer scan; the number of layers unrolls it entirely."""
     attention: Attention = "auto"
+    """All compute the same (`model/attention.py`); "auto" takes what suits the device and the frames of a row."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,10 @@ TimeMask = Bool[Array, "rows frames"]
 ChannelMask = Bool[Array, "rows width"]
 ConvFeatures = Float[Array, "rows frames channels"]
 Hidden = Float[Array, "rows frames width"]
+Heads = Float[Array, "rows frames heads head_dim"]
+"""Hidden states cut into attention heads."""
+Probabilities = Float[Array, "rows heads queries frames"]
+"""How much each query frame attends to each frame."""
 Scalar = Float[Array, ""]
 RowKeys = Key[Array, "rows"]
 """One typed PRNG key a row of the global batch, so that results do not depend on how rows are spread over devices."""

@@ -9,9 +9,9 @@ from flax.linen.spmd import with_logical_constraint
 from jaxtyping import Array, Bool, Float, Int
 
 from wavlm_jax.config import Compute, WavLMConfig
-from wavlm_jax.model.attention import Attention, PairBias, shared_position_bias
+from wavlm_jax.model.attention_layer import Attention, Method
 from wavlm_jax.model.elements import Site, dropout, gelu, keep_where, layer_norm, linear, site_keys
-from wavlm_jax.model.position import Profile, RelativePositionTable
+from wavlm_jax.model.position import PairBias, Profile, RelativePositionTable, toeplitz
 from wavlm_jax.model.positional_conv import PositionalConvolution
 from wavlm_jax.shapes import FrameMask, Hidden, RowKeys, StepKey
 
@@ -73,10 +73,11 @@ class EncoderLayer(nn.Module):
     config: WavLMConfig
     compute: Compute
     wanted: Wanted
+    method: Method
 
     def setup(self) -> None:
         """Attention, feed-forward and their norms, named as Hugging Face's."""
-        self.attention = Attention(self.config, self.compute)
+        self.attention = Attention(self.config, self.compute, self.method)
         self.layer_norm = layer_norm(self.config)
         self.feed_forward = FeedForward(self.config, self.compute)
         self.final_layer_norm = layer_norm(self.config)
@@ -104,9 +105,7 @@ class EncoderLayer(nn.Module):
         return hidden + self.feed_forward(normed, context.row_keys), attention
 
     def _attend(self, hidden: Hidden, context: LayerContext) -> tuple[Hidden, Any]:
-        attended, attention = self.attention(
-            hidden, context.position, context.frame_mask, context.row_keys, self.wanted.attentions
-        )
+        attended, attention = self.attention(hidden, context.position, context.frame_mask, context.row_keys)
         return dropout(attended, self.config.hidden_dropout, context.row_keys, Site.ATTENTION_OUTPUT), attention
 
 
@@ -124,6 +123,7 @@ class Encoder(nn.Module):
         step_key: StepKey | None,
         row_keys: RowKeys | None,
         wanted: Wanted,
+        method: Method,
     ) -> EncoderOutput:
         """The encoded frames; padded frames of `hidden` must be 0."""
         config = self.config
@@ -140,10 +140,12 @@ class Encoder(nn.Module):
         position = None
         if config.position_bias:
             profile = RelativePositionTable(config, name="rel_attn_embed")(hidden.shape[1])
-            implementation = "dense" if wanted.attentions else self.compute.attention
-            position = shared_position_bias(profile, hidden.shape[1], implementation)
+            # Written out once for all layers: in each of them, its gradient would cost a pass over as much again.
+            position = toeplitz(profile, hidden.shape[1], hidden.shape[1]) if method.takes_pairs else profile
         layers = LayerInput(jnp.arange(config.num_hidden_layers), kept_layers(config, step_key))
-        stack = scanned_layers(self.compute, config.num_hidden_layers)(config, self.compute, wanted, name="layers")
+        stack = scanned_layers(self.compute, config.num_hidden_layers)(
+            config, self.compute, wanted, method, name="layers"
+        )
         last, (states, attentions) = stack(hidden, layers, LayerContext(position, frame_mask, row_keys))
 
         if states is not None:

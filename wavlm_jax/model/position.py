@@ -4,6 +4,8 @@ The bias of an attention logit is gate[row, head, query] * profile[head, key - q
 and distance, comes from one table for all layers, and is computed once; the gate belongs to each layer.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +13,23 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from wavlm_jax.config import WavLMConfig
+from wavlm_jax.shapes import Hidden
 
 Profile = Float[Array, "heads distances"]
 """Bias of each distance key - query, from -(frames - 1) to frames - 1."""
+PairBias = Float[Array, "heads frames frames"]
+"""Bias of every pair of frames, (query, key)."""
 Gate = Float[Array, "rows frames heads"]
+
+
+class Bias(NamedTuple):
+    """What is added to the logits: gate[row, query, head] * position[head, key - query].
+
+    `position` is the profile, or for "dense" also its matrix, so that layers can share one.
+    """
+
+    position: Profile | PairBias
+    gate: Gate
 
 
 def relative_buckets(
@@ -63,29 +78,33 @@ def toeplitz(window: Float[Array, "heads distances"], queries: int, keys: int) -
 
 
 class GateProjection(nn.Module):
-    """The linear map from one head's slice of the layer input to the two gate logits.
+    """The linear map from each head's slice of the layer input to its two gate logits, the same for all heads.
 
     Stored with the authors' 8 outputs, which they add up in two groups of 4; adding up the weights instead is the same
-    function with the same gradients.
+    function with the same gradients. All heads together are one product with a block diagonal matrix: slices of 64
+    numbers would be laid out anew, at many times the traffic of the hidden states themselves.
     """
 
     config: WavLMConfig
 
     @nn.compact
-    def __call__(self, heads: Float[Array, "rows frames heads head_dim"]) -> Float[Array, "rows frames heads gates=2"]:
+    def __call__(self, hidden: Hidden) -> Float[Array, "rows frames gates=2 heads"]:
         """The two logits of every row, frame and head, float32."""
+        heads, head_dim = self.config.num_attention_heads, self.config.head_dim
         initialiser = nn.initializers.normal(self.config.initializer_range)
-        kernel = self.param("kernel", initialiser, (self.config.head_dim, _GATE_OUTPUTS))
+        kernel = self.param("kernel", initialiser, (head_dim, _GATE_OUTPUTS))
         bias = self.param("bias", nn.initializers.zeros, (_GATE_OUTPUTS,))
         folded = kernel.reshape(-1, 2, _GATE_OUTPUTS // 2).sum(axis=-1)
         offset = bias.reshape(2, _GATE_OUTPUTS // 2).sum(axis=-1)
-        return heads.astype(jnp.float32) @ folded + offset[None, None, None, :]
+        diagonal = jnp.einsum("dg,hk->hdgk", folded, jnp.eye(heads)).reshape(heads * head_dim, 2 * heads)
+        logits = hidden.astype(jnp.float32) @ diagonal
+        return logits.reshape(*hidden.shape[:2], 2, heads) + offset[None, None, :, None]
 
 
 _GATE_OUTPUTS = 8
 
 
-def gate(logits: Float[Array, "rows frames heads gates=2"], constant: Float[Array, "heads"]) -> Gate:
+def gate(logits: Float[Array, "rows frames gates=2 heads"], constant: Float[Array, "heads"]) -> Gate:
     """sigmoid(z1) * (sigmoid(z2) * constant - 1) + 2: about 1.75 at initialisation, in (1, 2) for constant 1."""
-    update, reset = jax.nn.sigmoid(logits[..., 0]), jax.nn.sigmoid(logits[..., 1])
+    update, reset = jax.nn.sigmoid(logits[:, :, 0]), jax.nn.sigmoid(logits[:, :, 1])
     return update * (reset * constant[None, None, :] - 1.0) + 2.0

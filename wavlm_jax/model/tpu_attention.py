@@ -18,10 +18,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from wavlm_jax.model.attention_dropout import Dropout
+from wavlm_jax.model.attention_rules import EXCLUDED, AttentionDropout
+from wavlm_jax.model.position import Bias
 from wavlm_jax.model.tpu_kernels import (
     BLOCK,
-    EXCLUDED,
     Gradients,
     Operands,
     Plan,
@@ -29,33 +29,25 @@ from wavlm_jax.model.tpu_kernels import (
     backward_kernel,
     forward_kernel,
 )
-from wavlm_jax.shapes import FrameMask
+from wavlm_jax.shapes import FrameMask, Heads
 
 LANES = 128
 
 
 def attend_on_tpu(
-    query: Array,
-    key: Array,
-    value: Array,
-    profile: Array | None,
-    gate: Array | None,
-    frame_mask: FrameMask | None,
-    drop: Dropout,
-) -> Array:
-    """`attention.attend` as a TPU kernel; arguments as there, `profile` and `gate` both or neither."""
+    query: Heads, key: Heads, value: Heads, bias: Bias | None, frame_mask: FrameMask | None, drop: AttentionDropout
+) -> Heads:
+    """`attention.attend` as a TPU kernel."""
     rows, frames, heads, head_dim = query.shape
     padding = -frames % BLOCK
     flat = [jnp.pad(x.reshape(rows, frames, -1), ((0, 0), (0, padding), (0, 0))) for x in (query, key, value)]
-    has_bias = profile is not None and gate is not None
-    if not has_bias:
-        profile, gate = jnp.zeros((heads, 2 * frames - 1)), jnp.zeros((rows, frames, heads))
+    given = Bias(jnp.zeros((heads, 2 * frames - 1)), jnp.zeros((rows, frames, heads))) if bias is None else bias
     # Distance d stands at place padded frames + d, so that the windows of blocks are whole registers apart.
-    profile = jnp.pad(profile.astype(jnp.float32), ((0, 0), (padding + 1, padding)))
-    gate = jnp.pad(gate.astype(jnp.float32).swapaxes(1, 2), ((0, 0), (0, 0), (0, padding)))
+    profile = jnp.pad(given.position.astype(jnp.float32), ((0, 0), (padding + 1, padding)))
+    gate = jnp.pad(given.gate.astype(jnp.float32).swapaxes(1, 2), ((0, 0), (0, 0), (0, padding)))
     seeds = jnp.zeros((rows, heads, 2), jnp.uint32) if drop.seeds is None else drop.seeds
     has_fill = frame_mask is not None or padding > 0
-    plan = Plan(heads, 1, head_dim, frames + padding, has_bias, has_fill, drop.threshold)
+    plan = Plan(heads, 1, head_dim, frames + padding, bias is not None, has_fill, drop.threshold)
     fixed = _fill(frame_mask, rows, frames, padding), jax.lax.bitcast_convert_type(seeds, jnp.int32)
     return _fused(plan, (*flat, profile, gate), fixed)[:, :frames].reshape(query.shape)
 
@@ -109,7 +101,8 @@ def _on_each_device(plan: Plan, call: Callable[..., Any], results: tuple[str, ..
     if mesh.empty:
         return call(_grouped(plan, plan.num_heads), *arguments)
     sizes = {"rows": arguments[0].shape[0], "heads": plan.num_heads}
-    axes = {name: _dividing(logical_to_mesh_axes((name,))[0], size, mesh) for name, size in sizes.items()}
+    lying = dict(zip(sizes, logical_to_mesh_axes(tuple(sizes)) or (), strict=False))
+    axes = {name: _dividing(lying.get(name), size, mesh) for name, size in sizes.items()}
     local = _grouped(plan, plan.num_heads // math.prod(mesh.shape[axis] for axis in axes["heads"]))
 
     def spec(name: str) -> PartitionSpec:

@@ -17,13 +17,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from wavlm_jax.model.attention_dropout import HALF, RESOLUTION, Dropout, random_words
+from wavlm_jax.model.attention_rules import HALF, RESOLUTION, AttentionDropout, random_words, shifted_right
 
 BLOCK = 2 * HALF
 """Queries at a time: the lanes of a register, so that every window starts at a whole register."""
 SUBLANES = 8
-EXCLUDED = -1e30
-"""Stands in for the logit of a padded key. Finite, so that a row without a valid frame gives a uniform softmax."""
 
 
 class Plan(NamedTuple):
@@ -38,7 +36,7 @@ class Plan(NamedTuple):
     has_bias: bool
     has_fill: bool
     drop_threshold: int
-    """Of `Dropout`; 0: no dropout."""
+    """Of `AttentionDropout`; 0: no dropout."""
 
     @property
     def width(self) -> int:
@@ -97,7 +95,7 @@ def forward_kernel(plan: Plan, operands: Operands, output: Any, sheared: Any) ->
             total = scores.total
             if plan.drop_threshold:
                 weights = jnp.where(_kept(plan, operands, block), weights, 0.0)
-                total = total / Dropout(plan.drop_threshold, None).scale
+                total = total / AttentionDropout(plan.drop_threshold, None).scale
             product = _matmul(weights.astype(value.dtype), value, 1, 0)
             mixed = jnp.where(_lanes(plan, block.head), product / total, mixed)
         output[0, _rows(number), :] = mixed.astype(output.dtype)
@@ -167,7 +165,7 @@ def _backward_of_block(
     weights = probabilities
     if plan.drop_threshold:
         keep = _kept(plan, operands, block)
-        scale = Dropout(plan.drop_threshold, None).scale
+        scale = AttentionDropout(plan.drop_threshold, None).scale
         weights = jnp.where(keep, probabilities * scale, 0.0)
         to_weights = jnp.where(keep, to_weights * scale, 0.0)
     scratch.value[...] += _matmul(weights.astype(arriving.dtype), arriving, 0, 0)
@@ -233,12 +231,12 @@ def _scores(plan: Plan, operands: Operands, sheared: Any, block: Block) -> Score
 
 
 def _kept(plan: Plan, operands: Operands, block: Block) -> Array:
-    """`attention_dropout.kept` for one block: two decisions a word."""
+    """`attention_rules.kept` for one block: two decisions a word."""
     place = 2 * (pl.program_id(1) * plan.num_heads + pl.program_id(0) * plan.group + block.head)
     pair = block.number * HALF + jax.lax.broadcasted_iota(jnp.int32, (HALF, 1), 0)
     key = jax.lax.broadcasted_iota(jnp.int32, (1, plan.frames), 1)
     words = random_words(operands.seeds[place], operands.seeds[place + 1], pair, key)
-    halves = [words & (RESOLUTION - 1), jax.lax.shift_right_logical(words, 16)]
+    halves = [words & (RESOLUTION - 1), shifted_right(words, 16)]
     return jnp.concatenate(halves) >= plan.drop_threshold
 
 
