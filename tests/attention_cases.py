@@ -52,8 +52,8 @@ def values_and_gradients(function, inputs, direction):
 
 def assert_agree(found, expected, tolerance):
     """Equal within `tolerance` of the largest number of each, and finite."""
-    for name, ours, theirs in zip(NAMES, found, expected, strict=True):
-        ours, theirs = (np.asarray(x, np.float32) for x in (ours, theirs))
+    for name, pair in zip(NAMES, zip(found, expected, strict=True), strict=True):
+        ours, theirs = (np.asarray(x, np.float32) for x in pair)
         scale = max(np.abs(theirs).max(), 1e-3)
         np.testing.assert_allclose(ours / scale, theirs / scale, atol=tolerance, rtol=0, err_msg=name)
         assert np.isfinite(theirs).all()

@@ -71,6 +71,8 @@ class Block(NamedTuple):
 
     number: Array
     head: int
+    seeds: Array
+    """Where the head's two seeds stand."""
 
 
 class Scores(NamedTuple):
@@ -85,11 +87,12 @@ class Scores(NamedTuple):
 def forward_kernel(plan: Plan, operands: Operands, output: Any, sheared: Any) -> None:
     """Mixed values of one row and group; `sheared` (group, BLOCK, 2 * frames) stays from row to row."""
     _shear_once(plan, operands, sheared)
+    seeds = _first_seed(plan)
 
     def one_block(number: Array, _: None) -> None:
         mixed = jnp.zeros((BLOCK, plan.width), jnp.float32)
         value = operands.value[0]
-        for block in _heads(plan, number):
+        for block in _heads(plan, number, seeds):
             scores = _scores(plan, operands, sheared, block)
             weights = scores.exponentials
             total = scores.total
@@ -135,10 +138,11 @@ def backward_kernel(plan: Plan, operands: Operands, direction: Any, gradients: G
 
     scratch.key[...] = jnp.zeros_like(scratch.key)
     scratch.value[...] = jnp.zeros_like(scratch.value)
+    seeds = _first_seed(plan)
 
     def one_block(number: Array, _: None) -> None:
         to_query = jnp.zeros((BLOCK, plan.width), jnp.float32)
-        for block in _heads(plan, number):
+        for block in _heads(plan, number, seeds):
             product = _backward_of_block(plan, operands, direction, gradients, scratch, block)
             to_query = jnp.where(_lanes(plan, block.head), product, to_query)
         gradients.query[0, _rows(number), :] = to_query.astype(gradients.query.dtype)
@@ -185,8 +189,13 @@ def _backward_of_block(
     return _matmul(rounded, operands.key[0], 1, 0)
 
 
-def _heads(plan: Plan, number: Array) -> Iterator[Block]:
-    return (Block(number, head) for head in range(plan.group))
+def _heads(plan: Plan, number: Array, first_seed: Array) -> Iterator[Block]:
+    return (Block(number, head, first_seed + 2 * head) for head in range(plan.group))
+
+
+def _first_seed(plan: Plan) -> Array:
+    """Where the seeds of this row and group begin."""
+    return 2 * (pl.program_id(1) * plan.num_heads + pl.program_id(0) * plan.group)
 
 
 def _rows(number: Array) -> Any:
@@ -232,10 +241,9 @@ def _scores(plan: Plan, operands: Operands, sheared: Any, block: Block) -> Score
 
 def _kept(plan: Plan, operands: Operands, block: Block) -> Array:
     """`attention_rules.kept` for one block: two decisions a word."""
-    place = 2 * (pl.program_id(1) * plan.num_heads + pl.program_id(0) * plan.group + block.head)
     pair = block.number * HALF + jax.lax.broadcasted_iota(jnp.int32, (HALF, 1), 0)
     key = jax.lax.broadcasted_iota(jnp.int32, (1, plan.frames), 1)
-    words = random_words(operands.seeds[place], operands.seeds[place + 1], pair, key)
+    words = random_words(operands.seeds[block.seeds], operands.seeds[block.seeds + 1], pair, key)
     halves = [words & (RESOLUTION - 1), shifted_right(words, 16)]
     return jnp.concatenate(halves) >= plan.drop_threshold
 
