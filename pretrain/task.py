@@ -23,6 +23,8 @@ from wavlm_jax.data.loader import CropStream, LoaderSettings, PaddedStream
 from wavlm_jax.data.plan import BatchSettings, describe
 from wavlm_jax.data.reader import Host
 from wavlm_jax.loading import load_weights
+from wavlm_jax.model.attention_choice import current_device
+from wavlm_jax.model.attention_choice import describe as describe_attention
 from wavlm_jax.settings import SettingsError, nearest, read_sections
 from wavlm_jax.shapes import Params, StepKey, samples_for
 from wavlm_jax.training.mesh import Topology
@@ -58,7 +60,7 @@ def build(config: Mapping[str, Any], topology: Topology) -> Task:
     Raises:
         SettingsError: a section or key that is missing, unknown or mistyped.
         FileNotFoundError: a corpus or label store that is not there, with the command that makes it.
-        ValueError: labels that do not fit the audio, batches that cannot be cut.
+        ValueError: labels that do not fit the audio, batches that cannot be cut, an attention that the device lacks.
 
     """
     _refuse_unknown_sections(config)
@@ -66,9 +68,10 @@ def build(config: Mapping[str, Any], topology: Topology) -> Task:
     corpora = open_corpora(settings.data)
     stores = _label_stores(settings, corpora)
     predictor = MaskedPredictor(settings.model, settings.compute, settings.objective, settings.labels.num_clusters)
-    for line in describe(settings.batch, topology.num_devices, settings.mixing.group):
-        if topology.process_index == 0:
-            print(line, flush=True)
+    lines = describe(settings.batch, topology.num_devices, settings.mixing.group)
+    lines += describe_attention(settings.model, settings.compute, settings.batch.buckets, current_device())
+    if topology.process_index == 0:
+        print("\n".join(lines), flush=True)
     return Task(
         init=_initialiser(predictor, settings),
         loss=MaskedPredictionLoss(predictor, settings.mixing),
