@@ -17,7 +17,8 @@ from wavlm_jax.text.alignment import AlignmentError, align, best_path
 from wavlm_jax.text.beam import BeamSearch, BeamSettings, DecoderError
 from wavlm_jax.text.ctc import decode
 from wavlm_jax.text.greedy import decode_greedily
-from wavlm_jax.text.lexicon import LexiconError, lexicon_of_words, read_lexicon, words_of_arpa
+from wavlm_jax.text.lexicon import lexicon_of_words, read_lexicon, words_of_arpa
+from wavlm_jax.text.lines import RecordError
 from wavlm_jax.text.vocabulary import UnknownCharactersError, Vocabulary, VocabularyError
 
 TINY = Vocabulary(tokens=("<pad>", "|", "A", "B"), unknown=None, begin=None, end=None)
@@ -198,18 +199,18 @@ def test_without_flashlight_the_message_says_what_to_install(monkeypatch):
 )
 def test_a_wrong_line_of_a_lexicon_is_named(tmp_path, content, message):
     (tmp_path / "words.txt").write_bytes(content)
-    with pytest.raises(LexiconError, match=message):
+    with pytest.raises(RecordError, match=message):
         read_lexicon(tmp_path / "words.txt", TINY)
 
 
 def test_a_wrong_arpa_file_is_named(tmp_path):
     (tmp_path / "lm.arpa").write_text(WORDS.replace("-0.8\tBA\t-0.1", "-0.8 BA -0.1 7"))
-    with pytest.raises(LexiconError, match=r"line 10: found '-0\.8 BA -0\.1 7'"):
+    with pytest.raises(RecordError, match=r"line 10: found '-0\.8 BA -0\.1 7'"):
         words_of_arpa(tmp_path / "lm.arpa")
     (tmp_path / "lm.arpa").write_text("hello")
-    with pytest.raises(LexiconError, match="line 1: found 'hello'"):
+    with pytest.raises(RecordError, match="line 1: found 'hello'"):
         words_of_arpa(tmp_path / "lm.arpa")
-    with pytest.raises(LexiconError, match="the vocabulary can spell none of 1 words"):
+    with pytest.raises(RecordError, match="the vocabulary can spell none of 1 words"):
         lexicon_of_words(["ab"], TINY)
 
 

@@ -3,20 +3,20 @@
 Files come from outside: a line that cannot be right is named by its number.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
+from wavlm_jax.text.lines import RecordError, read_lines
 from wavlm_jax.text.vocabulary import UnknownCharactersError, Vocabulary
 
 Lexicon: TypeAlias = Mapping[str, Sequence[tuple[int, ...]]]
 """Word -> its spellings in token ids, the delimiter at their ends left out."""
 
-MOST_LINE = 1 << 16
 _MARKERS = ("<unk>", "<s>", "</s>", "<UNK>")
 
 
-class LexiconError(ValueError):
+class LexiconError(RecordError):
     """A word list that cannot be used; the message names file and line."""
 
 
@@ -24,11 +24,11 @@ def read_lexicon(path: Path, vocabulary: Vocabulary) -> Lexicon:
     """The words of a text file, UTF-8: `WORD`, spelt by the vocabulary, or `WORD T O K E N S |` as flashlight has it.
 
     Raises:
-        LexiconError: no such file, no words, or a line with tokens or characters that the vocabulary does not have.
+        RecordError: no such file, no words, or a line with tokens or characters that the vocabulary does not have.
 
     """
     lexicon: dict[str, list[tuple[int, ...]]] = {}
-    for number, line in _lines(path):
+    for number, line in read_lines(path):
         fields = line.split()
         if not fields:
             continue
@@ -71,7 +71,7 @@ def words_of_arpa(path: Path) -> list[str]:
     """
     words: list[str] = []
     inside = False
-    for number, line in _lines(path):
+    for number, line in read_lines(path):
         text = line.strip()
         if text == "\\1-grams:":
             inside = True
@@ -103,19 +103,3 @@ def _spelling(word: str, tokens: Sequence[str], vocabulary: Vocabulary, where: s
             f"{where}: {word!r} is spelt with {unknown or 'nothing'}, which the vocabulary does not have"
         )
     return tuple(vocabulary.tokens.index(token) for token in tokens)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines with their numbers; nothing that is no text is read far."""
-    number = 0
-    try:
-        with path.open(encoding="utf-8") as file:
-            while line := file.readline(MOST_LINE):
-                number += 1
-                if len(line) == MOST_LINE:
-                    raise LexiconError(f"{path}, line {number}: longer than {MOST_LINE} characters; is it a text file?")
-                yield number, line
-    except OSError as error:
-        raise LexiconError(f"{path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise LexiconError(f"{path}, after line {number}: not UTF-8 ({error.reason}); is it a binary file?") from error

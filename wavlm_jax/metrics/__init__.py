@@ -1,0 +1,1 @@
+"""What results are measured by, each with its field's own scorer."""
