@@ -181,7 +181,7 @@ def test_a_model_with_other_outputs_is_refused():
 
 
 def test_without_flashlight_the_message_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "flashlight.lib.text.decoder", None)
+    monkeypatch.setitem(sys.modules, "flashlight.lib.text.dictionary", None)
     with pytest.raises(DecoderError, match=r"pip install 'wavlm-jax\[decode\]'.*3\.13"):
         BeamSearch(TINY)
 

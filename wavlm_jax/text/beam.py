@@ -7,7 +7,6 @@ it is one of words. Models are ARPA or KenLM binary files. KenLM reads them: tak
 take a program.
 """
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +88,8 @@ class BeamSearch:
         self._vocabulary, self._settings = vocabulary, settings
         self._words = None if lexicon is None else list(lexicon)
         self._bare = language_model is None and lexicon is None
-        self._parts = _flashlight("decoder")
+        self._flashlight = _flashlight()
+        self._parts = self._flashlight.decoder
         units = list(vocabulary.tokens) if self._words is None else self._words
         self._lm = self._language_model(language_model, units)
         self._decoder = self._lexicon_free() if lexicon is None else self._with_lexicon(lexicon)
@@ -192,8 +192,8 @@ class BeamSearch:
             raise DecoderError(f"{path}: no such file; expected a language model (ARPA or KenLM binary)")
         names = [*units, _NO_WORD]
         try:
-            dictionary = _flashlight("dictionary").Dictionary(names)
-            model = _flashlight("decoder.kenlm").KenLM(str(path), dictionary)
+            dictionary = self._flashlight.dictionary.Dictionary(names)
+            model = self._flashlight.kenlm.KenLM(str(path), dictionary)
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[-1]
             raise DecoderError(f"{path}: not a language model that KenLM reads ({reason})") from error
@@ -233,11 +233,22 @@ def _unknown_units(path: Path, model: Any, units: Sequence[str]) -> list[int]:
     return [number for number in range(len(units)) if model.score(start, number)[1] == unknown_score]
 
 
-def _flashlight(name: str) -> Any:
+class _Flashlight(NamedTuple):
+    """The modules of flashlight-text."""
+
+    decoder: Any
+    dictionary: Any
+    kenlm: Any
+
+
+def _flashlight() -> _Flashlight:
     try:
-        return importlib.import_module(f"flashlight.lib.text.{name}")
+        import flashlight.lib.text.decoder.kenlm as kenlm  # noqa: PLC0415, PLR0402 an extra
+        import flashlight.lib.text.dictionary as dictionary  # noqa: PLC0415, PLR0402
+        from flashlight.lib.text import decoder  # noqa: PLC0415
     except ImportError as error:
         raise DecoderError(
             "beam search needs flashlight-text, which is not installed: pip install 'wavlm-jax[decode]' (its wheels "
             "are for Python 3.11 and 3.12; under 3.13 decode greedily, or build it from source)"
         ) from error
+    return _Flashlight(decoder, dictionary, kenlm)
