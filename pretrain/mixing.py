@@ -9,11 +9,11 @@ itself, comes from the unmixed copy, and a span has at least one sample. Partner
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from wavlm_jax.shapes import NumSamples, RowKeys, Waveform
 
@@ -112,7 +112,8 @@ def mix(
     if settings.reference_quirks:
         mixed, scale, span = _mix_in_order(waveform, num_samples, draws, partner, snr, clips)
     else:
-        sources = clips.instead_of(waveform[partner], num_samples[partner])
+        voices, lengths = (_of_partners(values, partner, settings.group) for values in (waveform, num_samples))
+        sources = clips.instead_of(voices, lengths)
         overlaid, scale, span = _overlay(waveform, num_samples, *sources, draws, snr, shortest=1)
         mixed = jnp.where(draws.mixed[:, None], overlaid, waveform)
     return mixed, Provenance(
@@ -165,6 +166,13 @@ def _partners(offset: Int[Array, "rows"], settings: MixingSettings) -> Int[Array
     if settings.reference_quirks:
         return first + offset
     return first + (row - first + 1 + offset) % settings.group
+
+
+def _of_partners(values: Shaped[Array, "rows *rest"], partner: Int[Array, "rows"], group: int) -> Any:
+    """`values[partner]`, group by group: as one gather over all rows it would bring every row to every device."""
+    grouped = values.reshape(-1, group, *values.shape[1:])
+    within = (partner % group).reshape(-1, group)
+    return jax.vmap(lambda rows, chosen: rows[chosen])(grouped, within).reshape(values.shape)
 
 
 def _snr_db(

@@ -1,6 +1,7 @@
 """Utterance mixing does what the paper says, per row, whatever the batch is cut into."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from scipy import stats
 
 from pretrain.mixing import MixingSettings, Provenance, mix
@@ -152,3 +154,14 @@ def test_impossible_settings_are_refused(changes, message):
 def test_rows_that_do_not_fill_the_groups_are_refused():
     with pytest.raises(ValueError, match="6 rows cannot be cut into groups of 4"):
         run(rows_of_noise(6, 50), keys(6), SETTINGS)
+
+
+def test_mixing_moves_nothing_between_devices():
+    """The compiled program has no collective; one gather over all rows brought the whole batch to every device."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    spread = NamedSharding(mesh, PartitionSpec("data"))
+    clean, lengths = rows_of_noise(64, 1000), jnp.full(64, 1000, jnp.int32)
+    arguments = jax.device_put((clean, lengths, keys(64)), spread)
+    program = jax.jit(mix, static_argnums=3, out_shardings=spread).lower(*arguments, ALWAYS).compile()
+    assert re.findall(r"all-gather|all-reduce|all-to-all|collective-permute", program.as_text()) == []
+    np.testing.assert_allclose(program(*arguments)[0], mix(clean, lengths, keys(64), ALWAYS)[0], atol=1e-6)
