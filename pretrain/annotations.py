@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 from jaxtyping import Int32
 
@@ -23,6 +24,11 @@ class FrameLabels:
         """`labels` int32 (frames,), NO_LABEL behind the last one."""
         del bits  # labels are not random
         return {"labels": self.frame_labels(index, first_frame, frames)}
+
+    @staticmethod
+    def shapes(frames: int) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """What a row of `frames` gets."""
+        return {"labels": jax.ShapeDtypeStruct((frames,), np.int32)}
 
     def frame_labels(self, index: int, first_frame: int, frames: int) -> Int32[np.ndarray, " frames"]:
         """Labels of the frames `first_frame`, `first_frame` + 1, ... of utterance `index`."""
@@ -56,6 +62,12 @@ class NoiseClips:
             count = min(length, size)
             noise[:count] = self.corpus.wave(clip, int(where * (length - count + 1)), count)
         return {"noise": noise, "num_noise_samples": np.asarray(count, np.int32)}
+
+    @staticmethod
+    def shapes(frames: int) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """What a row of `frames` gets."""
+        noise = jax.ShapeDtypeStruct((samples_for(frames) // 2,), np.int16)
+        return {"noise": noise, "num_noise_samples": jax.ShapeDtypeStruct((), np.int32)}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ The features stay on the devices; nothing but labels comes back when blocks are 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -94,7 +95,7 @@ class LayerFeatures:
         self._devices = len(jax.local_devices())
         everywhere = NamedSharding(row_sharding(self._devices).mesh, PartitionSpec())
         self._params: Params = jax.device_put(teacher.up_to(layer).params, everywhere)
-        self._features = jax.jit(self._forward)
+        self._features = jax.jit(partial(layer_output, self._config))
 
     def counts(self, lengths: Utterances) -> Utterances:
         """Frames of the conv encoder."""
@@ -132,11 +133,10 @@ class LayerFeatures:
                 yield Piece(utterance, start, end - start, 0)
 
     def _rows(self, bucket: int) -> int:
-        return max(1, self._batch_frames // (bucket * self._devices)) * self._devices
+        return rows_for(bucket, self._batch_frames, self._devices)
 
     def _padded(self, corpus: Corpus, bucket: int, pieces: Sequence[Piece]) -> Padded:
-        # The last piece keeps the samples after its last frame: they count in the statistics of a group norm.
-        rows, samples = self._rows(bucket), samples_for(bucket + 1, self.geometry) - 1
+        rows, samples = self._rows(bucket), samples_of(bucket, self.geometry)
         batch = Padded(
             np.zeros((rows, samples), np.int16),
             np.zeros(rows, np.int32),
@@ -153,15 +153,26 @@ class LayerFeatures:
             batch.variance[row] = corpus.variances[piece.utterance]
         return batch
 
-    def _forward(self, params: Params, batch: Padded) -> Float[Array, "rows_and_frames dim"]:
-        waveform = jnp.asarray(batch.waveform, jnp.float32) / INT16_SCALE
-        if self._config.do_normalize:
-            scale = jax.lax.rsqrt(batch.variance + self._config.normalize_eps)
-            waveform = (waveform - batch.mean[:, None]) * scale[:, None]
-        # Padding needs no care: the model zeroes what lies past num_samples.
-        model = WavLM(self._config)
-        output: Any = model.apply({"params": params}, waveform, batch.num_samples, output_hidden_states=True)
-        return output.hidden_states[-1].reshape(-1, self.dim).astype(jnp.float32)
+
+def layer_output(config: WavLMConfig, params: Params, batch: Padded) -> Float[Array, "rows_and_frames dim"]:
+    """The last layer of a teacher that was cut off there (`Teacher.up_to`), frame after frame, float32."""
+    waveform = jnp.asarray(batch.waveform, jnp.float32) / INT16_SCALE
+    if config.do_normalize:
+        scale = jax.lax.rsqrt(batch.variance + config.normalize_eps)
+        waveform = (waveform - batch.mean[:, None]) * scale[:, None]
+    # Padding needs no care: the model zeroes what lies past num_samples.
+    output: Any = WavLM(config).apply({"params": params}, waveform, batch.num_samples, output_hidden_states=True)
+    return output.hidden_states[-1].reshape(-1, config.hidden_size).astype(jnp.float32)
+
+
+def rows_for(bucket: int, batch_frames: int, devices: int) -> int:
+    """Rows of a batch of `bucket` frames: the same on each device, at least one."""
+    return max(1, batch_frames // (bucket * devices)) * devices
+
+
+def samples_of(bucket: int, geometry: Geometry) -> int:
+    """Samples of a row; a last piece keeps those after its last frame: they count in the statistics of a group norm."""
+    return samples_for(bucket + 1, geometry) - 1
 
 
 def bucket_of(frames: int, longest: int) -> int:

@@ -1,15 +1,18 @@
 """Assembles the pre-training task: corpora, labels, model, mixing and objective meet here and nowhere else."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.stages import Traced
 
 from pretrain.annotations import FrameLabels, NoiseClips, Together
 from pretrain.corpora import DataSettings, open_corpora
+from pretrain.label_step import trace_label_step
 from pretrain.labelling import make_labels
 from pretrain.labels import HEADER, LabelSettings, LabelStore
 from pretrain.mixing import MixingSettings
@@ -20,8 +23,9 @@ from pretrain.starting import InitSettings, head_warmup, initial_params
 from wavlm_jax.config import Compute, WavLMConfig
 from wavlm_jax.data.corpus import Corpus
 from wavlm_jax.data.loader import CropStream, LoaderSettings, PaddedStream
-from wavlm_jax.data.plan import BatchSettings, describe
+from wavlm_jax.data.plan import BatchSettings, describe, rows_per_bucket
 from wavlm_jax.data.reader import Host
+from wavlm_jax.data.specs import SpecStream, batch_specs
 from wavlm_jax.loading import load_weights
 from wavlm_jax.model.attention_choice import current_device
 from wavlm_jax.model.attention_choice import describe as describe_attention
@@ -29,7 +33,8 @@ from wavlm_jax.settings import SettingsError, nearest, read_sections
 from wavlm_jax.shapes import Params, StepKey, samples_for
 from wavlm_jax.training.mesh import Topology
 from wavlm_jax.training.run_settings import RunSettings
-from wavlm_jax.training.task import BatchStream, Task
+from wavlm_jax.training.stream import BatchStream
+from wavlm_jax.training.task import Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,23 +68,78 @@ def build(config: Mapping[str, Any], topology: Topology) -> Task:
         ValueError: labels that do not fit the audio, batches that cannot be cut, an attention that the device lacks.
 
     """
-    _refuse_unknown_sections(config)
-    settings = read_sections(config, PretrainSettings)
+    settings = _read(config)
     corpora = open_corpora(settings.data)
     stores = _label_stores(settings, corpora)
-    predictor = MaskedPredictor(settings.model, settings.compute, settings.objective, settings.labels.num_clusters)
     lines = describe(settings.batch, topology.num_devices, settings.mixing.group)
     lines += describe_attention(settings.model, settings.compute, settings.batch.buckets, current_device())
     if topology.process_index == 0:
         print("\n".join(lines), flush=True)
+    return _assemble(settings, _streams(settings, corpora, stores, topology), _fingerprints(corpora, stores))
+
+
+def outline(config: Mapping[str, Any], topology: Topology) -> Task:
+    """The same task without corpus and labels, whose streams know their shapes only: what `wavlm_jax.plan` compiles.
+
+    Every bucket of the config counts as used, and an evaluation batch as full.
+
+    Args:
+        config: as for `build`.
+        topology: the devices that it is planned for.
+
+    Raises:
+        SettingsError: as `build`.
+        ValueError: batches that cannot be cut.
+
+    """
+    settings = _read(config)
+
+    def stream(split: str) -> SpecStream:
+        batch, shapes = settings.batch, FrameLabels.shapes
+        if split != "train":
+            batch = dataclasses.replace(batch, buckets=settings.data.evaluation_buckets)
+        elif _wants_noise(settings.mixing):
+            shapes = _with_noise
+        rows = rows_per_bucket(batch)
+        for count in rows.values():
+            Host(topology.process_index, topology.process_count).rows(count)
+        return SpecStream(batch_specs(rows, batch, shapes, topology.num_devices, settings.mixing.group))
+
+    return _assemble(settings, stream, {})
+
+
+def label_step(config: Mapping[str, Any], devices: Sequence[jax.Device]) -> tuple[str, Traced, float]:
+    """(name, program, seconds of audio) of the step that makes the labels of a config, on the devices of one host."""
+    labels = _read(config).labels
+    layered = labels.teacher == "layer"
+    return trace_label_step(
+        devices,
+        num_clusters=labels.num_clusters,
+        rate_hz=labels.rate_hz,
+        run=labels.run if layered else None,
+        layer=labels.layer if layered else None,
+        piece_seconds=labels.piece_seconds,
+        batch_seconds=labels.batch_seconds,
+    )
+
+
+def _read(config: Mapping[str, Any]) -> PretrainSettings:
+    _refuse_unknown_sections(config)
+    return read_sections(config, PretrainSettings)
+
+
+def _assemble(
+    settings: PretrainSettings, stream: Callable[[str], BatchStream], fingerprints: Mapping[str, str]
+) -> Task:
+    predictor = MaskedPredictor(settings.model, settings.compute, settings.objective, settings.labels.num_clusters)
     return Task(
         init=_initialiser(predictor, settings),
         loss=MaskedPredictionLoss(predictor, settings.mixing),
-        stream=_streams(settings, corpora, stores, topology),
+        stream=stream,
         initial_params=lambda fresh: initial_params(settings.init, settings.model, fresh, load_weights),
         row_group=settings.mixing.group,
         freeze=head_warmup(settings.init),
-        fingerprints=_fingerprints(corpora, stores),
+        fingerprints=fingerprints,
     )
 
 
@@ -150,8 +210,16 @@ def _streams(
     return stream
 
 
+def _wants_noise(mixing: MixingSettings) -> bool:
+    return mixing.noise_corpus is not None and mixing.noise_prob_given_mix > 0
+
+
+def _with_noise(frames: int) -> Mapping[str, jax.ShapeDtypeStruct]:
+    return {**FrameLabels.shapes(frames), **NoiseClips.shapes(frames)}
+
+
 def _noise(mixing: MixingSettings) -> tuple[NoiseClips, ...]:
-    if mixing.noise_corpus is None or mixing.noise_prob_given_mix == 0:
+    if mixing.noise_corpus is None or not _wants_noise(mixing):
         return ()
     return (NoiseClips(Corpus.open(Path(mixing.noise_corpus)), mixing.noise_prob_given_mix),)
 

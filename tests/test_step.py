@@ -41,17 +41,11 @@ class Trainer:
             places = jax.tree.map(lambda leaf: leaf.sharding, layout.abstract.params)
             params = jax.jit(task.init, out_shardings=places)(init_key(SEED))
             self.state = shard_state(params, layout.optimizer, self.mesh)
-            self.programs = compilation.compile_programs(
-                task,
-                {split: task.stream(split).specs[1:] for split in ("train", *splits)},
-                layout.abstract,
-                self.mesh,
-                optimizer=layout.optimizer,
-                schedule=schedule,
-                max_grad_norm=None,
-                freeze={},
-                key=root_key(SEED),
+            builder = compilation.Builder(
+                task, layout.abstract, self.mesh, layout.optimizer, schedule, None, {}, root_key(SEED)
             )
+            specs = {split: task.stream(split).specs[1:] for split in ("train", *splits)}
+            self.programs = compilation.compile_programs(builder, specs)
 
     def step(self, number: int, **changes: np.ndarray):
         spec, arrays = self.task.stream("train").global_batch(number)

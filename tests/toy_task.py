@@ -26,7 +26,8 @@ from wavlm_jax.training.checkpoint import CheckpointSettings
 from wavlm_jax.training.mesh import MeshSettings, make_mesh
 from wavlm_jax.training.optim import AdamSettings, OptimSettings
 from wavlm_jax.training.run_settings import LoopSettings, RunSettings
-from wavlm_jax.training.task import BatchSpec, LossSums, Task
+from wavlm_jax.training.stream import BatchSpec
+from wavlm_jax.training.task import LossSums, Task
 from wavlm_jax.training.writers import MetricsSettings
 
 FRAME, WIDTH, HIDDEN, LABELS = 4, 8, 16, 5

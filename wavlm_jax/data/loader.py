@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import grain
-import jax
 import numpy as np
 from absl import flags
 
@@ -21,12 +20,10 @@ from wavlm_jax.data.plan import (
     PlannedBatch,
     census,
     evaluation_plan,
-    microbatches,
-    seconds_of,
 )
 from wavlm_jax.data.reader import Alignment, Annotate, Arrays, EpochPlans, Host, LoaderError, Reader
-from wavlm_jax.shapes import samples_for
-from wavlm_jax.training.task import BatchSpec
+from wavlm_jax.data.specs import batch_specs
+from wavlm_jax.training.stream import BatchSpec
 
 _ENDLESS = 2**53
 _FREE_FAULTS = 5
@@ -158,19 +155,9 @@ class FaultCount:
 def _specs(reader: Reader, found: Census, batch: BatchSettings, devices: int, group: int) -> tuple[BatchSpec, ...]:
     """One a bucket that has batches."""
     longest = int(np.argmax(reader.corpus.lengths))
-    specs = []
-    for bucket, rows in sorted(found.rows.items()):
+    for rows in found.rows.values():
         reader.host.rows(rows)
-        extra = reader.annotate(longest, 0, bucket, 0)
-        arrays = {
-            "waveform": jax.ShapeDtypeStruct((rows, samples_for(bucket)), np.int16),
-            **dict.fromkeys(("num_samples", "id"), jax.ShapeDtypeStruct((rows,), np.int32)),
-            **dict.fromkeys(("weight", "mean", "variance"), jax.ShapeDtypeStruct((rows,), np.float32)),
-            **{name: jax.ShapeDtypeStruct((rows, *array.shape), array.dtype) for name, array in extra.items()},
-        }
-        steps = microbatches(rows, bucket, batch, devices, group)
-        specs.append(BatchSpec(f"{rows}x{bucket}", arrays, steps, rows * seconds_of(bucket)))
-    return tuple(specs)
+    return batch_specs(found.rows, batch, lambda bucket: reader.annotate(longest, 0, bucket, 0), devices, group)
 
 
 def _batches(

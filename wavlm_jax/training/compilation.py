@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -13,14 +13,15 @@ import jax
 import optax
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
-from jax.stages import Compiled
+from jax.stages import Compiled, Traced
 
 from wavlm_jax.training.freeze import Rules
 from wavlm_jax.training.mesh import row_shards
 from wavlm_jax.training.sharding import by_rows, replicated
 from wavlm_jax.training.state import TrainState
 from wavlm_jax.training.step import check_spec, eval_step, train_step
-from wavlm_jax.training.task import BatchSpec, Task
+from wavlm_jax.training.stream import BatchSpec
+from wavlm_jax.training.task import Task
 
 COMPILES = "/jax/core/compile/backend_compile_duration"
 HITS = "/jax/compilation_cache/cache_hits"
@@ -91,30 +92,65 @@ def out_of_memory_explained(what: str) -> Iterator[None]:
         ) from error
 
 
-def compile_programs(
-    task: Task,
-    specs: dict[str, tuple[BatchSpec, ...]],
-    state: TrainState,
-    mesh: Mesh,
-    *,
-    optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
-    max_grad_norm: float | None,
-    freeze: Rules,
-    key: jax.Array,
-) -> Programs:
+@dataclass(frozen=True)
+class Builder:
+    """Traces the programs of a run: what the loop compiles, and what `wavlm_jax.plan` counts."""
+
+    task: Task
+    """Its loss and row group."""
+    state: TrainState
+    """Abstract, with shardings; donated by the step."""
+    mesh: Mesh
+    """The current one (`jax.set_mesh`)."""
+    optimizer: optax.GradientTransformation
+    """Of `optim.adam`."""
+    schedule: optax.Schedule
+    """For the report."""
+    max_grad_norm: float | None
+    freeze: Rules
+    """See `step.train_step`."""
+    key: jax.Array
+    """Root key of the run, a constant of the program."""
+
+    def update(self, spec: BatchSpec) -> Traced:
+        """One step of training on a batch of `spec`.
+
+        Raises:
+            ValueError: the rows cannot be split.
+
+        """
+        step = partial(
+            train_step,
+            task=self.task,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            max_grad_norm=self.max_grad_norm,
+            freeze=self.freeze,
+            key=self.key,
+        )
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+        return self._traced(spec, step, self.state, donate_argnums=0, out_shardings=(places, replicated(self.mesh)))
+
+    def evaluation(self, spec: BatchSpec) -> Traced:
+        """The sums of a batch of `spec`, without randomness; raises as `update` does."""
+        score = partial(eval_step, task=self.task)
+        return self._traced(spec, score, self.state.params, out_shardings=replicated(self.mesh))
+
+    def _traced(self, spec: BatchSpec, function: Any, argument: Any, **options: Any) -> Traced:
+        check_spec(spec, self.task.row_group, row_shards(self.mesh))
+        batch = {
+            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=by_rows(self.mesh))
+            for name, array in spec.arrays.items()
+        }
+        return jax.jit(partial(function, microbatches=spec.microbatches), **options).trace(argument, batch)
+
+
+def compile_programs(builder: Builder, specs: dict[str, tuple[BatchSpec, ...]]) -> Programs:
     """Compiles a step for every spec of "train" and an evaluation for every spec of the other splits.
 
     Args:
-        task: its loss and row group.
+        builder: traces them.
         specs: of each split's stream.
-        state: abstract, with shardings; donated by the step.
-        mesh: the current one.
-        optimizer: of `optim.adam`.
-        schedule: for the report.
-        max_grad_norm: see `step.train_step`.
-        freeze: see there too.
-        key: root key of the run, a constant of the program.
 
     Raises:
         ValueError: a spec's rows cannot be split.
@@ -122,26 +158,15 @@ def compile_programs(
 
     """
     started, found_before = time.monotonic(), events()[HITS]
-    fixed = {"optimizer": optimizer, "schedule": schedule, "max_grad_norm": max_grad_norm, "freeze": freeze}
-    update = partial(train_step, task=task, key=key, **fixed)
 
-    def compiled(spec: BatchSpec, function: Any, argument: Any, **options: Any) -> Compiled:
-        check_spec(spec, task.row_group, row_shards(mesh))
-        batch = {
-            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=by_rows(mesh))
-            for name, array in spec.arrays.items()
-        }
-        program = jax.jit(partial(function, microbatches=spec.microbatches), **options)
-        with out_of_memory_explained(f"batch {spec.name}"):
-            return program.lower(argument, batch).compile()
+    def compiled(trace: Callable[[BatchSpec], Traced], specs: tuple[BatchSpec, ...]) -> dict[str, Compiled]:
+        programs = {}
+        for spec in specs:
+            traced = trace(spec)
+            with out_of_memory_explained(f"batch {spec.name}"):
+                programs[spec.name] = traced.lower().compile()
+        return programs
 
-    places = jax.tree.map(lambda leaf: leaf.sharding, state)
-    options = {"donate_argnums": 0, "out_shardings": (places, replicated(mesh))}
-    train = {spec.name: compiled(spec, update, state, **options) for spec in specs["train"]}
-    score = partial(eval_step, task=task)
-    evaluate = {
-        split: {spec.name: compiled(spec, score, state.params, out_shardings=replicated(mesh)) for spec in found}
-        for split, found in specs.items()
-        if split != "train"
-    }
+    train = compiled(builder.update, specs["train"])
+    evaluate = {split: compiled(builder.evaluation, found) for split, found in specs.items() if split != "train"}
     return Programs(train, evaluate, time.monotonic() - started, events()[HITS] - found_before)

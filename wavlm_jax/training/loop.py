@@ -21,10 +21,8 @@ from wavlm_jax.training.compilation import (
     use_cache,
 )
 from wavlm_jax.training.disk import check_space
-from wavlm_jax.training.freeze import joined
 from wavlm_jax.training.manifest import CheckpointError
 from wavlm_jax.training.metrics import Clock, Interval, Totals
-from wavlm_jax.training.optim import adam, make_schedule
 from wavlm_jax.training.outcome import Outcome, Status
 from wavlm_jax.training.preemption import Preemption, listening
 from wavlm_jax.training.run_settings import RunSettings
@@ -33,13 +31,15 @@ from wavlm_jax.training.start import (
     Layout,
     Start,
     begin,
+    lay_out,
+    make_builder,
     open_metrics,
     open_nonfinite,
-    plan_layout,
     summarize,
 )
 from wavlm_jax.training.state import Report, root_key
-from wavlm_jax.training.task import BatchSpec, BatchStream, LossSums, Task
+from wavlm_jax.training.stream import BatchSpec, BatchStream
+from wavlm_jax.training.task import LossSums, Task
 from wavlm_jax.training.writers import Jsonl, Metrics, say
 
 
@@ -249,10 +249,7 @@ def run(
         stack.enter_context(nn.logical_axis_rules(RULES))
         preemption = stack.enter_context(listening())
         with clock.bucket("init"):
-            schedule = make_schedule(settings.optim, settings.train.num_steps)
-            freeze = joined(settings.optim.freeze, task.freeze)
-            optimizer = adam(schedule, settings.optim.adam, freeze)
-            layout = plan_layout(task, optimizer, mesh, table, settings.seed, freeze)
+            layout = lay_out(task, settings, mesh, table)
             _prepare(settings, layout, workdir)
             checkpoints = Checkpoints(workdir, settings.checkpoint, say)
             stack.callback(checkpoints.close)
@@ -284,17 +281,8 @@ def _introduce(task: Task, layout: Layout, start: Start, workdir: Path) -> None:
 
 
 def _compile(task: Task, settings: RunSettings, layout: Layout, streams: Mapping[str, BatchStream]) -> Programs:
-    programs = compile_programs(
-        task,
-        {split: stream.specs for split, stream in streams.items()},
-        layout.abstract,
-        layout.mesh,
-        optimizer=layout.optimizer,
-        schedule=make_schedule(settings.optim, settings.train.num_steps),
-        max_grad_norm=settings.optim.max_grad_norm,
-        freeze=layout.freeze,
-        key=root_key(settings.seed),
-    )
+    builder = make_builder(task, settings, layout, root_key(settings.seed))
+    programs = compile_programs(builder, {split: stream.specs for split, stream in streams.items()})
     if jax.process_index() == 0:
         say(f"compiled {programs.describe()}")
     return programs

@@ -1,6 +1,8 @@
 """The mesh (data, fsdp, tensor): which devices there are, and who sees which rows."""
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -57,24 +59,48 @@ class Topology:
         return cls(row_shards(mesh), jax.process_index(), jax.process_count())
 
 
-def make_mesh(settings: MeshSettings) -> Mesh:
-    """The mesh (data, fsdp, tensor) over all devices, rows in the order of the processes.
+def make_mesh(settings: MeshSettings, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh (data, fsdp, tensor), rows in the order of the processes.
 
     `jax.make_mesh` knows the physical network but may interleave processes (and refuses several slices); a loader hands
-    out rows by process, so then the plain order is taken.
+    out rows by process, so then the plain order is taken: slice by slice, so that only `data` crosses the data centre's
+    network.
+
+    Args:
+        settings: the sizes.
+        devices: of this machine (None), or of one that is planned for.
+
+    Raises:
+        ValueError: sizes that do not fit the devices, the hosts or the slices.
+
     """
-    sizes = settings.sizes(jax.device_count())
-    if jax.local_device_count() % sizes[2]:
-        raise ValueError(
-            f"config.mesh.tensor: {sizes[2]} does not divide the {jax.local_device_count()} devices a host"
-        )
-    devices = sorted(jax.devices(), key=lambda d: (getattr(d, "slice_index", 0), d.process_index, d.id))
-    plain = Mesh(np.array(devices).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
-    if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
+    found = sorted(jax.devices() if devices is None else devices, key=lambda d: (slice_of(d), d.process_index, d.id))
+    sizes = settings.sizes(len(found))
+    _check_borders(sizes, found)
+    plain = Mesh(np.array(found).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    if slice_of(found[-1]) != slice_of(found[0]):
         return plain
-    mesh = jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=found)
     owners = [device.process_index for device in mesh.devices.flat]
     return mesh if owners == sorted(owners) else plain
+
+
+def slice_of(device: jax.Device) -> int:
+    """Number of the TPU slice that a device is in; 0 where there are none."""
+    return int(getattr(device, "slice_index", 0) or 0)
+
+
+def _check_borders(sizes: tuple[int, int, int], devices: Sequence[jax.Device]) -> None:
+    """`tensor` stays within a host, `fsdp` and `tensor` within a slice."""
+    a_host = min(Counter(device.process_index for device in devices).values())
+    if a_host % sizes[2]:
+        raise ValueError(f"config.mesh.tensor: {sizes[2]} does not divide the {a_host} devices a host")
+    a_slice = min(Counter(slice_of(device) for device in devices).values())
+    if a_slice % (sizes[1] * sizes[2]):
+        raise ValueError(
+            f"config.mesh: fsdp {sizes[1]} x tensor {sizes[2]} does not divide the {a_slice} devices a slice; only "
+            "data may cross the network between slices"
+        )
 
 
 def row_shards(mesh: Mesh) -> int:

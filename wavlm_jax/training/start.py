@@ -14,11 +14,14 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from wavlm_jax.shapes import Params
+from wavlm_jax.shapes import Params, StepKey
 from wavlm_jax.training.axes import AxesTable
 from wavlm_jax.training.checkpoint import Checkpoints, RunRecord
-from wavlm_jax.training.freeze import Rules, check_rules, without_given
+from wavlm_jax.training.compilation import Builder
+from wavlm_jax.training.freeze import Rules, check_rules, joined, without_given
 from wavlm_jax.training.manifest import CheckpointError, Manifest, describe_arrays, difference
+from wavlm_jax.training.optim import adam, make_schedule
+from wavlm_jax.training.run_settings import RunSettings
 from wavlm_jax.training.sharding import parameter_shardings
 from wavlm_jax.training.state import TrainState, abstract_state, init_key, shard_state
 from wavlm_jax.training.task import Task
@@ -66,10 +69,39 @@ def plan_layout(
         ValueError: a parameter that the table does not cover exactly once, or a frozen one that does not exist.
 
     """
-    params = jax.eval_shape(task.init, init_key(seed))
+    params = jax.eval_shape(lambda: task.init(init_key(seed)))
     shardings = parameter_shardings(params, table, mesh)
     check_rules(freeze, shardings)
     return Layout(shardings, abstract_state(params, optimizer, shardings, mesh), optimizer, mesh, freeze)
+
+
+def lay_out(task: Task, settings: RunSettings, mesh: Mesh, table: AxesTable) -> Layout:
+    """The layout that a config asks for; raises as `plan_layout` does."""
+    freeze = joined(settings.optim.freeze, task.freeze)
+    schedule = make_schedule(settings.optim, settings.train.num_steps)
+    return plan_layout(task, adam(schedule, settings.optim.adam, freeze), mesh, table, settings.seed, freeze)
+
+
+def make_builder(task: Task, settings: RunSettings, layout: Layout, key: StepKey) -> Builder:
+    """What traces the programs of a run: the loop's, and the planner's (`wavlm_jax.plan`).
+
+    Args:
+        task: what is trained.
+        settings: how.
+        layout: of `lay_out`.
+        key: the root key of the run.
+
+    """
+    return Builder(
+        task=task,
+        state=layout.abstract,
+        mesh=layout.mesh,
+        optimizer=layout.optimizer,
+        schedule=make_schedule(settings.optim, settings.train.num_steps),
+        max_grad_norm=settings.optim.max_grad_norm,
+        freeze=layout.freeze,
+        key=key,
+    )
 
 
 def begin(task: Task, layout: Layout, checkpoints: Checkpoints, *, seed: int, config: Mapping[str, Any]) -> Start:

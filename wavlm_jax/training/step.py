@@ -18,7 +18,8 @@ from wavlm_jax.training.freeze import Rules, hold_for_ever, without_frozen
 from wavlm_jax.training.mesh import ROWS
 from wavlm_jax.training.optim import clip
 from wavlm_jax.training.state import Report, TrainState
-from wavlm_jax.training.task import BatchSpec, LossSums, Task
+from wavlm_jax.training.stream import BatchSpec
+from wavlm_jax.training.task import LossSums, Task
 
 
 def check_spec(spec: BatchSpec, row_group: int, shards: int) -> None:

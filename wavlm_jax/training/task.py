@@ -3,16 +3,15 @@
 A task is four pure functions. The loop knows neither speech nor Flax; a task knows neither devices nor files.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any
 
-import jax
-import numpy as np
 from flax import struct
 
 from wavlm_jax.shapes import Batch, Params, StepKey
 from wavlm_jax.training.freeze import Freeze
+from wavlm_jax.training.stream import BatchStream
 
 Sum = Any
 """A float32 scalar: a tracer in the step, numpy once fetched, a ShapeDtypeStruct when only shapes are asked for."""
@@ -30,41 +29,6 @@ class LossSums:
     """name -> (sum, count), float32: reported as sum / count."""
     histograms: dict[str, Any] = field(default_factory=dict)
     """name -> counts, float32 (bins,): reported as the entropy of the normalised counts, in nats."""
-
-
-class BatchSpec(NamedTuple):
-    """One static shape that a stream yields. Specs of one stream have different names."""
-
-    name: str
-    arrays: Mapping[str, jax.ShapeDtypeStruct]
-    """Global shapes: the first axis counts the rows of all hosts."""
-    microbatches: int
-    """Steps of gradient accumulation that the rows are split into."""
-    seconds: float
-    """Seconds of audio in a full batch, for throughput."""
-
-
-@runtime_checkable
-class BatchStream(Protocol):
-    """An endless (training) or finite (evaluation) sequence of batches; its only position is the batch number."""
-
-    @property
-    def specs(self) -> tuple[BatchSpec, ...]:
-        """Every static shape that `batches` yields: all are compiled before the first step."""
-        ...
-
-    @property
-    def num_batches(self) -> int | None:
-        """None: endless."""
-        ...
-
-    def batches(self, start: int = 0) -> Iterator[tuple[BatchSpec, dict[str, np.ndarray]]]:
-        """This host's rows of the batches number `start`, `start` + 1, ...: the same whenever they are asked for."""
-        ...
-
-    def name(self, index: int) -> str:
-        """The utterance that `batch["id"]` calls `index`, for reports."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,84 @@
+"""python -m wavlm_jax.plan: does a run fit, how fast can it be, what does it cost; compiled without the accelerator.
+
+python -m wavlm_jax.plan --config configs/pretrain/base.py --topology v5e:16x16 [--config.batch.row_multiple=1024 ...]
+
+Exit codes: 0 it fits, 1 it does not, 2 something in config or flags is wrong.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from pretrain import task as pretraining
+from wavlm_jax import command_line
+from wavlm_jax.command_line import EXIT_WRONG
+from wavlm_jax.plan.cures import Cure, find_cures
+from wavlm_jax.plan.program import Memory
+from wavlm_jax.plan.report import as_json, as_text
+from wavlm_jax.plan.run import LabelStep, Outline, Plan, plan_run
+from wavlm_jax.plan.targets import Target, open_target
+
+OUTLINES: dict[str, Outline] = {"masked_prediction": pretraining.outline}
+"""The tasks of train.py that can be planned without their data."""
+LABEL_STEPS: dict[str, LabelStep] = {"masked_prediction": pretraining.label_step}
+"""Of those that make labels first."""
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "What is to be trained; see configs/.", lock_config=True)
+_TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:16x16, v4:2x2x4, v5p:4x4x4, v6e:16x16, h100:8, ...")
+_SLICES = flags.DEFINE_integer("slices", 1, "TPU slices of that topology.")
+_JSON = flags.DEFINE_bool("json", False, "One JSON object instead of a table.")
+_EVERY = flags.DEFINE_bool("every_bucket", False, "Compile every batch shape, not only the longest of each split.")
+_CURES = flags.DEFINE_bool("cures", True, "Where it does not fit, look for settings that do.")
+
+
+def say(text: str) -> None:
+    """Progress, beside the result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def plan(config: Mapping[str, Any], target: Target) -> tuple[Plan, list[Cure]]:
+    """The plan of a config, and what helps where it does not fit."""
+    if config["task"] not in OUTLINES:
+        raise ValueError(f"config.task: found {config['task']!r}; what can be planned: {', '.join(OUTLINES)}")
+    outline, label_step = OUTLINES[config["task"]], None
+    if config["task"] in LABEL_STEPS:
+        label_step = LABEL_STEPS[config["task"]]
+
+    def compiling(name: str) -> None:
+        say(f"compiling {name} for {target.topology} ...")
+
+    made = plan_run(config, outline, target, every_bucket=_EVERY.value, label_step=label_step, on_program=compiling)
+    if made.fits or not _CURES.value:
+        return made, []
+    worst = max(made.programs, key=lambda name: made.memory_of(name).peak)
+
+    def attempt(changed: Mapping[str, Any]) -> Memory:
+        tried = plan_run(changed, outline, target, splits=(worst.split()[0],), on_program=compiling)
+        return max((tried.memory_of(name) for name in tried.programs), key=lambda memory: memory.peak)
+
+    return made, find_cures(config, attempt, len(target.devices) // target.slices)
+
+
+def main(_: Sequence[str]) -> None:
+    """From flags to a table and an exit code."""
+    name = str(config_flags.get_config_filename(flags.FLAGS["config"]))
+    try:
+        target = open_target(str(_TOPOLOGY.value), _SLICES.value)
+        made, cures = plan(json.loads(_CONFIG.value.to_json()), target)
+    except ValueError as error:
+        say(f"plan: {error}")
+        sys.exit(EXIT_WRONG)
+    print(json.dumps(as_json(made, target, name, cures)) if _JSON.value else as_text(made, target, name, cures))
+    sys.exit(0 if made.fits else 1)
+
+
+if __name__ == "__main__":
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_platforms", "cpu")
+    command_line.run(main, required=["config", "topology"])

@@ -1,0 +1,131 @@
+"""One program of a run, compiled for a target and counted."""
+
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from jax.stages import Traced
+
+from wavlm_jax.plan.collectives import Collective, collectives
+from wavlm_jax.plan.flops import loop_outputs, matrix_flops
+from wavlm_jax.plan.hlo import Module
+from wavlm_jax.plan.targets import GIB, Target
+from wavlm_jax.plan.traffic import memory_traffic
+
+_UNITS = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device."""
+
+    limit: int
+    """What a program may use."""
+    peak: int
+    """The compiler's own peak; where it gave up, what it says it would need."""
+    fits: bool
+    arguments: int
+    """State and batch; 0 where the compiler gave up."""
+    aliased: int
+    """Of those, what is updated in place."""
+    temporaries: int
+    """Everything else that lives while the program runs, activations included."""
+    kept: int
+    """Activations that the layer loop keeps for the backward pass: part of the temporaries, before padding to tiles."""
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Seconds that one execution takes at least, whichever resource is the narrowest."""
+
+    compute: float
+    memory: float
+    network: float
+
+    @property
+    def seconds(self) -> float:
+        """The largest of the three."""
+        return max(self.compute, self.memory, self.network)
+
+    @property
+    def bound(self) -> str:
+        """Which one it is."""
+        return max(("compute", "memory", "network"), key=lambda name: getattr(self, name))
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What one program costs on one device."""
+
+    name: str
+    audio_seconds: float
+    """In its global batch."""
+    microbatches: int
+    memory: Memory
+    flops: float
+    """Of matrix products and convolutions, a device."""
+    traffic: int
+    """Bytes to and from HBM."""
+    collectives: tuple[Collective, ...]
+    roofline: Roofline
+    audio_rate: float
+    """Seconds of audio a second and chip, at the roofline."""
+    compile_seconds: float
+
+
+def count(
+    name: str, traced: Traced, target: Target, mesh: Mesh, *, audio_seconds: float, microbatches: int
+) -> Counted | Memory:
+    """Compiles a traced program for the target, and counts; only its memory where that is too small.
+
+    Raises:
+        jax.errors.JaxRuntimeError: the compiler gave up for another reason than memory.
+
+    """
+    started = time.monotonic()
+    kept = loop_outputs(traced.jaxpr) // mesh.size
+    flops = matrix_flops(traced.jaxpr) / mesh.size
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return Memory(target.chip.memory, _needed(str(error)), False, 0, 0, 0, kept)
+    memory = _memory(compiled.memory_analysis(), target.chip.memory, kept)
+    if not memory.fits:
+        return memory
+    module = Module.parse(compiled.as_text() or "")
+    found = tuple(collectives(module, mesh, target))
+    traffic = memory_traffic(module)
+    roofline = Roofline(
+        flops / target.chip.peak_flops, traffic / target.chip.bandwidth, sum(row.seconds for row in found)
+    )
+    seconds = time.monotonic() - started
+    rate = audio_seconds / roofline.seconds / mesh.size
+    return Counted(name, audio_seconds, microbatches, memory, flops, traffic, found, roofline, rate, seconds)
+
+
+def _memory(stats: Any, limit: int, kept: int) -> Memory:
+    peak = int(stats.peak_memory_in_bytes)
+    whole = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    peak = max(peak, whole + stats.temp_size_in_bytes if peak == 0 else 0)
+    return Memory(
+        limit=limit,
+        peak=peak,
+        fits=peak <= limit,
+        arguments=int(stats.argument_size_in_bytes),
+        aliased=int(stats.alias_size_in_bytes),
+        temporaries=int(stats.temp_size_in_bytes),
+        kept=kept,
+    )
+
+
+def _needed(message: str) -> int:
+    """Bytes that the compiler says the program would need; 0 where it does not say."""
+    found = re.search(r"\((\d+(?:\.\d+)?)([KMGT])\) exceeds", message) or re.search(
+        r"Used (\d+(?:\.\d+)?)([KMGT]) of", message
+    )
+    return int(float(found.group(1)) * _UNITS[found.group(2)]) if found else 0

@@ -1,0 +1,107 @@
+"""A plan for people, and for programs."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from wavlm_jax.plan.cures import Cure
+from wavlm_jax.plan.program import Counted, Memory
+from wavlm_jax.plan.run import Plan
+from wavlm_jax.plan.targets import GIB, Target
+
+_HEAD = (
+    f"{'program':<28}{'fits':>5}{'peak':>8}{'of':>8}{'kept':>8}{'other':>8}{'TFLOP':>9}{'HBM GB':>8}{'sent MB':>9}"
+    f"{'compute':>9}{'memory':>8}{'network':>9}{'audio/s':>9}"
+)
+
+
+def as_text(plan: Plan, target: Target, name: str, cures: Sequence[Cure]) -> str:
+    """The table, the collectives, the cost of the run, and what helps where it does not fit."""
+    mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
+    slices = f" in {target.slices} slices" if target.slices > 1 and target.platform == "tpu" else ""
+    lines = [
+        f"{name} on {target.topology}: {plan.devices} x {target.chip.name}{slices}, {plan.processes} hosts",
+        f"mesh {mesh}",
+        f"{plan.parameters:,} parameters; parameters and optimizer take {plan.state_bytes / GIB:.2f} GiB of a device",
+        "",
+        _HEAD,
+        *(_row(program, found) for program, found in plan.programs.items()),
+        "(a device: GiB, then one execution; ms at the peaks of the chip; audio/s: seconds of audio a second and chip.",
+        " kept: activations for the backward pass; other: all other temporaries)",
+    ]
+    for program, found in plan.programs.items():
+        if isinstance(found, Counted) and found.collectives:
+            lines += ["", f"collectives of {program}:", *_collectives(found)]
+    lines += ["", *_outcome(plan, cures)]
+    return "\n".join(lines)
+
+
+def as_json(plan: Plan, target: Target, name: str, cures: Sequence[Cure]) -> dict[str, Any]:
+    """Everything in SI units and bytes, ready for `json.dump`."""
+    return {
+        "config": name,
+        "topology": target.topology,
+        "slices": target.slices,
+        "chip": asdict(target.chip),
+        "fits": plan.fits,
+        "mesh": dict(plan.mesh),
+        "devices": plan.devices,
+        "processes": plan.processes,
+        "parameters": plan.parameters,
+        "state_bytes": plan.state_bytes,
+        "num_steps": plan.num_steps,
+        "step_seconds": plan.step_seconds,
+        "audio_seconds_per_second_and_chip": plan.audio_rate,
+        "hours": plan.hours,
+        "chip_hours": plan.hours * plan.devices,
+        "programs": {
+            program: {"memory": asdict(plan.memory_of(program))}
+            | (asdict(found) | {"bound": found.roofline.bound} if isinstance(found, Counted) else {})
+            for program, found in plan.programs.items()
+        },
+        "cures": [{"changes": dict(cure.changes), "memory": asdict(cure.memory)} for cure in cures],
+    }
+
+
+def _row(name: str, found: Counted | Memory) -> str:
+    memory = found if isinstance(found, Memory) else found.memory
+    peak = f"{memory.peak / GIB:.2f}" if memory.peak else "?"
+    start = f"{name:<28}{'yes' if memory.fits else 'NO':>5}{peak:>8}{memory.limit / GIB:>8.2f}"
+    if isinstance(found, Memory):
+        return start
+    times = "".join(
+        f"{getattr(found.roofline, part) * 1e3:>{width}.1f}"
+        for part, width in (("compute", 9), ("memory", 8), ("network", 9))
+    )
+    other = max(memory.temporaries - memory.kept, 0)
+    sent = sum(row.sent for row in found.collectives)
+    return (
+        f"{start}{memory.kept / GIB:>8.2f}{other / GIB:>8.2f}{found.flops / 1e12:>9.3f}{found.traffic / 1e9:>8.2f}"
+        f"{sent / 1e6:>9.1f}{times}{found.audio_rate:>9.1f}"
+    )
+
+
+def _collectives(found: Counted) -> Iterator[str]:
+    for row in found.collectives:
+        axes = " x ".join(row.axes)
+        yield (
+            f"  {row.kind} {row.dtype} over {axes} ({row.group} devices, {row.links}): {row.count} of them, "
+            f"{row.payload / 1e6:.2f} MB, {row.sent / 1e6:.2f} MB sent a device, {row.seconds * 1e3:.2f} ms; "
+            f"largest from {row.origin or 'unknown'}"
+        )
+
+
+def _outcome(plan: Plan, cures: Sequence[Cure]) -> Iterator[str]:
+    if plan.fits:
+        slowest = max(plan.train, key=lambda found: found.roofline.seconds, default=None)
+        if slowest is not None:
+            yield (
+                f"fits. {slowest.name} is bound by {slowest.roofline.bound}: {plan.audio_rate:.1f} s of audio a second "
+                f"and chip; {plan.num_steps:,} updates of {plan.step_seconds * 1e3:.1f} ms take {plan.hours:.1f} h, "
+                f"{plan.hours * plan.devices:,.0f} chip-hours: at the roofline, evaluations and saves not counted. "
+                "Real steps take longer"
+            )
+        return
+    yield "DOES NOT FIT. " + ("These changes do, each by itself:" if cures else "No change that was tried fits.")
+    for cure in cures:
+        yield f"  {cure.flags()}   (peak {cure.memory.peak / GIB:.2f} of {cure.memory.limit / GIB:.2f} GiB)"

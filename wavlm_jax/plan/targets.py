@@ -1,0 +1,221 @@
+"""The accelerators that a run can be planned for: what they are, how they are wired, and their stand-ins in JAX."""
+
+import contextlib
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+GIB = 2**30
+TPU_CHIPS_A_HOST = 4
+GPUS_A_HOST = 8
+
+
+class PlanTargetError(ValueError):
+    """A topology that is not known, or whose compiler is not installed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chip:
+    """One accelerator, as its maker describes it.
+
+    Peaks and bandwidths of the TPUs: the tables of "How to Scale Your Model" (jax-ml.github.io/scaling-book) and Google
+    Cloud's pages; usable memory is what libtpu's compiler itself allows (its out-of-memory message names it).
+    """
+
+    name: str
+    peak_flops: float
+    """bfloat16, a second."""
+    memory: int
+    """Bytes that a program may use."""
+    bandwidth: float
+    """Bytes a second to and from that memory."""
+    link: float
+    """Bytes a second that one link of the inner network carries in one direction."""
+    outer: float
+    """Bytes a second that one chip's share of the network between slices or hosts carries in one direction."""
+    full_axis: int | None = None
+    """Chips along a physical axis from which on it is a ring; None: not a torus."""
+    cores: str = "default"
+    """libtpu's name for how the cores of a chip are used."""
+    axes: int = 0
+    """Physical axes of the torus; 0: a switch."""
+
+
+CHIPS = {
+    "v4": Chip(
+        name="TPU v4",
+        peak_flops=275e12,
+        memory=int(30.75 * GIB),
+        bandwidth=1.2e12,
+        link=4.5e10,
+        outer=6.25e9,
+        full_axis=4,
+        cores="megacore",
+        axes=3,
+    ),
+    "v5e": Chip(
+        name="TPU v5e",
+        peak_flops=197e12,
+        memory=int(15.75 * GIB),
+        bandwidth=8.1e11,
+        link=4.5e10,
+        outer=3.125e9,
+        full_axis=16,
+        axes=2,
+    ),
+    "v5p": Chip(
+        name="TPU v5p",
+        peak_flops=459e12,
+        memory=int(95.73 * GIB),
+        bandwidth=2.8e12,
+        link=9e10,
+        outer=6.25e9,
+        full_axis=4,
+        cores="megacore",
+        axes=3,
+    ),
+    "v6e": Chip(
+        name="TPU v6e",
+        peak_flops=918e12,
+        memory=int(31.24 * GIB),
+        bandwidth=1.6e12,
+        link=9e10,
+        outer=1.25e10,
+        full_axis=16,
+        axes=2,
+    ),
+    "h100": Chip(
+        name="H100 SXM",
+        peak_flops=989e12,
+        memory=int(0.92 * 84_942_979_072),
+        bandwidth=3.35e12,
+        link=4.5e11,
+        outer=5e10,
+    ),
+}
+"""H100: 0.92 of the memory, which is what launch/slurm.sh reserves; NVLink 4 inside a host, 400 Gb/s a GPU outside."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A machine that a run is planned for."""
+
+    topology: str
+    """As given: v5e:16x16."""
+    chip: Chip
+    slices: int
+    """TPU slices, or hosts of GPUs: between them runs the outer network."""
+    platform: str
+    """tpu or cuda."""
+    devices: tuple[jax.Device, ...]
+    """Described, not there: programs are compiled for them and cannot run."""
+
+    @property
+    def num_processes(self) -> int:
+        """Hosts."""
+        return len({device.process_index for device in self.devices})
+
+
+def open_target(topology: str, slices: int = 1) -> Target:
+    """The devices of a topology, as the compiler knows them.
+
+    Args:
+        topology: v5e:16x16, v4:2x2x4, ... (chips along each physical axis), or h100:8 (GPUs, eight a host).
+        slices: so many TPU slices of that shape.
+
+    Raises:
+        PlanTargetError: not such a name, or its compiler is not installed.
+
+    """
+    kind, _, shape = topology.partition(":")
+    if kind not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+        raise PlanTargetError(
+            f"--topology: found {topology!r}, expected one of {', '.join(CHIPS)} with a shape, such as v5e:16x16, "
+            "v4:2x2x4, v5p:4x4x4, v6e:16x16 or h100:8"
+        )
+    chip, sizes = CHIPS[kind], tuple(map(int, shape.split("x")))
+    if chip.axes:
+        return Target(topology, chip, slices, "tpu", tuple(_tpu_devices(topology, chip, sizes, slices)))
+    if slices != 1 or len(sizes) != 1:
+        raise PlanTargetError(f"--topology: found {topology!r} and --slices {slices}; expected for GPUs just {kind}:N")
+    return Target(topology, chip, -(-sizes[0] // GPUS_A_HOST), "cuda", tuple(_gpu_devices(sizes[0])))
+
+
+def _tpu_devices(topology: str, chip: Chip, sizes: tuple[int, ...], slices: int) -> Sequence[jax.Device]:
+    if importlib.util.find_spec("libtpu") is None:
+        raise PlanTargetError("planning for a TPU needs its compiler, not a TPU: pip install 'wavlm-jax[plan]'")
+    if len(sizes) != chip.axes:
+        raise PlanTargetError(f"--topology: {topology} has {len(sizes)} axes, {chip.name} has {chip.axes}")
+    options: dict[str, Any] = {"chip_config_name": chip.cores}
+    if math.prod(sizes) < TPU_CHIPS_A_HOST:
+        options["chips_per_host_bounds"] = (*sizes, 1)[:3]
+    try:
+        with _quiet_libtpu():
+            found = topologies.get_topology_desc(
+                platform="tpu", topology_name=topology, num_slices=slices, **options
+            ).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise PlanTargetError(f"--topology: libtpu knows no {topology}: {str(error).splitlines()[0]}") from error
+    return found
+
+
+@contextlib.contextmanager
+def _quiet_libtpu() -> Any:
+    """Libtpu looks for the TPU of this machine, and for another process that uses it; neither matters here."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "none")
+    yield
+
+
+def _gpu_devices(count: int) -> Sequence[jax.Device]:
+    if importlib.util.find_spec("jax_plugins.xla_cuda12") is None:
+        raise PlanTargetError(
+            "planning for GPUs needs JAX's CUDA plugin, not a GPU: pip install --no-deps "
+            f"jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}"
+        )
+    hosts, rest = divmod(count, GPUS_A_HOST)
+    if hosts and rest:
+        raise PlanTargetError(f"--topology: {count} GPUs; expected up to {GPUS_A_HOST}, or a multiple of it")
+    shape = f"1x{hosts}x{GPUS_A_HOST}" if hosts else f"1x1x{count}"
+    described: Sequence[jax.Device] = topologies.get_topology_desc(
+        platform="cuda", target_config=_H100, topology=shape
+    ).devices
+    return described
+
+
+_H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 84942979072
+  device_vendor: "NVIDIA Corporation"
+  name: "NVIDIA H100 80GB HBM3"
+  cuda_compute_capability { major: 9 minor: 0 }
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+"""The fields of XLA's GpuTargetConfigProto that the compiler asks for, from NVIDIA's data sheet."""
