@@ -95,15 +95,15 @@ def outline(config: Mapping[str, Any], topology: Topology) -> Task:
     settings = _read(config)
 
     def stream(split: str) -> SpecStream:
-        batch, shapes = settings.batch, FrameLabels.shapes
+        batch, shapes, group = settings.batch, FrameLabels.shapes, settings.mixing.group
         if split != "train":
-            batch = dataclasses.replace(batch, buckets=settings.data.evaluation_buckets)
+            batch, group = dataclasses.replace(batch, buckets=settings.data.evaluation_buckets), 1
         elif _wants_noise(settings.mixing):
             shapes = _with_noise
         rows = rows_per_bucket(batch)
         for count in rows.values():
             Host(topology.process_index, topology.process_count).rows(count)
-        return SpecStream(batch_specs(rows, batch, shapes, topology.num_devices, settings.mixing.group))
+        return SpecStream(batch_specs(rows, batch, shapes, topology.num_devices, group))
 
     return _assemble(settings, stream, {})
 
@@ -193,7 +193,6 @@ def _streams(
                 settings.loader,
                 annotate=labels,
                 devices=topology.num_devices,
-                group=group,
                 host=host,
             )
         return CropStream(

@@ -12,7 +12,7 @@ import pytest
 from pretrain.annotations import FrameLabels, NoiseClips
 from pretrain.labels import LabelStore
 from pretrain.objective import NO_LABEL
-from pretrain.task import build
+from pretrain.task import build, outline
 from tests.speech import NOISY, make_corpora, tiny_config
 from wavlm_jax.data.corpus import Corpus
 from wavlm_jax.training.axes import WAVLM_AXES
@@ -206,3 +206,30 @@ def start(config):
     task = build(config, ONE)
     task.stream("train")
     task.initial_params(jax.eval_shape(task.init, jax.random.key(0)))
+
+
+def test_the_outline_of_a_task_knows_the_batches_that_its_data_will_give(config, task):
+    """`wavlm_jax.plan` compiles what train.py compiles, without corpus and labels."""
+    planned = outline(config, ONE)
+    for split in ("train", "valid"):
+        shapes = {spec.arrays["waveform"].shape[1]: spec for spec in planned.stream(split).specs}
+        for real in task.stream(split).specs:
+            likely = shapes[real.arrays["waveform"].shape[1]]
+            assert {name: (a.shape[1:], a.dtype) for name, a in likely.arrays.items()} == {
+                name: (a.shape[1:], a.dtype) for name, a in real.arrays.items()
+            }
+            if split == "train":
+                assert likely == real
+    assert planned.row_group == task.row_group
+    tree = [jax.eval_shape(one.init, jax.random.key(0)) for one in (planned, task)]
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree[0]) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), tree[1]
+    )
+
+
+def test_noise_clips_have_the_shapes_that_they_announce(folders):
+    clips = NoiseClips(Corpus.open(folders["valid"]), 1.0)
+    found = clips(0, 0, 96, 12345)
+    assert {name: (a.shape, a.dtype) for name, a in found.items()} == {
+        name: (a.shape, a.dtype) for name, a in NoiseClips.shapes(96).items()
+    }

@@ -58,7 +58,8 @@ def _times(equation: JaxprEqn) -> int:
     if name == "pallas_call":
         return math.prod(int(size) for size in params["grid_mapping"].grid)
     if name == "shard_map":
-        return math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+        axes = next(params[key] for key in ("newly_manual_axes", "manual_axes") if key in params)  # by JAX's version
+        return math.prod(params["mesh"].shape[axis] for axis in axes)
     return 1
 
 

@@ -11,7 +11,7 @@ from wavlm_jax.plan.targets import GIB, Target
 
 _HEAD = (
     f"{'program':<28}{'fits':>5}{'peak':>8}{'of':>8}{'kept':>8}{'other':>8}{'TFLOP':>9}{'HBM GB':>8}{'sent MB':>9}"
-    f"{'compute':>9}{'memory':>8}{'network':>9}{'audio/s':>9}"
+    f"{'compute':>9}{'memory':>8}{'network':>9}{'audio/s':>11}"
 )
 
 
@@ -70,14 +70,14 @@ def _row(name: str, found: Counted | Memory) -> str:
     if isinstance(found, Memory):
         return start
     times = "".join(
-        f"{getattr(found.roofline, part) * 1e3:>{width}.1f}"
+        f"{getattr(found.roofline, part) * 1e3:>{width}.2f}"
         for part, width in (("compute", 9), ("memory", 8), ("network", 9))
     )
     other = max(memory.temporaries - memory.kept, 0)
     sent = sum(row.sent for row in found.collectives)
     return (
         f"{start}{memory.kept / GIB:>8.2f}{other / GIB:>8.2f}{found.flops / 1e12:>9.3f}{found.traffic / 1e9:>8.2f}"
-        f"{sent / 1e6:>9.1f}{times}{found.audio_rate:>9.1f}"
+        f"{sent / 1e6:>9.1f}{times}{found.audio_rate:>11.1f}"
     )
 
 

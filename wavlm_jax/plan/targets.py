@@ -1,6 +1,5 @@
 """The accelerators that a run can be planned for: what they are, how they are wired, and their stand-ins in JAX."""
 
-import contextlib
 import importlib.util
 import math
 import os
@@ -148,35 +147,34 @@ def open_target(topology: str, slices: int = 1) -> Target:
     return Target(topology, chip, -(-sizes[0] // GPUS_A_HOST), "cuda", tuple(_gpu_devices(sizes[0])))
 
 
+def installed(module: str) -> bool:
+    """Whether a module could be imported; it is not."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
 def _tpu_devices(topology: str, chip: Chip, sizes: tuple[int, ...], slices: int) -> Sequence[jax.Device]:
-    if importlib.util.find_spec("libtpu") is None:
+    if not installed("libtpu"):
         raise PlanTargetError("planning for a TPU needs its compiler, not a TPU: pip install 'wavlm-jax[plan]'")
     if len(sizes) != chip.axes:
         raise PlanTargetError(f"--topology: {topology} has {len(sizes)} axes, {chip.name} has {chip.axes}")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU in this machine to ask about
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # and nobody else to share it with
     options: dict[str, Any] = {"chip_config_name": chip.cores}
     if math.prod(sizes) < TPU_CHIPS_A_HOST:
         options["chips_per_host_bounds"] = (*sizes, 1)[:3]
     try:
-        with _quiet_libtpu():
-            found = topologies.get_topology_desc(
-                platform="tpu", topology_name=topology, num_slices=slices, **options
-            ).devices
+        return topologies.get_topology_desc(
+            platform="tpu", topology_name=topology, num_slices=slices, **options
+        ).devices
     except jax.errors.JaxRuntimeError as error:
         raise PlanTargetError(f"--topology: libtpu knows no {topology}: {str(error).splitlines()[0]}") from error
-    return found
-
-
-@contextlib.contextmanager
-def _quiet_libtpu() -> Any:
-    """Libtpu looks for the TPU of this machine, and for another process that uses it; neither matters here."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "none")
-    yield
 
 
 def _gpu_devices(count: int) -> Sequence[jax.Device]:
-    if importlib.util.find_spec("jax_plugins.xla_cuda12") is None:
+    if not installed("jax_plugins.xla_cuda12"):
         raise PlanTargetError(
             "planning for GPUs needs JAX's CUDA plugin, not a GPU: pip install --no-deps "
             f"jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}"

@@ -76,8 +76,6 @@ def _bytes_of(module: Module, computation: Computation, line: Instruction) -> in
     if opcode.endswith("-done"):
         started = computation.instructions[line.operands[0]]
         return _finished(computation, started, line)
-    if opcode == "fusion":
-        return _fusion(module, computation, line)
     return _read(module, computation, line) + _written(module, computation, line)
 
 
@@ -94,34 +92,35 @@ def _read(module: Module, computation: Computation, line: Instruction) -> int:
     for place, name in enumerate(line.operands):
         source = computation.instructions.get(name)
         if source is not None:
-            total += min(source.num_bytes, _touched(module, computation, line, place, source))
+            read, passed_on = _touched(module, line, place, source)
+            total += source.num_bytes if passed_on else min(source.num_bytes, read)
     return total
 
 
-def _touched(module: Module, computation: Computation, line: Instruction, place: int, source: Instruction) -> int:
-    """Bytes of operand `place` that `line` reads."""
+def _touched(module: Module, line: Instruction, place: int, source: Instruction) -> tuple[int, bool]:
+    """(bytes of `source`, operand `place`, that `line` reads, whether the result is still the operand itself)."""
     if line.opcode in SLICES and place == 0:
-        return sum(array.num_bytes for array in line.arrays)
+        return sum(array.num_bytes for array in line.arrays), False
     if line.opcode in ("dynamic-update-slice", "scatter") and place == 0:
-        return 0
+        return 0, False
+    if line.opcode == "bitcast":
+        return 0, True
     if line.opcode == "fusion":
         inner = module.computations[line.called("calls") or ""]
         return _used(module, inner, inner.parameters[place].name, source)
-    if line.opcode == "bitcast" and computation.name:
-        return _used(module, computation, line.name, source)
-    return source.num_bytes
+    return source.num_bytes, False
 
 
-def _used(module: Module, computation: Computation, name: str, source: Instruction) -> int:
-    """Bytes of `source`, called `name` in `computation`, that its users there read."""
-    total = 0
+def _used(module: Module, computation: Computation, name: str, source: Instruction) -> tuple[int, bool]:
+    """As `_touched`, for all that a fusion does with `source`, which it calls `name`."""
+    total, escapes = 0, computation.root.name == name
     for user, place in computation.users(name):
-        total += _touched(module, computation, user, place, source)
-    return total
-
-
-def _fusion(module: Module, computation: Computation, line: Instruction) -> int:
-    return _read(module, computation, line) + _written(module, computation, line)
+        read, passed_on = _touched(module, user, place, source)
+        if passed_on:
+            more, out = _used(module, computation, user.name, source)
+            read, escapes = read + more, escapes or out
+        total += read
+    return total, escapes
 
 
 def _written(module: Module, computation: Computation, line: Instruction) -> int:

@@ -129,15 +129,16 @@ class Builder:
             key=self.key,
         )
         places = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+        check_spec(spec, self.task.row_group, row_shards(self.mesh))
         return self._traced(spec, step, self.state, donate_argnums=0, out_shardings=(places, replicated(self.mesh)))
 
     def evaluation(self, spec: BatchSpec) -> Traced:
         """The sums of a batch of `spec`, without randomness; raises as `update` does."""
         score = partial(eval_step, task=self.task)
+        check_spec(spec, 1, row_shards(self.mesh))
         return self._traced(spec, score, self.state.params, out_shardings=replicated(self.mesh))
 
     def _traced(self, spec: BatchSpec, function: Any, argument: Any, **options: Any) -> Traced:
-        check_spec(spec, self.task.row_group, row_shards(self.mesh))
         batch = {
             name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=by_rows(self.mesh))
             for name, array in spec.arrays.items()

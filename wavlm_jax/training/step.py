@@ -125,8 +125,8 @@ def train_step(
 
 
 def eval_step(params: Params, batch: Batch, *, task: Task, microbatches: int) -> LossSums:
-    """Sums over the global batch, without randomness."""
-    return add_up(lambda part: task.loss(params, part, None), batch, microbatches, task.row_group)
+    """Sums over the global batch, without randomness: so no row has partners, and any may go into any micro-batch."""
+    return add_up(lambda part: task.loss(params, part, None), batch, microbatches, group=1)
 
 
 def _gradients(task: Task, params: Params, key: StepKey, freeze: Rules, batch: Batch) -> tuple[LossSums, Params]:

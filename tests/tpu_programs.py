@@ -1,0 +1,64 @@
+"""Small programs of known cost, compiled for 4 TPU v5e chips and counted; prints JSON. A process of its own: libtpu."""
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from wavlm_jax.plan.program import count
+from wavlm_jax.plan.targets import open_target
+from wavlm_jax.training.mesh import MeshSettings, make_mesh
+
+SIDE, LAYERS = 4096, 12
+
+
+def programs(array):
+    """name -> (function, arguments)"""
+    square, stack = array((SIDE, SIDE), "float32"), array((LAYERS, SIDE, SIDE), "bfloat16")
+    narrow = array((256, SIDE), "bfloat16")
+    spread = array((4 * 1024, SIDE), "bfloat16", "data")
+
+    def layer(x, w):
+        return jnp.tanh(x @ w), None
+
+    def gradient(w, x):
+        return jax.grad(lambda w: jnp.square((x @ w).astype(jnp.float32)).sum())(w)
+
+    def stacked(x):
+        return jax.lax.scan(lambda c, _: (c + 1, c), x, None, length=LAYERS)[1]
+
+    return {
+        "add": (jnp.add, (square, square)),
+        "product": (jnp.matmul, (array((SIDE, SIDE), "bfloat16"), array((SIDE, SIDE), "bfloat16"))),
+        "scan": (lambda x, ws: jax.lax.scan(layer, x, ws)[0], (narrow, stack)),
+        "stacked": (stacked, (square,)),
+        "gradient": (gradient, (array((SIDE, SIDE), "bfloat16"), spread)),
+        "too_large": (lambda x: jnp.sort(x, axis=0), (array((2**16, 2**17), "float32"),)),
+    }
+
+
+def main() -> None:
+    target = open_target("v5e:2x2")
+    mesh = make_mesh(MeshSettings(data=4, fsdp=1, tensor=1), target.devices)
+
+    def array(shape, dtype, *axes):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
+
+    whole = NamedSharding(mesh, PartitionSpec())
+    counted = {}
+    for name, (function, arguments) in programs(array).items():
+        traced = jax.jit(function, out_shardings=whole).trace(*arguments)
+        counted[name] = dataclasses.asdict(count(name, traced, target, mesh, audio_seconds=1.0, microbatches=1))
+    print(json.dumps(counted))
+
+
+if __name__ == "__main__":
+    main()
