@@ -69,7 +69,9 @@ def trace_label_step(
 
     params = jax.tree.map(lambda leaf: _shape(leaf.shape, leaf.dtype, mesh), _abstract(teacher))
     centroids = _shape((num_clusters, teacher.hidden_size), np.float32, mesh)
-    return f"labels {rows}x{bucket}", jax.jit(label).trace(params, batch, centroids), rows * piece_seconds
+    with jax.set_mesh(mesh):  # so that the model sees what it will run on
+        traced = jax.jit(label).trace(params, batch, centroids)
+    return f"labels {rows}x{bucket}", traced, rows * piece_seconds
 
 
 def teacher_config(path: Path) -> WavLMConfig:
