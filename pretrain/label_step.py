@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.stages import Traced
 
 from pretrain.kmeans import nearest
-from pretrain.layer_features import Padded, layer_output, rows_for, samples_of
+from pretrain.layer_features import Padded, layer_output, rows_for, rows_over, samples_of
 from pretrain.mfcc import MFCC_DIM
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.model.wavlm import WavLM
@@ -69,7 +69,7 @@ def trace_label_step(
 
     params = jax.tree.map(lambda leaf: _shape(leaf.shape, leaf.dtype, mesh), _abstract(teacher))
     centroids = _shape((num_clusters, teacher.hidden_size), np.float32, mesh)
-    with jax.set_mesh(mesh):  # so that the model sees what it will run on
+    with rows_over(mesh):
         traced = jax.jit(label).trace(params, batch, centroids)
     return f"labels {rows}x{bucket}", traced, rows * piece_seconds
 

@@ -5,14 +5,16 @@ The features stay on the devices; nothing but labels comes back when blocks are 
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int16, Int32, Int64
 
 from pretrain.features import Block, Corpus, Piece, Utterances, in_threads
@@ -109,8 +111,12 @@ class LayerFeatures:
             self._plan(np.asarray(corpus.lengths), utterances),
             self._num_threads,
         ):
-            placed = jax.device_put(batch, row_sharding(len(batch.waveform)))
-            yield Block(self._features(self._params, placed), pieces)
+            place = row_sharding(len(batch.waveform))
+            placed = jax.device_put(batch, place)
+            mesh: Any = place.mesh
+            with rows_over(mesh):
+                features = self._features(self._params, placed)
+            yield Block(features, pieces)
 
     def _plan(self, lengths: Lengths, utterances: Utterances) -> Iterator[tuple[int, tuple[Piece, ...]]]:
         """(bucket in frames, pieces) of each batch; `Piece.row` counts frames of the flattened batch."""
@@ -152,6 +158,13 @@ class LayerFeatures:
             batch.mean[row] = corpus.means[piece.utterance]
             batch.variance[row] = corpus.variances[piece.utterance]
         return batch
+
+
+@contextmanager
+def rows_over(mesh: Mesh) -> Iterator[None]:
+    """While entered, the model knows that its rows are spread over `mesh`: a kernel has to be told, XLA finds out."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules((("rows", "rows"),)):
+        yield
 
 
 def layer_output(config: WavLMConfig, params: Params, batch: Padded) -> Float[Array, "rows_and_frames dim"]:

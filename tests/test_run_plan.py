@@ -189,8 +189,8 @@ SMALL = (
     "--config.batch.buckets=(128,)",
     "--config.data.evaluation_buckets=(128,)",
     "--config.train.eval_splits=('valid',)",
-    "--config.model.num_hidden_layers=3",
-    "--config.model.conv_dim=(32,)*7",
+    "--config.model.num_hidden_layers=2",
+    "--config.model.conv_dim=(32,32,32,32,32,32,32)",
 )
 
 
