@@ -4,7 +4,7 @@ import argparse
 import subprocess
 import sys
 
-BENCHMARKS = ("base_cpu", "loader", "labels", "first_step")
+BENCHMARKS = ("base_cpu", "loader", "labels", "first_step", "attention")
 
 
 def main() -> int:

@@ -112,6 +112,17 @@ def test_model_with_the_kernel_equals_the_model_without(interpreted):
     np.testing.assert_allclose(output("pallas_tpu"), output("dense"), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(("remat", "times"), [("none", 1), ("dots", 1), ("full", 2)])
+def test_only_full_recomputation_runs_the_forward_kernel_again(remat, times):
+    model = WavLM(small_config(padding="exact"), Compute(attention="pallas_tpu", remat=remat))
+    waveform = jnp.zeros((2, 5000))
+    params = jax.eval_shape(model.init, jax.random.key(0), waveform)["params"]
+    loss = lambda params: model.apply({"params": params}, waveform).last_hidden_state.sum()  # noqa: E731
+    program = str(jax.make_jaxpr(jax.grad(loss))(params))
+    calls = [program.count(f"name=toeplitz_attention_{name}") for name in ("forward", "backward")]
+    assert calls == [times, 1]
+
+
 def test_tpu_compilers_take_the_kernels():
     """What interprets well may still be refused by Mosaic: compiled for four kinds of TPU, in a process of its own."""
     command = [sys.executable, str(Path(__file__).parent / "tpu_kernel_compile.py")]

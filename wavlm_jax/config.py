@@ -24,7 +24,8 @@ class Compute:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Activations and matrix products. Parameters, norms, softmax, gate and loss stay float32."""
     remat: Remat = "none"
-    """What a Transformer layer recomputes in the backward pass: nothing, everything, or all but matrix products."""
+    """What a Transformer layer recomputes in the backward pass: nothing, everything, or ("dots") all but its
+    matrix products and attention; docs/performance.md has what each costs."""
     unroll: int = 1
     """Transformer layers per iteration of the layer scan; the number of layers unrolls it entirely."""
     attention: Attention = "auto"

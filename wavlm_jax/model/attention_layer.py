@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from wavlm_jax.config import Compute, WavLMConfig
 from wavlm_jax.model.attention_rules import NO_DROPOUT, AttentionDropout, attention_dropout
@@ -15,6 +16,10 @@ Attend = Callable[
     [Heads, Heads, Heads, Bias | None, FrameMask | None, AttentionDropout], tuple[Heads, Probabilities | None]
 ]
 """From query (divided by sqrt(head_dim)), key, value, bias, mask and dropout to mixed values, and maps if wanted."""
+
+
+ATTENDED = "attended"
+"""Name of the mixed values for recomputation policies: a fused kernel is no matrix product that they would know."""
 
 
 class Method(NamedTuple):
@@ -62,6 +67,7 @@ class Attention(nn.Module):
             keys = site_keys(row_keys, Site.ATTENTION)
             drop = attention_dropout(config.attention_dropout, keys, config.num_attention_heads)
         mixed, probabilities = self.method.attend(query, key, value, bias, frame_mask, drop)
+        mixed = checkpoint_name(mixed, ATTENDED)
         return self.out_proj(mixed.reshape(hidden.shape)), probabilities
 
     def _heads(self, x: Hidden) -> Heads:

@@ -9,7 +9,7 @@ from flax.linen.spmd import with_logical_constraint
 from jaxtyping import Array, Bool, Float, Int
 
 from wavlm_jax.config import Compute, WavLMConfig
-from wavlm_jax.model.attention_layer import Attention, Method
+from wavlm_jax.model.attention_layer import ATTENDED, Attention, Method
 from wavlm_jax.model.elements import Site, dropout, gelu, keep_where, layer_norm, linear, site_keys
 from wavlm_jax.model.position import PairBias, Profile, RelativePositionTable, toeplitz
 from wavlm_jax.model.positional_conv import PositionalConvolution
@@ -187,5 +187,8 @@ def scanned_layers(compute: Compute, num_layers: int) -> Any:
 
 _POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(ATTENDED),
+    ),
 }
