@@ -11,8 +11,13 @@ from torch_twins import attention_mask, small_config, waveforms
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.convert.names import to_torch
 from wavlm_jax.model.head_config import HeadConfig
-from wavlm_jax.model.heads import WavLMForAudioFrameClassification, WavLMForCTC, WavLMForSequenceClassification
-from wavlm_jax.model.xvector import WavLMForXVector, statistics_pooling
+from wavlm_jax.model.heads import (
+    WavLMForAudioFrameClassification,
+    WavLMForCTC,
+    WavLMForSequenceClassification,
+    WavLMForXVector,
+)
+from wavlm_jax.model.xvector import statistics_pooling
 from wavlm_jax.training.axes import WAVLM_AXES
 from wavlm_jax.training.sharding import parameter_axes
 

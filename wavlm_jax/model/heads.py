@@ -1,10 +1,12 @@
-"""Models with a head: CTC, sequence classification, audio-frame classification (FACTS B1-B3).
+"""Models with a head: CTC, sequence and audio-frame classification, x-vectors (FACTS B).
 
 Parameters are named as in Hugging Face's classes: the encoder under `wavlm`, the rest beside it; only the adapter
 stands beside the encoder too (`adapter/...`) and not inside, so that `wavlm` is the same tree under every head. Heads
 compute in float32.
 """
 
+from collections.abc import Mapping
+from functools import cache
 from typing import NamedTuple
 
 import jax
@@ -18,7 +20,20 @@ from wavlm_jax.model.elements import Site, dropout, keep_where, linear
 from wavlm_jax.model.frontend import prefix_mask
 from wavlm_jax.model.head_config import HeadConfig
 from wavlm_jax.model.wavlm import WavLM, WavLMOutput
-from wavlm_jax.shapes import ChannelMask, FrameMask, Hidden, NumSamples, RowKeys, StepKey, TimeMask, Waveform
+from wavlm_jax.model.xvector import SpeakerVectors, TDNNLayer, XVectorOutput, pooled_frames, statistics_pooling
+from wavlm_jax.shapes import (
+    ChannelMask,
+    FrameMask,
+    Geometry,
+    Hidden,
+    NumSamples,
+    Params,
+    RowKeys,
+    StepKey,
+    TimeMask,
+    Waveform,
+    samples_for,
+)
 
 
 class Masks(NamedTuple):
@@ -202,3 +217,79 @@ class WavLMForAudioFrameClassification(Headed):
         """Scores of every label in every frame."""
         encoded = self.encode(waveform, num_samples, masks, keys)
         return FrameOutput(self.classifier(encoded.hidden), encoded.frame_mask)
+
+
+class WavLMForXVector(Headed):
+    """X-vectors trained by a margin loss over speakers."""
+
+    has_adapter = True
+
+    def setup(self) -> None:
+        """Encoder, `projector`, `tdnn`, `feature_extractor` (to the embedding), `classifier`, `objective`."""
+        super().setup()
+        head = self.head
+        self.projector = linear(head.tdnn_dim[0], self.config, Compute())
+        sizes = zip(head.tdnn_dim, head.tdnn_kernel, head.tdnn_dilation, strict=True)
+        self.tdnn = [TDNNLayer(features, taps, dilation, self.config) for features, taps, dilation in sizes]
+        self.feature_extractor = linear(head.xvector_output_dim, self.config, Compute())
+        self.classifier = linear(head.xvector_output_dim, self.config, Compute())
+        self.objective = SpeakerVectors(head.num_labels)
+
+    def __call__(
+        self,
+        waveform: Waveform,
+        num_samples: NumSamples | None = None,
+        masks: Masks | None = None,
+        keys: Keys | None = None,
+    ) -> XVectorOutput:
+        """Embeddings, and their cosines with the training speakers.
+
+        Raises:
+            ValueError: rows are so short that the time-delay layers have no frame left.
+
+        """
+        encoded = self.encode(waveform, num_samples, masks, keys)
+        self._check(encoded.hidden.shape[1])
+        hidden = self.projector(encoded.hidden)
+        if self.head.compat == "exact":
+            hidden = keep_where(encoded.frame_mask, hidden)
+        for layer in self.tdnn:
+            hidden = layer(hidden)
+        counted = None if num_samples is None else encoded.num_frames
+        pooled = statistics_pooling(hidden, pooled_frames(counted, hidden.shape[:2], self.head))
+        embeddings = self.feature_extractor(pooled)
+        logits = self.classifier(embeddings)
+        return XVectorOutput(embeddings, logits, self.objective(logits))
+
+    def _check(self, num_frames: int) -> None:
+        if num_frames <= self.head.tdnn_context:
+            raise ValueError(
+                f"waveform: found rows of {num_frames} frames, expected at least {self.head.tdnn_context + 1} for the "
+                "time-delay layers; pad them with zeros and pass num_samples"
+            )
+
+
+KINDS: Mapping[str, type[Headed]] = {
+    kind.__name__: kind
+    for kind in (WavLMForCTC, WavLMForSequenceClassification, WavLMForAudioFrameClassification, WavLMForXVector)
+}
+"""Every model with a head by its name, which is transformers' too."""
+
+
+def module_of(config: WavLMConfig, kind: str | None, head: HeadConfig | None) -> WavLM | Headed:
+    """An encoder alone (`kind` None), or the model with a head that is called `kind`."""
+    return WavLM(config) if kind is None or head is None else KINDS[kind](config, head)
+
+
+@cache
+def tree_shapes(config: WavLMConfig, kind: str | None, head: HeadConfig | None) -> Params:
+    """The parameters of `module_of` as shapes (`jax.ShapeDtypeStruct`); nothing is computed."""
+    module, frames = module_of(config, kind, head), 1
+    if head is not None:
+        frames = head.tdnn_context + 1
+        if head.add_adapter:
+            frames = (frames + head.adapter_kernel_size) * 2 * head.adapter_stride**head.num_adapter_layers
+    samples = samples_for(frames, Geometry(config.conv_kernel, config.conv_stride))
+    variables = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, samples))))
+    shapes: Params = variables["params"]
+    return shapes

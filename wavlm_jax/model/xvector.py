@@ -1,4 +1,4 @@
-"""Speaker embeddings: time-delay layers, statistics over time, a linear map (x-vectors, FACTS B4)."""
+"""The parts of an x-vector: time-delay layers, statistics over time, vectors of the training speakers (FACTS B4)."""
 
 from typing import NamedTuple
 
@@ -10,8 +10,8 @@ from jaxtyping import Array, Float
 from wavlm_jax.config import Compute, WavLMConfig
 from wavlm_jax.model.elements import keep_where, linear
 from wavlm_jax.model.frontend import prefix_mask
-from wavlm_jax.model.heads import Encoded, Headed, Keys, Masks
-from wavlm_jax.shapes import FrameMask, Hidden, NumSamples, Waveform
+from wavlm_jax.model.head_config import HeadConfig
+from wavlm_jax.shapes import FrameMask, Hidden, NumSamples
 
 Embeddings = Float[Array, "rows embedding"]
 
@@ -65,68 +65,22 @@ class SpeakerVectors(nn.Module):
         return unit_length(embeddings, axis=1) @ unit_length(weight, axis=0)
 
 
-class WavLMForXVector(Headed):
-    """X-vectors trained by a margin loss over speakers."""
+def pooled_frames(num_frames: NumSamples | None, shape: tuple[int, ...], head: HeadConfig) -> FrameMask:
+    """Which frames behind the time-delay layers are pooled over: those that saw speech alone, and at least one.
 
-    has_adapter = True
+    transformers counts as if no layer were dilated, so it pools over up to 6 frames that saw padding (FACTS E30).
 
-    def setup(self) -> None:
-        """Encoder, `projector`, `tdnn`, `feature_extractor` (to the embedding), `classifier`, `objective`."""
-        super().setup()
-        head = self.head
-        self.projector = linear(head.tdnn_dim[0], self.config, Compute())
-        sizes = zip(head.tdnn_dim, head.tdnn_kernel, head.tdnn_dilation, strict=True)
-        self.tdnn = [TDNNLayer(features, taps, dilation, self.config) for features, taps, dilation in sizes]
-        self.feature_extractor = linear(head.xvector_output_dim, self.config, Compute())
-        self.classifier = linear(head.xvector_output_dim, self.config, Compute())
-        self.objective = SpeakerVectors(head.num_labels)
+    Args:
+        num_frames: (rows,) real frames before the layers; None: no row is padded.
+        shape: (rows, frames) behind the layers.
+        head: kernels, dilations, and whose convention.
 
-    def __call__(
-        self,
-        waveform: Waveform,
-        num_samples: NumSamples | None = None,
-        masks: Masks | None = None,
-        keys: Keys | None = None,
-    ) -> XVectorOutput:
-        """Embeddings, and their cosines with the training speakers.
-
-        Raises:
-            ValueError: rows are so short that the time-delay layers have no frame left.
-
-        """
-        encoded = self.encode(waveform, num_samples, masks, keys)
-        self._check(encoded.hidden.shape[1])
-        hidden = self.projector(encoded.hidden)
-        if self.head.compat == "exact":
-            hidden = keep_where(encoded.frame_mask, hidden)
-        for layer in self.tdnn:
-            hidden = layer(hidden)
-        pooled = statistics_pooling(
-            hidden, self._pooled_frames(encoded, hidden.shape[1], padded=num_samples is not None)
-        )
-        embeddings = self.feature_extractor(pooled)
-        logits = self.classifier(embeddings)
-        return XVectorOutput(embeddings, logits, self.objective(logits))
-
-    def _pooled_frames(self, encoded: Encoded, total: int, *, padded: bool) -> FrameMask:
-        """Which frames behind the time-delay layers are pooled over: those that saw speech alone, and at least one.
-
-        transformers counts as if no layer were dilated, so it pools over up to 6 frames that saw padding (FACTS E30).
-        """
-        if not padded:
-            return jnp.ones((*encoded.frame_mask.shape[:1], total), bool)
-        if self.head.compat == "huggingface":
-            counted = encoded.num_frames - sum(taps - 1 for taps in self.head.tdnn_kernel)
-        else:
-            counted = jnp.maximum(encoded.num_frames - self.head.tdnn_context, 1)
-        return prefix_mask(counted, total)
-
-    def _check(self, num_frames: int) -> None:
-        if num_frames <= self.head.tdnn_context:
-            raise ValueError(
-                f"waveform: found rows of {num_frames} frames, expected at least {self.head.tdnn_context + 1} for the "
-                "time-delay layers; pad them with zeros and pass num_samples"
-            )
+    """
+    if num_frames is None:
+        return jnp.ones(shape, bool)
+    if head.compat == "huggingface":
+        return prefix_mask(num_frames - sum(taps - 1 for taps in head.tdnn_kernel), shape[1])
+    return prefix_mask(jnp.maximum(num_frames - head.tdnn_context, 1), shape[1])
 
 
 def statistics_pooling(frames: Hidden, mask: FrameMask) -> Float[Array, "rows statistics"]:
