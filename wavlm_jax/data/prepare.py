@@ -18,7 +18,6 @@ from typing import NamedTuple
 import soundfile
 from tqdm import tqdm
 
-import wavlm_jax
 from wavlm_jax.data.conform import Policy
 from wavlm_jax.data.header import FORMAT, CorpusHeader, Shard, is_corpus, read_header, write_header
 from wavlm_jax.data.hub import write_dataset_info
@@ -26,6 +25,7 @@ from wavlm_jax.data.pool import unordered
 from wavlm_jax.data.shard import ShardReport, report_file, write_atomically, write_shard
 from wavlm_jax.data.sources import AudioReader, Entry, Source, digest
 from wavlm_jax.shapes import SAMPLE_RATE
+from wavlm_jax.version import __version__
 
 FREE_FAULTS = 5
 """Bad files that are always tolerated, however small the corpus."""
@@ -242,7 +242,7 @@ def _sum(counts: Iterable[dict[str, int]]) -> dict[str, int]:
 def _versions() -> dict[str, str]:
     names = ("soundfile", "soxr", "datasets", "pyarrow", "numpy")
     versions = {name: importlib.metadata.version(name) for name in names}
-    return {"wavlm_jax": wavlm_jax.__version__, "libsndfile": soundfile.__libsndfile_version__, **versions}
+    return {"wavlm_jax": __version__, "libsndfile": soundfile.__libsndfile_version__, **versions}
 
 
 def _complete(jobs: Sequence[_Job], reports: Sequence[ShardReport], header: CorpusHeader, partial: Path) -> None:

@@ -21,7 +21,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as orbax
 
-from wavlm_jax import __version__
 from wavlm_jax.training.disk import push
 from wavlm_jax.training.manifest import (
     FORMAT,
@@ -35,6 +34,7 @@ from wavlm_jax.training.manifest import (
 )
 from wavlm_jax.training.state import TrainState
 from wavlm_jax.training.stored import FOLDER, newest_valid, steps
+from wavlm_jax.version import __version__
 
 UNFINISHED = ".unfinished"
 
