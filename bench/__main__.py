@@ -4,7 +4,7 @@ import argparse
 import subprocess
 import sys
 
-BENCHMARKS = ("base_cpu", "loader", "labels", "first_step", "attention")
+BENCHMARKS = ("base_cpu", "loader", "labels", "first_step", "attention", "convert")
 
 
 def main() -> int:
