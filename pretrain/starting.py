@@ -8,10 +8,10 @@ import jax
 import numpy as np
 
 from wavlm_jax.config import WavLMConfig
+from wavlm_jax.load_type import Load
 from wavlm_jax.settings import SettingsError
 from wavlm_jax.shapes import Params
 from wavlm_jax.training.freeze import Freeze
-from wavlm_jax.weights import Load
 
 _SPECIAL_ROWS = 4
 """Label embeddings that fairseq's dictionary has before those of the clusters (FACTS E20)."""

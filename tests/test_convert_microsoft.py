@@ -80,7 +80,7 @@ def assert_same_hidden_states(model: torch.nn.Module, imported) -> None:
 def test_the_authors_file_becomes_the_model(tmp_path, kind):
     model, path = saved(tmp_path, kind)
     imported = import_microsoft(path)
-    assert imported.dialect == "microsoft"
+    assert imported.origin.dialect == "microsoft"
     assert imported.head is None
     assert imported.config.padding == "microsoft"
     assert imported.config.do_normalize == KINDS[kind].get("do_normalize", False)
@@ -256,7 +256,7 @@ def test_a_fine_tuned_checkpoint(tmp_path, prefix):
     assert imported.config.hidden_dropout == 0.1
     assert_equal_trees(imported.params, expected_params(model, imported.config))
     assert imported.head is None
-    notes = " ".join(imported.notes)
+    notes = " ".join(imported.origin.notes)
     assert "left out: w2v_encoder.proj.weight" in notes
     assert "left out: label_embs_concat" in notes
     state["decoder.embed.weight"] = torch.ones(2)
@@ -342,7 +342,7 @@ def test_a_config_of_endless_copies_of_itself(tmp_path):
 def test_masks_that_are_drawn_otherwise_are_noted(tmp_path):
     checkpoint = checkpoint_of(model_of())
     checkpoint["cfg"]["mask_selection"] = "poisson"
-    notes = " ".join(import_microsoft(save(checkpoint, tmp_path / "w.pt")).notes)
+    notes = " ".join(import_microsoft(save(checkpoint, tmp_path / "w.pt")).origin.notes)
     assert "cfg.mask_selection is 'poisson'" in notes
 
 
@@ -475,9 +475,9 @@ def test_torchaudio_becomes_the_model(tmp_path, kind, spelling):
     path = save(state, tmp_path / "ta.pt")
     heads = {} if model.config.model_type == "wavlm" else {"num_attention_heads": 2}
     imported = import_torchaudio(path, max_bucket_distance=40, **heads)
-    assert imported.dialect == "torchaudio"
+    assert imported.origin.dialect == "torchaudio"
     assert imported.config.padding == "huggingface"
-    assert any("masked_spec_embed" in note for note in imported.notes)
+    assert any("masked_spec_embed" in note for note in imported.origin.notes)
     assert_same_hidden_states(model, imported)
 
 

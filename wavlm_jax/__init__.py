@@ -1,3 +1,25 @@
 """WavLM (arXiv 2110.13900) in JAX: model, pre-training, fine-tuning, conversion to and from PyTorch."""
 
-__version__ = "0.1.0"
+from typing import TYPE_CHECKING, Any
+
+from wavlm_jax.version import __version__
+
+if TYPE_CHECKING:
+    from wavlm_jax.model.ready import Model
+    from wavlm_jax.opening import load
+    from wavlm_jax.saving import save_huggingface, save_microsoft
+
+__all__ = ["Model", "__version__", "load", "save_huggingface", "save_microsoft"]
+
+
+def __getattr__(name: str) -> Any:
+    """The functions that most people want, imported when they are asked for: `import wavlm_jax` alone costs nothing."""
+    if name in ("save_huggingface", "save_microsoft"):
+        from wavlm_jax import saving  # noqa: PLC0415
+
+        return getattr(saving, name)
+    if name in ("load", "Model"):
+        from wavlm_jax import opening  # noqa: PLC0415
+
+        return getattr(opening, name)
+    raise AttributeError(f"module 'wavlm_jax' has no attribute {name!r}; it has {', '.join(__all__)}")

@@ -1,32 +1,119 @@
-"""Weights from wherever they are: a run of ours or a Hugging Face folder, found out by looking."""
+"""Weights from wherever they are, found out by looking: the one place that knows every kind of source."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from wavlm_jax.config import WavLMConfig
-from wavlm_jax.convert.huggingface import import_huggingface
+from wavlm_jax.convert.hub import fetch, is_hub_name
+from wavlm_jax.convert.huggingface import import_huggingface, with_files
+from wavlm_jax.convert.microsoft import import_microsoft
+from wavlm_jax.convert.torch_file import read_torch_file
+from wavlm_jax.convert.torchaudio import import_torchaudio, is_torchaudio
+from wavlm_jax.model.head_config import HeadConfig, TaskHead
+from wavlm_jax.model.heads import tree_shapes
 from wavlm_jax.settings import read
-from wavlm_jax.training.stored import FOLDER, load_params
-from wavlm_jax.weights import Weights
+from wavlm_jax.training.manifest import Manifest
+from wavlm_jax.training.stored import FOLDER, load_stored
+from wavlm_jax.weights import Origin, Weights
+
+_CONFIG = "config.json"
+_PRETRAINING_HEAD = "head"
 
 
 def load_weights(path: Path, step: int | None = None) -> Weights:
-    """The model in `path`.
+    """What is in `path`, as numpy arrays on the host.
 
     Args:
-        path: workdir of a run of ours, or a Hugging Face folder (WavLM or HuBERT, with or without a head of its own).
+        path: the workdir of a run of ours, or one checkpoint in it; a Hugging Face folder (safetensors or
+            pytorch_model.bin, whole or in shards; WavLM or HuBERT, with or without a head); a `.pt` of the authors', of
+            fairseq or UniSpeech; a torchaudio state dict; or the name of a model on the Hugging Face hub.
         step: checkpoint of the run; None: the newest that verifies.
 
     Raises:
-        ValueError: neither of the two, a step of a folder that has none, or what the file's own reader finds wrong.
+        ValueError: none of these, a step of something that has none, or what the source's own reader finds wrong.
+        OSError: files that are missing or cannot be read.
 
     """
-    if (path / FOLDER).is_dir():
-        resolved, params = load_params(path, step)
-        return Weights(read(resolved["model"], WavLMConfig, "model"), params["wavlm"], params.get("head"))
-    if not (path / "config.json").is_file():
-        raise ValueError(
-            f"{path}: no model here; expected the workdir of a run ({FOLDER}/) or a Hugging Face folder (config.json)"
-        )
+    if path.is_dir():
+        if path.parent.name == FOLDER and path.name.isdecimal() and step is None:
+            return _from_run(path.parent.parent, int(path.name))
+        if (path / FOLDER).is_dir():
+            return _from_run(path, step)
     if step is not None:
-        raise ValueError(f"{path}: found step {step} for a Hugging Face folder, which has none; expected None")
-    return Weights(*import_huggingface(path, without_head=True), head=None)
+        raise ValueError(f"{path}: found step {step} for something that is no run of ours and has none; expected None")
+    if path.is_dir():
+        return _from_folder(path)
+    if path.is_file():
+        return _from_file(path)
+    if is_hub_name(str(path)):
+        return import_huggingface(fetch(str(path)), tree_shapes)
+    raise ValueError(f"{path}: no such file or folder; {_EXPECTED}")
+
+
+_EXPECTED = (
+    f"no model here; expected the workdir of a run ({FOLDER}/), a Hugging Face folder ({_CONFIG}) or its name on the "
+    "hub (organisation/model), or a .pt of the authors', of fairseq or of torchaudio"
+)
+
+
+def _from_folder(path: Path) -> Weights:
+    if not (path / _CONFIG).is_file():
+        some = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
+        raise ValueError(f"{path}: {_EXPECTED}; the folder has {some}")
+    return import_huggingface(path, tree_shapes)
+
+
+def _from_file(path: Path) -> Weights:
+    if path.suffix in (".safetensors", ".bin") and (path.parent / _CONFIG).is_file():
+        return import_huggingface(path.parent, tree_shapes)
+    if path.suffix == ".safetensors":
+        raise ValueError(f"{path}: no {_CONFIG} beside it; weights alone do not tell the model. Expected its folder")
+    return import_torchaudio(path) if is_torchaudio(read_torch_file(path)) else import_microsoft(path)
+
+
+def _from_run(workdir: Path, step: int | None) -> Weights:
+    manifest, params = load_stored(workdir, step)
+    config = read(manifest.config["model"], WavLMConfig, "model")
+    beside = {name: part for name, part in params.items() if name not in ("wavlm", _PRETRAINING_HEAD)}
+    task = _task_head(manifest.config, beside) if beside else None
+    notes = (f"step {manifest.step} of run {manifest.run_id}",)
+    origin = Origin("run", str(workdir), notes, _facts(workdir, manifest))
+    return with_files(Weights(config, params["wavlm"], params.get(_PRETRAINING_HEAD), task, origin), workdir)
+
+
+def _task_head(config: Mapping[str, Any], params: Mapping[str, Any]) -> TaskHead:
+    """The head of a fine-tuned run, whose parameters stand beside the encoder's."""
+    kinds = {name: kind for kind, name in _MARKS.items() if name in params}
+    kind = next(iter(kinds.values()), "WavLMForAudioFrameClassification")
+    return TaskHead(kind, read(config["head"], HeadConfig, "head"), params)
+
+
+_MARKS = {"WavLMForCTC": "lm_head", "WavLMForXVector": "objective", "WavLMForSequenceClassification": "projector"}
+"""Kind -> a module that only this kind has, the first that fits counts; the frame classifier has none of its own."""
+
+
+def _facts(workdir: Path, manifest: Manifest) -> dict[str, str]:
+    """For the model card: what was trained, how long, on what, and the last evaluation up to this step."""
+    config = manifest.config
+    facts = {"task": str(config["task"]), "updates": f"{manifest.step} of {config['train']['num_steps']}"}
+    facts["training data"] = Path(str(config["data"]["train"])).as_posix()
+    for name, fingerprint in manifest.fingerprints.items():
+        facts[f"fingerprint of {name}"] = fingerprint
+    log = workdir / "metrics.jsonl"
+    if log.is_file():
+        for line in log.read_text().splitlines():
+            values = _line(line)
+            if str(values.pop("kind", "")).startswith("eval/") and values.get("step", 0) <= manifest.step:
+                facts["last evaluation"] = ", ".join(f"{key} {value}" for key, value in values.items())
+    return facts
+
+
+def _line(text: str) -> dict[str, Any]:
+    """A line of the log; the last one of a run that goes on may be half written."""
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError:
+        return {}
+    return values if isinstance(values, dict) else {}

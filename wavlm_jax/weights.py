@@ -1,12 +1,28 @@
-"""A model at rest: what every reader of weights gives."""
+"""A model at rest: what every reader of weights gives, and every writer takes."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any
 
 from wavlm_jax.config import WavLMConfig
+from wavlm_jax.model.head_config import TaskHead
 from wavlm_jax.shapes import Params
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where weights come from, for people and for the model card."""
+
+    dialect: str = "none"
+    """Whose layout it was: "run", "huggingface", "microsoft", "torchaudio"."""
+    path: str = ""
+    notes: tuple[str, ...] = ()
+    """What was left out, filled in or assumed, in sentences."""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    """Name -> text, for the model card: step, data, metrics."""
+    files: tuple[Path, ...] = ()
+    """Vocabulary and tokenizer files that travel with a CTC model, unread."""
 
 
 @dataclass(frozen=True)
@@ -14,12 +30,16 @@ class Weights:
     """A model without what computes it; arrays are numpy, on the host."""
 
     config: WavLMConfig
+    """With the conventions of the source (`padding`, `do_normalize`, `normalize_eps`)."""
     params: Params
-    """Of `wavlm_jax.model.wavlm.WavLM`."""
+    """Of `wavlm_jax.model.wavlm.WavLM`, float32."""
     head: Params | None
-    """Of the pre-training head (`final_proj`, `label_embeddings`), where the source has one."""
+    """Of the pre-training head: {"final_proj": {"kernel", "bias"}, "label_embeddings": (rows, final_dim)}, if any."""
+    task: TaskHead | None = None
+    """Of a fine-tuned model."""
+    origin: Origin = Origin()
 
-
-Load: TypeAlias = Callable[[Path, int | None], Weights]
-"""(where, checkpoint step or None) -> what is there. `wavlm_jax.loading.load_weights` is the one that knows every kind;
-who needs weights is given it, and knows no file format."""
+    @property
+    def tree(self) -> dict[str, Any] | Params:
+        """The parameters of the whole module: the encoder's, or those of a model with a head around it."""
+        return self.params if self.task is None else {"wavlm": self.params, **self.task.params}

@@ -1,36 +1,62 @@
-"""Weights out: python -m wavlm_jax.convert export SOURCE OUT --to huggingface.
+"""Weights in and out, proved: python -m wavlm_jax.convert import SOURCE OUT, or export SOURCE OUT --to huggingface.
 
-SOURCE is a run directory of ours or a Hugging Face folder. OUT then loads with transformers' `from_pretrained`.
+SOURCE is found out by looking: a Hugging Face folder or the name of a model on its hub, the authors' .pt, a fairseq or
+UniSpeech checkpoint, a torchaudio state dict, or the workdir of a run of ours. `import` writes a folder that
+`wavlm_jax.load` and transformers read; `export --to huggingface` the same one, `--to microsoft` a .pt.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from wavlm_jax.convert.huggingface import export_huggingface
-from wavlm_jax.loading import load_weights
+import jax
+
+from wavlm_jax.convert.model_card import conventions
+from wavlm_jax.opening import load
+from wavlm_jax.saving import save_huggingface, save_microsoft
 
 EXIT_WRONG = 2
+_SAVE = {"huggingface": save_huggingface, "microsoft": save_microsoft}
 
 
 def main() -> int:
-    """Convert what the command line names; 2 and a message where that cannot be done."""
-    parser = argparse.ArgumentParser(prog="python -m wavlm_jax.convert", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    export = commands.add_parser("export", help="write weights in another project's format")
-    export.add_argument("source", type=Path, help="workdir of a run, or a Hugging Face folder")
-    export.add_argument("out", type=Path, help="folder to write")
-    export.add_argument("--to", choices=["huggingface"], required=True, help="whose format")
-    export.add_argument("--step", type=int, help="checkpoint of the run; the newest if not given")
-    arguments = parser.parse_args()
+    """Convert what the command line names; 2 and a message where that cannot be done or proved."""
+    arguments = _parser().parse_args()
+    jax.config.update("jax_platforms", "cpu")  # nothing here is worth taking an accelerator from a run
     try:
-        weights = load_weights(arguments.source, arguments.step)
-        export_huggingface(weights.config, weights.params, arguments.out)
+        model = load(arguments.source, step=arguments.step)
+        print(f"{arguments.source}: {model.weights.origin.dialect}")
+        for line in (*model.weights.origin.notes, *conventions(model.weights)):
+            print(f"  {line}")
+        proof = _SAVE[arguments.to](model, arguments.out, dtype=arguments.dtype, compared=not arguments.no_compare)
     except (ValueError, OSError) as error:
         print(f"wavlm_jax.convert: {error}", file=sys.stderr)
         return EXIT_WRONG
-    print(f"{arguments.out}: {', '.join(sorted(path.name for path in arguments.out.iterdir()))}")
+    files = sorted(path.name for path in arguments.out.iterdir()) if arguments.out.is_dir() else ["written"]
+    print(f"{arguments.out}: {', '.join(files)}")
+    for line in proof.lines():
+        print(f"  {line}")
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m wavlm_jax.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    bring = commands.add_parser("import", help="anything -> a folder that wavlm_jax.load and transformers read")
+    bring.set_defaults(to="huggingface")
+    export = commands.add_parser("export", help="write weights in another project's format")
+    export.add_argument("--to", choices=sorted(_SAVE), required=True, help="whose format")
+    for command in (bring, export):
+        command.add_argument("source", help="folder, file, workdir of a run, or name on the hub")
+        command.add_argument("out", type=Path, help="folder (or, for microsoft, file) to write")
+        command.add_argument("--step", type=int, help="checkpoint of the run; the newest if not given")
+        command.add_argument(
+            "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the numbers written"
+        )
+        command.add_argument("--no-compare", action="store_true", help="do not ask transformers, only read again")
+    return parser
 
 
 if __name__ == "__main__":

@@ -6,25 +6,24 @@ CTC projection is left out by name). Read and written without torch.
 
 import re
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import ml_dtypes
 import numpy as np
-from numpy.typing import DTypeLike
 
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.convert.fairseq_config import from_fairseq, to_microsoft, training_only
 from wavlm_jax.convert.known import check_known
 from wavlm_jax.convert.names import ConversionError, Place, places
+from wavlm_jax.convert.precision import Precision, rounded
+from wavlm_jax.convert.pretraining_head import NAMES as HEAD_NAMES
+from wavlm_jax.convert.pretraining_head import head_tensors
+from wavlm_jax.convert.source import Source
 from wavlm_jax.convert.state_dict import (
-    Imported,
-    Source,
     Sources,
+    as_in_torch,
     check_layers,
     fill,
-    flatten,
     match,
     old_spelling,
     read_head,
@@ -36,6 +35,7 @@ from wavlm_jax.convert.torch_tensor import LazyTensor
 from wavlm_jax.convert.torch_writer import write_torch_file
 from wavlm_jax.model.wavlm import parameter_shapes
 from wavlm_jax.shapes import Params
+from wavlm_jax.weights import Origin, Weights
 
 _RENAMED: tuple[tuple[str, str], ...] = (
     (r"^masked_spec_embed$", "mask_emb"),
@@ -56,11 +56,7 @@ _RENAMED: tuple[tuple[str, str], ...] = (
 _CONV_NORM = re.compile(r"^(feature_extractor\.conv_layers\.\d+)\.layer_norm\.")
 _CONV_NORM_NAME = {"group": r"\1.2.", "layer": r"\1.2.1."}
 
-Precision = Literal["float32", "float16", "bfloat16"]
-_DTYPES: Mapping[str, DTypeLike] = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-
 _FIRST_CONV = "feature_extractor.conv_layers.0.0.weight"
-_HEAD = ("final_proj.weight", "final_proj.bias", "label_embs_concat")
 _FINE_TUNING = re.compile(r"^(w2v_encoder\.|encoder\.)?proj\.(weight|bias)$")
 """Tensors beside the encoder that are left out: fairseq's CTC projection."""
 
@@ -80,7 +76,7 @@ def microsoft_name(name: str, config: WavLMConfig) -> str:
     return name
 
 
-def import_microsoft(path: Path) -> Imported:
+def import_microsoft(path: Path) -> Weights:
     """The model in an authors' or fairseq checkpoint: config, parameters, and the pre-training head if it is there.
 
     Raises:
@@ -100,10 +96,10 @@ def import_microsoft(path: Path) -> Imported:
     wanted = {place.name: (microsoft_name(place.name, model), place.shape) for place in _stored(shapes, model)}
     match(encoder, dict(wanted.values()), path)
     sources = {name: source_of(prefix + key, encoder[key]) for name, (key, _) in wanted.items()}
-    sources |= _identity(model)
+    sources |= identity(model)
     params = fill(Sources(sources, path), shapes)
     notes += [*head_notes, *training_only(config, str(path))]
-    return Imported(model, params, head, "microsoft", tuple(notes))
+    return Weights(model, params, head, origin=Origin("microsoft", str(path), tuple(notes)))
 
 
 def export_microsoft(
@@ -120,7 +116,7 @@ def export_microsoft(
         config: what the model is.
         params: its parameters.
         path: the file; an older one is replaced once the new one is whole.
-        head: the pre-training head as `Imported.head` has it.
+        head: the pre-training head as `Weights.head` has it.
         dtype: of the numbers in the file.
 
     Raises:
@@ -128,10 +124,25 @@ def export_microsoft(
             for.
 
     """
+    model = microsoft_tensors(config, params, head, path)
+    if dtype != "float32":
+        model = {name: rounded(name, tensor, dtype) for name, tensor in model.items()}
+    write_torch_file(path, {"cfg": to_microsoft(config), "model": model})
+
+
+def microsoft_tensors(
+    config: WavLMConfig, params: Params, head: Mapping[str, Any] | None, path: Path
+) -> dict[str, np.ndarray]:
+    """The authors' state dict of the model: float32, views where possible.
+
+    Raises:
+        ConversionError: parameters that do not fit the config, or a model that the layout has no place for.
+
+    """
     if config.layer_norm_eps != 1e-5:  # noqa: PLR2004 (the authors' code knows no other)
         raise ConversionError(f"layer_norm_eps is {config.layer_norm_eps}; the authors' layout has no place for it")
-    tensors = _as_in_torch(params, parameter_shapes(config))
-    for name, source in _identity(config).items():
+    tensors = as_in_torch(params, parameter_shapes(config))
+    for name, source in identity(config).items():
         if not np.array_equal(tensors.pop(name), source.read()):
             raise ConversionError(
                 f"{name} is not the identity; the authors' model has no projection where the conv encoder is as wide "
@@ -139,10 +150,18 @@ def export_microsoft(
             )
     model = {microsoft_name(name, config): tensor for name, tensor in tensors.items()}
     if head is not None:
-        model |= _head_tensors(head, config.hidden_size, path)
-    if dtype != "float32":
-        model = {name: _rounded(name, tensor, dtype) for name, tensor in model.items()}
-    write_torch_file(path, {"cfg": to_microsoft(config), "model": model})
+        model |= head_tensors(head, config.hidden_size, path)
+    return model
+
+
+def open_microsoft(path: Path) -> dict[str, Source]:
+    """The tensors of a checkpoint in the authors' names, to be read when they are wanted.
+
+    Raises:
+        HostileFile, DamagedFile, ConversionError: see `import_microsoft`.
+
+    """
+    return {name: source_of(name, tensor) for name, tensor in _open(path)[1].items()}
 
 
 def _open(path: Path) -> tuple[Any, dict[str, LazyTensor]]:
@@ -177,55 +196,21 @@ def _encoder(tensors: Mapping[str, LazyTensor], path: Path) -> tuple[str, dict[s
 
 def _take_head(encoder: dict[str, LazyTensor], hidden: int, path: Path) -> tuple[dict[str, Any] | None, list[str]]:
     """The pre-training head, removed from the tensors; None and notes where only a part of it is there."""
-    found = {name: source_of(name, encoder.pop(name)) for name in _HEAD if name in encoder}
-    if len(found) < len(_HEAD):
+    found = {name: source_of(name, encoder.pop(name)) for name in HEAD_NAMES if name in encoder}
+    if len(found) < len(HEAD_NAMES):
         return None, [f"left out: {name}, which is no whole pre-training head" for name in found]
     head = read_head(*found.values(), width=hidden, path=path)
     rows, width = head["label_embeddings"].shape
     return head, [f"pre-training head with {rows} label embeddings of width {width}"]
 
 
-def _as_in_torch(params: Params, shapes: Params) -> dict[str, np.ndarray]:
-    """Hugging Face's state dict of our tree, as views that need no memory of their own."""
-    expected = {path: leaf.shape for path, leaf in flatten(shapes).items()}
-    arrays = {path: np.asarray(leaf, np.float32) for path, leaf in flatten(params).items()}
-    wrong = [path for path in expected.keys() | arrays.keys() if path not in arrays or path not in expected]
-    wrong += [path for path in expected.keys() & arrays.keys() if arrays[path].shape != expected[path]]
-    wrong += [path for path, array in arrays.items() if not np.isfinite(array).all()]
-    if wrong:
-        names = ", ".join("/".join(path) for path in sorted(wrong)[:8])
-        raise ConversionError(f"{len(wrong)} parameters missing, unknown, of another shape or not finite: {names}")
-    tensors = {}
-    for place in places(shapes):
-        array = arrays[place.path] if place.layer is None else arrays[place.path][place.layer]
-        tensors[place.name] = array.transpose() if place.reverse else array.reshape(place.shape)
-    return tensors
-
-
-def _head_tensors(head: Mapping[str, Any], hidden: int, path: Path) -> dict[str, np.ndarray]:
-    projection = head["final_proj"]
-    arrays = (np.asarray(projection["kernel"]).T, projection["bias"], head["label_embeddings"])
-    tensors = {name: np.asarray(array, np.float32) for name, array in zip(_HEAD, arrays, strict=True)}
-    sources = (Source(name, tensor.shape, partial(np.asarray, tensor)) for name, tensor in tensors.items())
-    read_head(*sources, width=hidden, path=path)
-    return tensors
-
-
-def _rounded(name: str, tensor: np.ndarray, dtype: Precision) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        rounded = tensor.astype(_DTYPES[dtype])
-    if not np.isfinite(rounded).all():
-        raise ConversionError(f"{name} holds numbers that {dtype} has no room for")
-    return rounded
-
-
 def _stored(shapes: Params, config: WavLMConfig) -> list[Place]:
     """The tensors that the layout holds: all but a projection between equal widths."""
-    absent = _identity(config)
+    absent = identity(config)
     return [place for place in places(shapes) if place.name not in absent]
 
 
-def _identity(config: WavLMConfig) -> dict[str, Source]:
+def identity(config: WavLMConfig) -> dict[str, Source]:
     """What stands for the projection that the authors leave out where both widths are equal."""
     width = config.hidden_size
     if config.conv_dim[-1] != width:

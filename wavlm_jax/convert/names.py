@@ -68,7 +68,7 @@ def from_torch(tensors: Tensors, shapes: Params) -> dict[str, Any]:
         ConversionError: missing or unused tensors, wrong shapes, numbers that are not finite; all of them named.
 
     """
-    named = {_current_name(name): tensor for name, tensor in tensors.items()}
+    named = {current_name(name): tensor for name, tensor in tensors.items()}
     num_layers = max((leaf.shape[0] for path, leaf in _leaves(shapes) if _is_stacked(path)), default=0)
     if num_layers > len(named):
         raise ConversionError(f"weights: found {len(named)} tensors, expected those of {num_layers} layers")
@@ -122,7 +122,7 @@ _LEAVES = {
 """Our name of an array -> torch's; the others are the same."""
 
 
-def _current_name(name: str) -> str:
+def current_name(name: str) -> str:
     """`name` with the old spelling of weight norm replaced by the current one."""
     if name.endswith((".weight_g", ".weight_v")):
         module, _, leaf = name.rpartition(".")

@@ -4,52 +4,38 @@ Each dialect gives its own names for the tensors of Hugging Face's state dict, w
 knows. Everything is compared before the first number is read: nothing is left over, nothing is missing, shapes agree.
 """
 
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
-from jaxtyping import Shaped
 
-from wavlm_jax.config import WavLMConfig
 from wavlm_jax.convert.faults import HostileFile
-from wavlm_jax.convert.names import ConversionError, places
+from wavlm_jax.convert.names import ConversionError, Place, places
+from wavlm_jax.convert.source import Source
 from wavlm_jax.convert.torch_tensor import LazyTensor
 from wavlm_jax.shapes import Params
 
+_ALIGNMENT = 64
 _WEIGHT_NORM = {".parametrizations.weight.original0": ".weight_g", ".parametrizations.weight.original1": ".weight_v"}
 
 
-@dataclass(frozen=True)
-class Imported:
-    """A checkpoint from outside, as our model."""
-
-    config: WavLMConfig
-    """With the conventions of the source (`padding`, `do_normalize`)."""
-    params: Mapping[str, Any]
-    """Float32 numpy arrays in our tree."""
-    head: Mapping[str, Any] | None
-    """Pre-training head: {"final_proj": {"kernel", "bias"}, "label_embeddings": (rows, final_dim)}; None: not there."""
-    dialect: str
-    """Whose layout it was."""
-    notes: tuple[str, ...] = field(default=())
-    """What was left out, filled in or assumed, in sentences."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """One tensor to be read: its name in the file, its shape, its numbers on demand."""
-
-    key: str
-    shape: tuple[int, ...]
-    read: Callable[[], Shaped[np.ndarray, "..."]]
-
-
 def source_of(key: str, tensor: LazyTensor) -> Source:
-    """A tensor of a file."""
+    """A tensor of a file.
+
+    Raises:
+        ConversionError: it does not hold floating-point numbers.
+
+    """
+    if tensor.dtype.kind != "f" and tensor.dtype != ml_dtypes.bfloat16:
+        raise ConversionError(
+            f"{tensor.storage.path}: {key} holds {tensor.dtype}, expected floating-point numbers; convert quantised "
+            "weights back first"
+        )
     return Source(key, tensor.shape, tensor.read)
 
 
@@ -90,13 +76,47 @@ def fill(sources: Mapping[str, np.ndarray], shapes: Params) -> dict[str, Any]:
         shapes: the tree to fill, as `parameter_shapes` gives it.
 
     """
-    tree: dict[str, Any] = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), dict(shapes))
+    tree: dict[str, Any] = jax.tree.map(lambda leaf: _empty(leaf.shape), dict(shapes))
     arrays = flatten(tree)
     for place in places(shapes):
-        array = arrays[place.path] if place.layer is None else arrays[place.path][place.layer, ...]
-        as_in_torch = array.transpose() if place.reverse else array.reshape(place.shape)
-        as_in_torch[...] = sources[place.name]
+        _seen_by_torch(place, arrays)[...] = sources[place.name]
     return tree
+
+
+def as_in_torch(params: Params, shapes: Params) -> dict[str, np.ndarray]:
+    """Hugging Face's state dict of our tree, as float32 views that need no memory of their own.
+
+    Args:
+        params: arrays on any device.
+        shapes: what they have to be.
+
+    Raises:
+        ConversionError: parameters missing, unknown, of another shape or not finite; they are named.
+
+    """
+    expected = {path: leaf.shape for path, leaf in flatten(shapes).items()}
+    arrays = {path: np.asarray(leaf, np.float32) for path, leaf in flatten(params).items()}
+    wrong = [path for path in expected.keys() | arrays.keys() if path not in arrays or path not in expected]
+    wrong += [path for path in expected.keys() & arrays.keys() if arrays[path].shape != expected[path]]
+    wrong += [path for path, array in arrays.items() if not np.isfinite(array).all()]
+    if wrong:
+        names = ", ".join("/".join(path) for path in sorted(wrong)[:8])
+        raise ConversionError(f"{len(wrong)} parameters missing, unknown, of another shape or not finite: {names}")
+    return {place.name: _seen_by_torch(place, arrays) for place in places(shapes)}
+
+
+def _seen_by_torch(place: Place, arrays: Mapping[tuple[str, ...], np.ndarray]) -> np.ndarray:
+    """The part of our array that is one torch tensor, as torch sees it: a view."""
+    array = arrays[place.path] if place.layer is None else arrays[place.path][place.layer, ...]
+    return array.transpose() if place.reverse else array.reshape(place.shape)
+
+
+def _empty(shape: tuple[int, ...]) -> np.ndarray:
+    """Uninitialised float32 that begins at a multiple of 64 bytes: JAX on a CPU takes it over without a copy."""
+    num_bytes = math.prod(shape) * np.dtype(np.float32).itemsize
+    raw = np.empty(num_bytes + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + num_bytes].view(np.float32).reshape(shape)
 
 
 def flatten(tree: Params, above: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
@@ -178,11 +198,11 @@ def check_layers(num_layers: int, found: Mapping[str, LazyTensor], path: Path) -
         raise ConversionError(f"{path}: cfg asks for {num_layers} layers, the file has {len(layers)}")
 
 
-def match(found: Mapping[str, LazyTensor], wanted: Mapping[str, tuple[int, ...]], path: Path) -> None:
+def match(found: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]], path: Path) -> None:
     """Compares names and shapes.
 
     Args:
-        found: the tensors of the file.
+        found: the tensors of the file (`LazyTensor`, `Source`).
         wanted: name -> shape of those that the model needs, in the names of the file's dialect.
         path: the file's name, for messages.
 

@@ -14,9 +14,8 @@ import numpy as np
 from wavlm_jax.config import BASE_STRIDES, WavLMConfig
 from wavlm_jax.convert.known import check_known
 from wavlm_jax.convert.names import ConversionError, places
+from wavlm_jax.convert.source import Source
 from wavlm_jax.convert.state_dict import (
-    Imported,
-    Source,
     Sources,
     check_layers,
     fill,
@@ -29,6 +28,7 @@ from wavlm_jax.convert.state_dict import (
 from wavlm_jax.convert.torch_file import read_torch_file
 from wavlm_jax.convert.torch_tensor import LazyTensor
 from wavlm_jax.model.wavlm import parameter_shapes
+from wavlm_jax.weights import Origin, Weights
 
 _PRE_TRAINING = "wav2vec2."
 """Before the encoder's names in torchaudio's pre-training model."""
@@ -49,7 +49,7 @@ def is_torchaudio(state: Any) -> bool:
     )
 
 
-def import_torchaudio(path: Path, **changes: Any) -> Imported:
+def import_torchaudio(path: Path, **changes: Any) -> Weights:
     """The model in a torchaudio state dict: WavLM with fused projections, or HuBERT, with its pre-training head.
 
     Args:
@@ -93,7 +93,8 @@ def import_torchaudio(path: Path, **changes: Any) -> Imported:
     sources = {name: source_of(key, encoder[key]) for name, (key, _) in wanted.items()}
     sources[_OUR_MASK_VECTOR] = _mask_vector(vector, config, notes)
     params = fill(Sources(sources, path), shapes)
-    return Imported(config, params, _head(head, config.hidden_size, path), "torchaudio", tuple(notes))
+    origin = Origin("torchaudio", str(path), tuple(notes))
+    return Weights(config, params, _head(head, config.hidden_size, path), origin=origin)
 
 
 def torchaudio_name(name: str) -> str:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from wavlm_jax.shapes import Params
+
 Compat: TypeAlias = Literal["exact", "huggingface"]
 States: TypeAlias = Literal["raw", "normed"]
 
@@ -76,3 +78,16 @@ class HeadConfig:
     def tdnn_context(self) -> int:
         """Frames that the TDNN takes from a sequence: 14 with the standard kernels and dilations (FACTS B4)."""
         return sum((k - 1) * d for k, d in zip(self.tdnn_kernel, self.tdnn_dilation, strict=True))
+
+
+@dataclass(frozen=True)
+class TaskHead:
+    """What stands on the encoder of a fine-tuned model."""
+
+    kind: str
+    """Name of the class here and in transformers: "WavLMForCTC"; a key of `model.kinds.KINDS`."""
+    config: HeadConfig
+    params: Params
+    """Everything beside the encoder: {"lm_head": ...}."""
+    labels: tuple[str, ...] | None = None
+    """Names of the classes in order (`id2label` of a config.json); None: not told."""

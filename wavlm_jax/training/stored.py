@@ -42,6 +42,12 @@ def load_params(workdir: Path, step: int | None = None) -> tuple[dict[str, Any],
         CheckpointError: no such checkpoint, or it does not verify.
 
     """
+    manifest, params = load_stored(workdir, step)
+    return manifest.config, params
+
+
+def load_stored(workdir: Path, step: int | None = None) -> tuple[Manifest, dict[str, Any]]:
+    """As `load_params`, with the whole manifest."""
     if step is not None:
         manifest: Manifest | None = verify(workdir / FOLDER / str(step))
     else:
@@ -58,4 +64,9 @@ def load_params(workdir: Path, step: int | None = None) -> tuple[dict[str, Any],
                 node = node.setdefault(name, {})
             node[last] = np.empty(shape, dtype)
     folder = workdir.absolute() / FOLDER / str(manifest.step)
-    return manifest.config, orbax.load_checkpointables(folder, {"params": abstract})["params"]
+    try:
+        return manifest, orbax.load_checkpointables(folder, {"params": abstract})["params"]
+    except (OSError, ValueError, KeyError):
+        if step is None and not folder.is_dir() and steps(workdir):
+            return load_stored(workdir)  # the run goes on, and its retention has removed it under our eyes
+        raise
