@@ -207,7 +207,7 @@ def test_what_is_no_model(tmp_path, make, message):
 
 
 def test_a_step_of_what_has_none(folder):
-    with pytest.raises(ValueError, match="found step 3 for something that is no run of ours"):
+    with pytest.raises(ValueError, match="found step 3 for a Hugging Face folder"):
         load_weights(folder, 3)
 
 

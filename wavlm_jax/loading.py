@@ -42,7 +42,9 @@ def load_weights(path: Path, step: int | None = None) -> Weights:
         if (path / FOLDER).is_dir():
             return _from_run(path, step)
     if step is not None:
-        raise ValueError(f"{path}: found step {step} for something that is no run of ours and has none; expected None")
+        raise ValueError(
+            f"{path}: found step {step} for a Hugging Face folder or a file, which has none; expected None"
+        )
     if path.is_dir():
         return _from_folder(path)
     if path.is_file():
@@ -96,9 +98,8 @@ _MARKS = {"WavLMForCTC": "lm_head", "WavLMForXVector": "objective", "WavLMForSeq
 
 def _facts(workdir: Path, manifest: Manifest) -> dict[str, str]:
     """For the model card: what was trained, how long, on what, and the last evaluation up to this step."""
-    config = manifest.config
-    facts = {"task": str(config["task"]), "updates": f"{manifest.step} of {config['train']['num_steps']}"}
-    facts["training data"] = Path(str(config["data"]["train"])).as_posix()
+    facts = {"updates": f"{manifest.step} of {_at(manifest.config, 'train', 'num_steps')}"}
+    facts |= {"task": _at(manifest.config, "task"), "training data": _at(manifest.config, "data", "train")}
     for name, fingerprint in manifest.fingerprints.items():
         facts[f"fingerprint of {name}"] = fingerprint
     log = workdir / "metrics.jsonl"
@@ -108,6 +109,13 @@ def _facts(workdir: Path, manifest: Manifest) -> dict[str, str]:
             if str(values.pop("kind", "")).startswith("eval/") and values.get("step", 0) <= manifest.step:
                 facts["last evaluation"] = ", ".join(f"{key} {value}" for key, value in values.items())
     return facts
+
+
+def _at(config: Any, *keys: str) -> str:
+    """A value of a stored config, which may be of an older version, as text."""
+    for key in keys:
+        config = config[key] if isinstance(config, dict) and key in config else "unknown"
+    return str(config)
 
 
 def _line(text: str) -> dict[str, Any]:
