@@ -67,10 +67,12 @@ def draw(runs: Mapping[str, Sequence[Record]], out: Path, levels: Mapping[str, f
 
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
     for axis, (title, metrics) in zip(axes.flat, PANELS, strict=True):
-        for run, records in runs.items():
-            prefix = f"{run}: " if len(runs) > 1 else ""
-            for name in names(records, metrics):
-                axis.plot(*series(records, name), label=prefix + name, marker="." if "/" in name else "")
+        for index, (run, records) in enumerate(runs.items()):
+            for number, name in enumerate(names(records, metrics)):
+                style: dict[str, str] = {"marker": "." if "/" in name else "", "label": name}
+                if len(runs) > 1:  # a colour a run, which the legend names once; its evaluations have dots
+                    style |= {"color": f"C{index}", "label": "" if number else run}
+                axis.plot(*series(records, name), **style)
         for name, level in (levels or {}).items():
             if "accuracy" in title:
                 axis.axhline(level, linestyle=":", color="grey", label=name)

@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
     config.data.evaluation = ("runs/demo/corpus/valid", "runs/demo/corpus/unseen_voices")
     config.data.evaluation_buckets = (128, 256)
     config.batch.buckets = (48, 96, 144)
-    config.batch.seconds_per_update = 32.0
+    config.batch.seconds_per_update = 16.0  # half the audio and twice the updates: better for the same time (docs/LOG.md)
     config.batch.seconds_per_device = 64.0
     config.batch.row_multiple = 4
     config.loader.workers = 0
@@ -49,9 +49,9 @@ def get_config() -> ConfigDict:
     config.labels.num_threads = 2
     config.optim.learning_rate = 1.5e-3
     config.optim.warmup_steps = 60
-    config.train.num_steps = 700
-    config.train.eval_every = 100
+    config.train.num_steps = 2_000
+    config.train.eval_every = 250
     config.train.eval_splits = ("valid", "unseen_voices")
-    config.checkpoint.update({"every": 100, "keep_last": 2, "keep_every": None})
-    config.metrics.log_every = 10
+    config.checkpoint.update({"every": 250, "keep_last": 2, "keep_every": None})
+    config.metrics.log_every = 20
     return config
