@@ -3,7 +3,9 @@
 python train.py --config configs/pretrain/base.py --workdir runs/base [--config.optim.learning_rate=3e-4 ...]
 
 The same command again goes on where the last one stopped. Exit codes: 0 finished, 2 something in config or data is
-wrong, 75 stopped by a signal (saved; run it again), 76 diverged (the last good state is saved).
+wrong, 75 stopped by a signal (saved; run it again), 76 diverged (the last good state is saved), 77 stuck (run it
+again; stacks-*.txt in the workdir says where). Other codes: JAX itself ended the process, for instance because another
+host is gone; run it again.
 """
 
 import json
@@ -25,6 +27,7 @@ from wavlm_jax.training import hosts, loop
 from wavlm_jax.training.compilation import OutOfMemory
 from wavlm_jax.training.mesh import Topology, make_mesh
 from wavlm_jax.training.run_settings import RunSettings
+from wavlm_jax.training.waiting import HostsMissing
 
 TASKS = {"masked_prediction": pretraining.build}
 
@@ -34,6 +37,7 @@ _PLATFORM = flags.DEFINE_string("platform", None, "cpu, tpu or cuda: fail rather
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where no cluster tells it.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator.")
 _PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "With --coordinator.")
+_WAIT = flags.DEFINE_integer("wait_seconds", 300, "For the other hosts, at the start.", lower_bound=1)
 
 
 def train(config: dict[str, Any], workdir: Path) -> int:
@@ -41,9 +45,15 @@ def train(config: dict[str, Any], workdir: Path) -> int:
     settings = read_sections(config, RunSettings)
     if config["task"] not in TASKS:
         raise ValueError(f"config.task: found {config['task']!r}, expected one of {', '.join(TASKS)}")
+    hosts.check_machine(settings.mesh)
     mesh = make_mesh(settings.mesh)
     task = TASKS[config["task"]](config, Topology.of(mesh))
     return int(loop.run(task, settings, mesh, workdir, config=config).status)
+
+
+def _refuse_addresses(workdir: str) -> None:
+    if "://" in workdir:
+        raise ValueError(f"--workdir: found {workdir}, expected a folder; mount the bucket (gcsfuse)")
 
 
 def main(_: Sequence[str]) -> None:
@@ -52,13 +62,14 @@ def main(_: Sequence[str]) -> None:
     if _PLATFORM.value is not None:
         jax.config.update("jax_platforms", _PLATFORM.value)
     try:
-        hosts.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_INDEX.value)
+        _refuse_addresses(str(_WORKDIR.value))
+        hosts.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_INDEX.value, _WAIT.value)
         config = json.loads(_CONFIG.value.to_json())
         if jax.process_index() == 0:
             workdir.mkdir(parents=True, exist_ok=True)
             (workdir / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         code = train(config, workdir)
-    except (ValueError, OSError, OutOfMemory) as error:
+    except (ValueError, OSError, OutOfMemory, HostsMissing) as error:
         print(f"train.py: {error}", file=sys.stderr)
         if workdir.is_dir():
             (workdir / "error.txt").write_text(traceback.format_exc())

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wavlm_jax.training import loop
+from wavlm_jax.training import hosts, loop
 from wavlm_jax.training.checkpoint import CheckpointSettings
 from wavlm_jax.training.mesh import MeshSettings, make_mesh
 from wavlm_jax.training.optim import AdamSettings, OptimSettings
@@ -90,6 +90,7 @@ class Stream:
     num_batches: int | None = None
     poison: tuple[int, ...] = ()
     delay: float = 0.0
+    stall: int | None = None
 
     @property
     def specs(self) -> tuple[BatchSpec, ...]:
@@ -126,6 +127,8 @@ class Stream:
         number, share = start, self.rows // jax.process_count()
         first = share * jax.process_index()
         while self.num_batches is None or number < self.num_batches:
+            while number == self.stall:
+                time.sleep(1)
             time.sleep(self.delay)  # a slow disk: gives a signal time to arrive at a chosen place
             spec, arrays = self.global_batch(number)
             yield spec, {name: array[first : first + share] for name, array in arrays.items()}
@@ -191,13 +194,22 @@ def main() -> int:
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--kill_at", default="", help="step:N or the name of a phase of a save")
     parser.add_argument("--coordinator", default="", help="host:port,process,count")
+    parser.add_argument("--wait", type=int, default=300, help="seconds, for the others at the start")
+    parser.add_argument("--max_step_seconds", type=float, default=600.0)
+    parser.add_argument("--stall", default="", help="process,batch: where the loader stands still for ever")
     options = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", options.devices)
     if options.coordinator:
         address, process, count = options.coordinator.split(",")
-        jax.distributed.initialize(address, int(count), int(process))
+        hosts.join(address, int(count), int(process), options.wait)
     settings = make_settings(options.num_steps, every=options.every)
+    settings = dataclasses.replace(
+        settings, train=dataclasses.replace(settings.train, max_step_seconds=options.max_step_seconds)
+    )
     task = make_task(delay=options.delay)
+    if options.stall:
+        process, batch = map(int, options.stall.split(","))
+        task.stream("train").stall = batch if process == jax.process_index() else None
     if options.kill_at:
         arm(options.kill_at)
     outcome = loop.run(task, settings, make_mesh(settings.mesh), options.workdir, config={}, table=TABLE)

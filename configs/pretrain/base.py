@@ -14,6 +14,8 @@ Expected: not measured at this size here; docs/results.md has what small models 
 
 from ml_collections import ConfigDict
 
+from configs.pretrain.machines import place
+
 
 def model() -> ConfigDict:
     """WavLM Base (FACTS A4, A11)."""
@@ -148,7 +150,25 @@ def optim() -> ConfigDict:
     )
 
 
-def get_config() -> ConfigDict:
+PRESETS = {
+    "v5e-16": {"batch.seconds_per_device": 190.0},
+    "v4-32": {"batch.seconds_per_device": 190.0},
+    "h100-8": {"batch.seconds_per_device": 190.0},
+    "v5p-128": {"batch.row_multiple": 192, "mixing.group": 3},  # 3 rows a chip: 2,950 s an update
+    "h100-64": {"batch.row_multiple": 192, "mixing.group": 3},
+    # 256 chips hold more than the recipe's batch: 2 rows a chip are 7,867 s an update, so fewer updates, same audio.
+    "v5e-256": {
+        "batch.row_multiple": 512,
+        "batch.seconds_per_update": 7867.0,
+        "mixing.group": 2,
+        "train.num_steps": 142_000,
+        "optim.warmup_steps": 11_400,
+    },
+}
+"""How the batch is cut on each machine (all chosen)."""
+
+
+def get_config(machine: str | None = None) -> ConfigDict:
     config = ConfigDict()
     config.task = "masked_prediction"
     config.seed = 0
@@ -196,9 +216,10 @@ def get_config() -> ConfigDict:
             "eval_splits": ("valid",),
             "max_nonfinite_in_a_row": 20,
             "compilation_cache": "compilation_cache",
+            "max_step_seconds": 600.0,
         }
     )
     config.checkpoint = ConfigDict({"every": 1_000, "keep_last": 3, "keep_every": 50_000})
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "platform": None, "hosts": None, "devices": None})
     config.metrics = ConfigDict({"log_every": 100, "tensorboard": True, "progress": True, "wandb": None})
-    return config
+    return place(config, machine, PRESETS)

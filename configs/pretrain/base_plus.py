@@ -11,9 +11,14 @@ Expected: not measured here.
 from ml_collections import ConfigDict
 
 from configs.pretrain import base
+from configs.pretrain.machines import place
+
+PRESETS = base.PRESETS | {
+    "v5e-256": base.PRESETS["v5e-256"] | {"train.num_steps": 356_000},
+}
 
 
-def get_config() -> ConfigDict:
+def get_config(machine: str | None = None) -> ConfigDict:
     config = base.get_config()
     config.data.train = "corpora/mix94k/train"
     config.data.evaluation = ("corpora/mix94k/valid",)
@@ -26,4 +31,4 @@ def get_config() -> ConfigDict:
     config.labels.run = "models/hubert-base-ls960"
     config.labels.layer = 9
     config.train.num_steps = 1_000_000
-    return config
+    return place(config, machine, PRESETS)

@@ -36,7 +36,9 @@ def get_config() -> ConfigDict:
     config.data.evaluation = ("runs/demo/corpus/valid", "runs/demo/corpus/unseen_voices")
     config.data.evaluation_buckets = (128, 256)
     config.batch.buckets = (48, 96, 144)
-    config.batch.seconds_per_update = 16.0  # half the audio and twice the updates: better for the same time (docs/LOG.md)
+    config.batch.seconds_per_update = (
+        16.0  # half the audio and twice the updates: better for the same time (docs/LOG.md)
+    )
     config.batch.seconds_per_device = 64.0
     config.batch.row_multiple = 4
     config.loader.workers = 0

@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as orbax
 
 from wavlm_jax.training.disk import push
@@ -34,6 +32,7 @@ from wavlm_jax.training.manifest import (
 )
 from wavlm_jax.training.state import TrainState
 from wavlm_jax.training.stored import FOLDER, newest_valid, steps
+from wavlm_jax.training.waiting import from_first, meet
 from wavlm_jax.version import __version__
 
 UNFINISHED = ".unfinished"
@@ -92,7 +91,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             shutil.rmtree(self.folder / UNFINISHED, ignore_errors=True)
             (self.folder / UNFINISHED).mkdir(parents=True, exist_ok=True)
-        multihost_utils.sync_global_devices("checkpoints: cleaned")
+        meet("leftovers of an earlier save removed")
 
     def latest(self) -> Manifest | None:
         """The newest checkpoint that verifies; None where there never was one.
@@ -106,7 +105,7 @@ class Checkpoints:
             chosen, self.refused = newest_valid(self._workdir)
             for reason in self.refused.values():
                 self.report(f"checkpoint refused: {reason}")
-        step = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if chosen is None else chosen.step)))
+        step = int(from_first("newest checkpoint that verifies", str(-1 if chosen is None else chosen.step)))
         if step >= 0:
             return read(self.folder / str(step))
         if steps(self._workdir):

@@ -40,6 +40,7 @@ from wavlm_jax.training.start import (
 from wavlm_jax.training.state import Report, root_key
 from wavlm_jax.training.stream import BatchSpec, BatchStream
 from wavlm_jax.training.task import LossSums, Task
+from wavlm_jax.training.watchdog import Watchdog
 from wavlm_jax.training.writers import Jsonl, Metrics, say
 
 
@@ -176,7 +177,8 @@ class _Session:
                 for spec, arrays in self.streams[split].batches():
                     if self.preemption.heard:
                         return False
-                    batch = place(arrays, spec.arrays, self.mesh, spec.name)
+                    with self.clock.bucket("eval"):  # one batch, as far as the watchdog is concerned
+                        batch = place(arrays, spec.arrays, self.mesh, spec.name)
                     sums: LossSums = self.programs.evaluate[split][spec.name](self.state.params, batch)
                     if before is not None:
                         totals.add(jax.device_get(before))
@@ -263,6 +265,9 @@ def run(
             stack.callback(metrics.close)
             nonfinite = open_nonfinite(workdir, start)
             stack.callback(nonfinite.close)
+            watchdog = Watchdog(settings.train.max_step_seconds, workdir)
+            stack.callback(watchdog.close)
+            clock.on_switch = watchdog.enter
         session = _Session(settings, mesh, start, streams, programs, checkpoints, metrics, nonfinite, clock, preemption)
         return session.train()
 

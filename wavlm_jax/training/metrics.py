@@ -1,7 +1,7 @@
 """Where the time goes and what the numbers mean: a clock with buckets, and sums that become means. Host only."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,8 @@ class Clock:
     """Every second since it was made belongs to exactly one bucket, so that the buckets add up to the wall time."""
 
     def __init__(self) -> None:
+        self.on_switch: Callable[[str], None] | None = None
+        """Is told the bucket that time goes to from now on."""
         self._started = self._since = time.monotonic()
         self._bucket = "other"
         self.total = dict.fromkeys(BUCKETS, 0.0)
@@ -35,6 +37,8 @@ class Clock:
         self.total[self._bucket] += now - self._since
         self._since = now
         previous, self._bucket = self._bucket, name
+        if self.on_switch is not None:
+            self.on_switch(name)
         return previous
 
     def take(self) -> dict[str, float]:

@@ -12,6 +12,8 @@ class Status(IntEnum):
     """A signal asked for it: saved; the same command goes on (EX_TEMPFAIL)."""
     DIVERGED = 76
     """Too many steps in a row were not finite: the last good state is saved."""
+    STUCK = 77
+    """A step took longer than `train.max_step_seconds`: stacks are in the workdir, run it again."""
 
 
 class Outcome(NamedTuple):

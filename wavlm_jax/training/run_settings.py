@@ -20,9 +20,11 @@ class LoopSettings:
     """So many steps in a row that change nothing stop the run."""
     compilation_cache: str | None
     """Folder of compiled programs, relative to the workdir; None: compiled anew at every start."""
+    max_step_seconds: float = 600.0
+    """A step, a wait for data or an evaluation batch that takes longer ends the process (`watchdog`)."""
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "eval_every", "max_nonfinite_in_a_row"):
+        for name in ("num_steps", "eval_every", "max_nonfinite_in_a_row", "max_step_seconds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: found {getattr(self, name)}, expected 1 or more")
 

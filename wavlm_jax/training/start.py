@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from wavlm_jax.shapes import Params, StepKey
@@ -26,6 +25,7 @@ from wavlm_jax.training.sharding import parameter_shardings
 from wavlm_jax.training.state import TrainState, abstract_state, init_key, shard_state
 from wavlm_jax.training.task import Task
 from wavlm_jax.training.trees import path_name
+from wavlm_jax.training.waiting import from_first
 from wavlm_jax.training.writers import Jsonl, Metrics, MetricsSettings, open_writers, say
 
 
@@ -129,7 +129,7 @@ def begin(task: Task, layout: Layout, checkpoints: Checkpoints, *, seed: int, co
         if lines := difference(describe_arrays(abstract), describe_arrays(params)):
             raise ValueError("config.init: the parameters do not fit the model:\n  " + "\n  ".join(lines))
         params = _place(params, layout.shardings)
-    run_id = bytes(multihost_utils.broadcast_one_to_all(np.frombuffer(secrets.token_bytes(8), np.uint8))).hex()
+    run_id = from_first("run id", secrets.token_hex(8))
     record = RunRecord(run_id=run_id, config=config, fingerprints=task.fingerprints)
     state = shard_state(params, layout.optimizer, layout.mesh)
     thaws = without_given(layout.freeze, state.opt_state.thaws, given)

@@ -1,0 +1,81 @@
+"""The launch scripts are sound shell, say what is missing, and run train.py as it is; presets name real machines."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs.pretrain import base, base_plus, large, xlarge
+from configs.pretrain.machines import MACHINES
+from pretrain.task import outline
+from wavlm_jax.training.mesh import MeshSettings, Topology
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
+COMMON = {"DRY_RUN": "1", "CONFIG": "configs/pretrain/base.py:v5e-256", "WORKDIR": "/gcs/my runs/base"}
+
+
+def run(script: str, **variables: str) -> subprocess.CompletedProcess:
+    environment = {"PATH": os.environ["PATH"]} | variables
+    return subprocess.run([ROOT / "launch" / script], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_shellcheck_finds_nothing():
+    checker = Path(sys.executable).parent / "shellcheck"
+    done = subprocess.run([checker, *SCRIPTS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert len(SCRIPTS) == 3
+
+
+@pytest.mark.parametrize(
+    ("script", "variables", "lines"),
+    [
+        ("tpu_vm.sh", {"TPU": "pod", "ZONE": "us-west4-a"}, 1),
+        ("tpu_vm.sh", {"TPU": "pod", "ZONE": "us-west4-a", "SLICES": "2"}, 2),
+        ("gke_xpk.sh", {"CLUSTER": "c", "TPU_TYPE": "v5litepod-256", "IMAGE": "i", "NAME": "n"}, 1),
+        ("slurm.sh", {}, 1),
+    ],
+)
+def test_a_dry_run_prints_what_would_run_and_quotes_survive(script, variables, lines):
+    done = run(script, **COMMON, **variables)
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout.splitlines()
+    assert len(printed) == lines
+    for line in printed:
+        words = shlex.split(line)
+        while "train.py" not in words:  # the command travels as one word, perhaps inside another shell
+            inner = next(word for word in words if "train.py" in word)
+            words = shlex.split(inner)
+        flags = words[words.index("train.py") + 1 :]
+        assert flags[:4] == ["--config", COMMON["CONFIG"], "--workdir", COMMON["WORKDIR"]]
+        assert flags[4] == "--platform"
+
+
+@pytest.mark.parametrize("script", [path.name for path in SCRIPTS])
+def test_what_is_missing_is_named(script):
+    done = run(script, DRY_RUN="1")
+    assert done.returncode != 0
+    assert ": " in done.stderr
+
+
+@pytest.mark.parametrize("module", [base, base_plus, large, xlarge], ids=lambda module: module.__name__.split(".")[-1])
+@pytest.mark.parametrize("machine", list(MACHINES))
+def test_every_preset_cuts_its_batches(module, machine):
+    """Rows of all buckets can be shared by the machine's hosts and devices, in training and evaluation."""
+    config = json.loads(module.get_config(machine).to_json())
+    mesh = MeshSettings(**config["mesh"])
+    data, fsdp, _ = mesh.sizes(mesh.devices)
+    task = outline(config, Topology(data * fsdp, 0, mesh.hosts))
+    wanted = config["batch"]["seconds_per_update"]
+    for spec in task.stream("train").specs:
+        assert 0.6 * wanted < spec.seconds < 1.4 * wanted
+    assert task.stream("valid").specs
+
+
+def test_an_unknown_machine_lists_those_that_there_are():
+    with pytest.raises(ValueError, match="no preset for 'v7-8'; there are v5e-16, v4-32"):
+        base.get_config("v7-8")

@@ -1,0 +1,99 @@
+"""A run that stands still says where, and ends: then the scheduler can start it again."""
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax._src import distributed
+
+from wavlm_jax.training.outcome import Status
+
+PROGRESS = "wavlm_jax/progress/"
+_WATCHED = {"data": 1.0, "step": 1.0, "eval": 1.0, "save": 6.0}
+"""Bucket of the clock -> how many times the bound it may take."""
+_LAST_WORDS = 5.0
+
+
+class Watchdog:
+    """Ends the process when one step, wait for data, evaluation batch or save takes too long.
+
+    Python's stacks go to stderr and into `folder`; what every process did last is printed, so that the one that holds
+    the others up can be named. A host that is dead or frozen is found by JAX's heartbeat instead.
+
+    Args:
+        seconds: the bound; a save may take six times as long.
+        folder: workdir of the run.
+
+    """
+
+    def __init__(self, seconds: float, folder: Path) -> None:
+        self._seconds = seconds
+        self._folder = folder
+        self._index, self._alone = jax.process_index(), jax.process_count() == 1
+        self._doing, self._since = "", time.monotonic()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def enter(self, bucket: str) -> None:
+        """The process does something else now."""
+        self._doing, self._since = bucket, time.monotonic()
+
+    def close(self) -> None:
+        """Nothing is watched any more."""
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(min(self._seconds / 10, 5.0)):
+            doing, taken = self._doing, time.monotonic() - self._since
+            if not self._alone:
+                self._publish(doing)
+            if doing in _WATCHED and taken > self._seconds * _WATCHED[doing]:
+                self._end(doing, taken)
+
+    def _publish(self, doing: str) -> None:
+        record = json.dumps({"host": socket.gethostname(), "doing": doing, "since": time.time() - self._taken()})
+        client: Any = distributed.global_state.client
+        try:
+            client.key_value_set(f"{PROGRESS}{self._index}", record, allow_overwrite=True)
+        except jax.errors.JaxRuntimeError as error:
+            print(f"watchdog: {error}", file=sys.stderr, flush=True)
+
+    def _taken(self) -> float:
+        return time.monotonic() - self._since
+
+    def _end(self, doing: str, taken: float) -> None:
+        print(
+            f"watchdog: process {self._index} ({socket.gethostname()}) has been in {doing!r} for {taken:.0f} s, more "
+            f"than train.max_step_seconds allows ({self._seconds:.0f} s); ending with code {Status.STUCK.value}",
+            file=sys.stderr,
+            flush=True,
+        )
+        faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with (self._folder / f"stacks-{self._index}.txt").open("w") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+        if not self._alone:
+            asking = threading.Thread(target=self._say_what_others_do, daemon=True)  # may find nobody to ask
+            asking.start()
+            asking.join(_LAST_WORDS)
+        os._exit(Status.STUCK.value)
+
+    def _say_what_others_do(self) -> None:
+        client: Any = distributed.global_state.client
+        for key, text in sorted(client.key_value_dir_get(PROGRESS)):
+            record = json.loads(text)
+            print(
+                f"watchdog: process {key.rsplit('/', 1)[1]} ({record['host']}): {record['doing']!r} for "
+                f"{time.time() - record['since']:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
