@@ -1,0 +1,92 @@
+"""How far the hidden states of a cut file are from those of the whole file, by overlap; and memory by length.
+
+    python -m bench.long_audio [--model FOLDER --audio FILE] [--seconds S]
+
+Without a model and a file: random weights in the shape of Base with 4 layers, noise with the loudness of speech that
+comes and goes. The deviation of a frame is the distance of the two last layers' outputs over the length of the whole
+file's; the median and the worst frame are printed, and the share of frames whose nearest neighbour among the frames of
+the whole file within a second is still the right one (its "place"), which is what decoding lives on.
+"""
+
+import argparse
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import soundfile
+
+from wavlm_jax.audio.chunks import ChunkSettings
+from wavlm_jax.audio.recordings import open_recordings
+from wavlm_jax.config import WavLMConfig
+from wavlm_jax.inference.running import RunSettings, by_recording
+from wavlm_jax.loading import load_weights
+from wavlm_jax.model.wavlm import WavLM
+
+OVERLAPS = (0.0, 1.0, 2.0, 4.0, 6.0)
+NEAR = 50
+"""Frames on each side in which a frame could be mistaken for another."""
+
+
+def main() -> None:
+    """Print one JSON line an overlap."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--audio", type=Path)
+    parser.add_argument("--seconds", type=float, default=45.0)
+    parser.add_argument("--chunk-seconds", type=float, default=15.0)
+    options = parser.parse_args()
+    config, params = _model(options.model)
+    with tempfile.TemporaryDirectory() as folder:
+        path = options.audio or _noise(Path(folder) / "noise.wav", options.seconds)
+        whole = _states(config, params, path, ChunkSettings(seconds=1e5, overlap_seconds=0.0))
+        for overlap in OVERLAPS:
+            cut = _states(config, params, path, ChunkSettings(seconds=options.chunk_seconds, overlap_seconds=overlap))
+            print(json.dumps({"bench": "long_audio", "overlap_s": overlap, **_compared(whole, cut)}), flush=True)
+
+
+def _model(folder: Path | None) -> tuple[WavLMConfig, Any]:
+    if folder is None:
+        config = WavLMConfig.base(num_hidden_layers=4)
+        return config, WavLM(config).init(jax.random.key(0), jnp.zeros((1, 400)))["params"]
+    weights = load_weights(folder)
+    return dataclasses.replace(weights.config, padding="exact"), weights.params
+
+
+def _noise(path: Path, seconds: float) -> Path:
+    random = np.random.default_rng(0)
+    samples = int(seconds * 16_000)
+    loudness = np.repeat(random.uniform(0, 0.2, samples // 1_600 + 1), 1_600)[:samples]
+    soundfile.write(path, random.normal(size=samples) * loudness, 16_000)
+    return path
+
+
+def _states(config: WavLMConfig, params: Any, path: Path, chunks: ChunkSettings) -> np.ndarray:
+    model = WavLM(config)
+    compute = jax.jit(lambda inputs: model.apply({"params": params}, *inputs).last_hidden_state)
+    settings = RunSettings(chunks=chunks, batch_seconds=1.0)
+    found = by_recording(open_recordings([path]), compute, config, settings, lambda _: None, framewise=True)
+    ((_, results),) = found
+    return np.concatenate([result.values for result in results])
+
+
+def _compared(whole: np.ndarray, cut: np.ndarray) -> dict[str, float]:
+    deviation = np.linalg.norm(whole - cut, axis=1) / np.linalg.norm(whole, axis=1)
+    right = 0
+    for frame, state in enumerate(cut):
+        near = whole[max(0, frame - NEAR) : frame + NEAR + 1]
+        right += int(np.linalg.norm(near - state, axis=1).argmin() == min(frame, NEAR))
+    return {
+        "frames": len(cut),
+        "median_deviation": round(float(np.median(deviation)), 5),
+        "worst_deviation": round(float(deviation.max()), 5),
+        "right_place": round(right / len(cut), 5),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""`python -m wavlm_jax transcribe|align|embed|verify|diarize|classify`: options, files in, records out."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from wavlm_jax.audio.recordings import Recording, open_recordings
+from wavlm_jax.inference import recognition
+from wavlm_jax.inference.diarization import TurnSettings, diarize
+from wavlm_jax.inference.models import labels_of, open_model, vocabulary_of
+from wavlm_jax.inference.options import (
+    UsageError,
+    add_shared,
+    choose_device,
+    progress_bar,
+    recordings_of,
+    run_settings,
+    write_text,
+)
+from wavlm_jax.inference.recognition import Heard, Recognizer
+from wavlm_jax.inference.running import geometry_of
+from wavlm_jax.inference.utterances import classify, embed, scores
+from wavlm_jax.metrics.verification import equal_error_rate, minimum_detection_cost
+from wavlm_jax.text.beam import BeamSearch, BeamSettings
+from wavlm_jax.text.lexicon import read_lexicon
+from wavlm_jax.text.lines import read_lines
+from wavlm_jax.text.rttm import write_rttm
+from wavlm_jax.text.trials import files_of, read_trials
+
+_FORMATS = {"json": recognition.as_json, "ctm": recognition.as_ctm, "tsv": recognition.as_tsv}
+
+
+def add_transcribe(parser: argparse.ArgumentParser) -> None:
+    """Options of `transcribe`."""
+    defaults = BeamSettings()
+    add_shared(parser)
+    add = parser.add_argument
+    add("--format", choices=tuple(_FORMATS), default="json", help="json: a line a file, with times (default)")
+    add("--lm", type=Path, help="n-gram model (ARPA or KenLM): of characters, or of words with --lexicon")
+    add("--lexicon", type=Path, help="words that can be heard, one a line, with or without spelling")
+    add("--beam", type=int, help="beam search of this width, without a language model too")
+    add("--lm-weight", type=float, default=defaults.lm_weight, help=f"default: {defaults.lm_weight}")
+    add("--word-score", type=float, default=defaults.word_score, help=f"with --lexicon; default: {defaults.word_score}")
+    parser.set_defaults(command=_transcribe)
+
+
+def add_align(parser: argparse.ArgumentParser) -> None:
+    """Options of `align`."""
+    add_shared(parser)
+    parser.add_argument("--format", choices=("json", "ctm"), default="json")
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--text", help="what is said in the one file")
+    given.add_argument("--texts", type=Path, help="a line a file: its name as in FILES or without ending, tab, text")
+    parser.set_defaults(command=_align)
+
+
+def add_embed(parser: argparse.ArgumentParser) -> None:
+    """Options of `embed`."""
+    add_shared(parser)
+    parser.set_defaults(command=_embed)
+
+
+def add_verify(parser: argparse.ArgumentParser) -> None:
+    """Options of `verify`."""
+    add_shared(parser, files="two audio files, or one trial list (`1|0 path path` a line)")
+    parser.add_argument("--root", type=Path, default=Path(), help="folder that the list's paths are relative to")
+    parser.set_defaults(command=_verify)
+
+
+def add_diarize(parser: argparse.ArgumentParser) -> None:
+    """Options of `diarize`."""
+    add_shared(parser)
+    parser.add_argument("--threshold", type=float, default=TurnSettings().threshold, help="default: 0.5")
+    parser.set_defaults(command=_diarize)
+
+
+def add_classify(parser: argparse.ArgumentParser) -> None:
+    """Options of `classify`."""
+    add_shared(parser)
+    parser.add_argument("--top", type=int, default=5, help="classes to print (default: 5)")
+    parser.set_defaults(command=_classify)
+
+
+def _transcribe(options: argparse.Namespace) -> None:
+    choose_device(options)
+    running, recognizer = run_settings(options), _recognizer(options)
+    search = _search(options, recognizer)
+    recordings = recordings_of(options, geometry_of(recognizer.module.config))
+    bar = progress_bar(recordings, options)
+    heard = {one.recording: one for one in recognition.transcribe(recognizer, recordings, running, search, bar)}
+    write_text(_FORMATS[options.format](heard[recording] for recording in recordings), options)
+
+
+def _recognizer(options: argparse.Namespace) -> Recognizer:
+    opened = open_model(options, "WavLMForCTC")
+    return Recognizer(opened.module, opened.params, vocabulary_of(options, opened))
+
+
+def _search(options: argparse.Namespace, recognizer: Recognizer) -> BeamSearch | None:
+    if options.lm is None and options.lexicon is None and options.beam is None:
+        return None
+    beam = BeamSettings().beam if options.beam is None else options.beam
+    settings = BeamSettings(beam=beam, lm_weight=options.lm_weight, word_score=options.word_score)
+    lexicon = None if options.lexicon is None else read_lexicon(options.lexicon, recognizer.vocabulary)
+    return BeamSearch(recognizer.vocabulary, settings, options.lm, lexicon)
+
+
+def _align(options: argparse.Namespace) -> None:
+    choose_device(options)
+    running, recognizer = run_settings(options), _recognizer(options)
+    recordings = recordings_of(options, geometry_of(recognizer.module.config))
+    texts = _texts(options, recordings)
+    bar = progress_bar(recordings, options)
+    heard: dict[Recording, Heard] = {
+        one.recording: one for one in recognition.align_texts(recognizer, texts, running, bar)
+    }
+    write_text(_FORMATS[options.format](heard[recording] for recording in recordings), options)
+
+
+def _texts(options: argparse.Namespace, recordings: list[Recording]) -> dict[Recording, str]:
+    if options.text is not None:
+        if len(recordings) != 1:
+            raise UsageError(f"--text: is of one file, found {len(recordings)}; give --texts")
+        return {recordings[0]: options.text}
+    given: dict[str, str] = {}
+    for number, line in read_lines(options.texts):
+        name, tab, text = line.rstrip("\r\n").partition("\t")
+        if line.strip() and not tab:
+            raise UsageError(f"{options.texts}, line {number}: found {name[:60]!r}, expected name, tab, text")
+        given[name] = text
+    texts = {}
+    for recording in recordings:
+        named = [name for name in (recording.name, str(recording.path)) if name in given]
+        if not named:
+            raise UsageError(f"{options.texts}: has no text for {recording.path} (as {recording.name} or as its path)")
+        texts[recording] = given[named[0]]
+    return texts
+
+
+def _embed(options: argparse.Namespace) -> None:
+    choose_device(options)
+    running, opened = run_settings(options), open_model(options, "WavLMForXVector")
+    recordings = recordings_of(options, geometry_of(opened.module.config))
+    found = embed(opened.module, opened.params, recordings, running, progress_bar(recordings, options))
+    if options.out is not None and options.out.suffix == ".npy":
+        np.save(options.out, np.stack(list(found.values())))
+        options.out.with_suffix(".json").write_text(json.dumps([str(one.path) for one in found], indent=1) + "\n")
+        return
+    lines = ({"name": one.name, "path": str(one.path), "embedding": value.tolist()} for one, value in found.items())
+    write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), options)
+
+
+def _verify(options: argparse.Namespace) -> None:
+    choose_device(options)
+    pair = 2
+    if len(options.files) not in (1, pair):
+        raise UsageError(f"FILES: found {len(options.files)}, expected two recordings or one trial list")
+    running, opened = run_settings(options), open_model(options, "WavLMForXVector")
+    trials = read_trials(Path(options.files[0])) if len(options.files) == 1 else []
+    paths = files_of(trials, options.root) if trials else {name: Path(name) for name in options.files}
+    recordings = open_recordings(
+        list(paths.values()), resampling=options.resample, geometry=geometry_of(opened.module.config)
+    )
+    found = embed(opened.module, opened.params, recordings, running, progress_bar(recordings, options))
+    by_path = {recording.path: value for recording, value in found.items()}
+    if not trials:
+        left, right = (by_path[path] for path in paths.values())
+        write_text(f"{float(left @ right):.6f}\t{options.files[0]}\t{options.files[1]}\n", options)
+        return
+    values = scores(trials, {name: by_path[path] for name, path in paths.items()})
+    lines = zip(values, trials, strict=True)
+    write_text("".join(f"{v:.6f}\t{int(t.same)}\t{t.left}\t{t.right}\n" for v, t in lines), options)
+    same = np.array([trial.same for trial in trials])
+    if 0 < same.sum() < len(same):
+        equal, cost = equal_error_rate(values, same), minimum_detection_cost(values, same)
+        print(f"EER {100 * equal.rate:.2f} % at {equal.threshold:.4f}, minDCF(0.01) {cost:.4f}", file=sys.stderr)
+
+
+def _diarize(options: argparse.Namespace) -> None:
+    choose_device(options)
+    running, opened = run_settings(options), open_model(options, "WavLMForAudioFrameClassification")
+    recordings = recordings_of(options, geometry_of(opened.module.config))
+    bar = progress_bar(recordings, options)
+    settings = TurnSettings(threshold=options.threshold)
+    found = dict(diarize(opened.module, opened.params, recordings, running, settings, bar))
+    write_text("".join(write_rttm(found[recording]) for recording in recordings), options)
+
+
+def _classify(options: argparse.Namespace) -> None:
+    choose_device(options)
+    running, opened = run_settings(options), open_model(options, "WavLMForSequenceClassification")
+    recordings = recordings_of(options, geometry_of(opened.module.config))
+    bar = progress_bar(recordings, options)
+    found = classify(opened.module, opened.params, recordings, labels_of(opened), running, bar)
+    lines = (
+        {
+            "name": recording.name,
+            "path": str(recording.path),
+            "label": answers[0].label,
+            "classes": {answer.label: round(answer.probability, 6) for answer in answers[: options.top]},
+        }
+        for recording, answers in found.items()
+    )
+    write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), options)

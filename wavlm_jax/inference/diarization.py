@@ -1,0 +1,102 @@
+"""Who spoke when: per-frame speaker activities of recordings to turns."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float
+from scipy.optimize import linear_sum_assignment
+
+from wavlm_jax.audio.inputs import Inputs
+from wavlm_jax.audio.recordings import Recording
+from wavlm_jax.inference.running import Result, RunSettings, by_recording, geometry_of
+from wavlm_jax.model.heads import FrameOutput, WavLMForAudioFrameClassification
+from wavlm_jax.shapes import STANDARD, Geometry, Params, num_frames
+from wavlm_jax.text.ctc import seconds
+from wavlm_jax.text.rttm import Turn
+
+Activity = Float[np.ndarray, "frames speakers"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TurnSettings:
+    """From probabilities to turns."""
+
+    threshold: float = 0.5
+    fill_seconds: float = 0.2
+    """Shorter gaps within a speaker's turn are filled."""
+    least_seconds: float = 0.1
+    """Shorter turns are dropped."""
+
+
+def diarize(
+    module: WavLMForAudioFrameClassification,
+    params: Params,
+    recordings: Sequence[Recording],
+    running: RunSettings,
+    settings: TurnSettings,
+    progress: Callable[[int], Any] = lambda _: None,
+) -> Iterator[tuple[Recording, list[Turn]]]:
+    """The turns of each recording, short recordings first; speakers are numbered.
+
+    Speakers have no order from piece to piece of a long file: each piece is matched to the one before by who is active
+    in the frames that both saw.
+
+    Raises:
+        AudioFault: a file that cannot be read to its end.
+
+    """
+
+    @jax.jit
+    def compute(inputs: Inputs) -> jax.Array:
+        output: FrameOutput
+        applied: Any = module.apply({"params": params}, *inputs)
+        output = applied
+        return jax.nn.sigmoid(output.logits)
+
+    for recording, results in by_recording(recordings, compute, module.config, running, progress, framewise=False):
+        yield recording, turns(recording.name, join(results, geometry_of(module.config)), settings)
+
+
+def join(results: Sequence[Result], geometry: Geometry = STANDARD) -> Activity:
+    """Every frame of the file once, with one order of speakers."""
+    joined: list[Activity] = []
+    before: Result | None = None
+    for result in results:
+        piece, values = result.job.piece, result.values
+        if before is not None:
+            values = values[:, _matched(before, result, geometry)]
+        joined.append(values[piece.keep_from - piece.first_frame : piece.keep_to - piece.first_frame])
+        before = Result(result.job, values)
+    return np.concatenate(joined)
+
+
+def turns(name: str, activity: Activity, settings: TurnSettings) -> list[Turn]:
+    """The turns of a recording, by start; a frame that is active lasts for its 20 ms."""
+    found = []
+    for speaker in range(activity.shape[1]):
+        for start, end in _stretches(activity[:, speaker] > settings.threshold, settings):
+            found.append(Turn(name, seconds(start), seconds(end - start), f"speaker{speaker + 1}"))
+    return sorted(found, key=lambda turn: (turn.start, turn.speaker))
+
+
+def _matched(before: Result, after: Result, geometry: Geometry) -> np.ndarray:
+    """For each speaker of `before`, which one of `after` agrees with it best in the frames that both saw."""
+    start = after.job.piece.first_frame - before.job.piece.first_frame
+    both = int(num_frames(before.job.piece.num_samples, geometry)) - start
+    there, here = before.values[start : start + both], after.values[:both]
+    cost = np.abs(there[:, :, None] - here[:, None, :]).sum(axis=0)
+    return np.asarray(linear_sum_assignment(cost)[1])
+
+
+def _stretches(active: Bool[np.ndarray, "frames"], settings: TurnSettings) -> list[tuple[int, int]]:
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], active, [False]]).astype(np.int8)))
+    merged: list[tuple[int, int]] = []
+    for start, end in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
+        if merged and seconds(start - merged[-1][1]) < settings.fill_seconds:
+            merged[-1] = merged[-1][0], end
+        else:
+            merged.append((start, end))
+    return [(start, end) for start, end in merged if seconds(end - start) >= settings.least_seconds]

@@ -1,0 +1,113 @@
+"""What all commands share: options, files from the command line or stdin, the device, progress, and messages."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from wavlm_jax.audio.chunks import ChunkSettings
+from wavlm_jax.audio.recordings import Recording, open_recordings
+from wavlm_jax.inference.running import RunSettings
+from wavlm_jax.shapes import SAMPLE_RATE, Geometry
+
+FROM_STDIN = "-"
+
+
+class UsageError(ValueError):
+    """A command line that cannot be done."""
+
+
+def add_shared(parser: argparse.ArgumentParser, files: str = "audio files; - reads their names from stdin") -> None:
+    """The options of every command."""
+    running = RunSettings()
+    add = parser.add_argument
+    add("files", nargs="+", metavar="FILES", help=files)
+    add("--model", type=Path, required=True, help="folder of the model: a run of ours or a Hugging Face folder")
+    add("--step", type=int, help="checkpoint of a run; the newest if not given")
+    add("--out", type=Path, help="where to write; stdout if not given")
+    add("--device", choices=("cpu", "gpu", "tpu"), help="where to compute; the fastest there is if not given")
+    add("--resample", action="store_true", help="take files at other rates than 16 kHz")
+    add("--batch-seconds", type=float, default=running.batch_seconds, help="most audio in a batch (default: 60)")
+    add("--chunk-seconds", type=float, default=running.chunks.seconds, help="longer files are cut (default: 30)")
+    add("--overlap-seconds", type=float, default=running.chunks.overlap_seconds, help="of two pieces (default: 6)")
+    add("--quiet", action="store_true", help="no progress bar")
+
+
+def choose_device(options: argparse.Namespace) -> None:
+    """Compute on the device that was asked for, or not at all.
+
+    Raises:
+        UsageError: there is none of that kind.
+
+    """
+    if options.device is None:
+        return
+    jax.config.update("jax_platforms", {"gpu": "cuda"}.get(options.device, options.device))
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        raise UsageError(f"--device {options.device}: JAX finds none ({str(error).splitlines()[0]})") from error
+
+
+def run_settings(options: argparse.Namespace) -> RunSettings:
+    """Batches and chunks as asked for.
+
+    Raises:
+        ValueError: lengths that cannot be.
+
+    """
+    chunks = ChunkSettings(seconds=options.chunk_seconds, overlap_seconds=options.overlap_seconds)
+    if not options.batch_seconds > 0:
+        raise UsageError(f"--batch-seconds: found {options.batch_seconds}, expected more than 0")
+    return RunSettings(chunks=chunks, batch_seconds=options.batch_seconds)
+
+
+def paths_of(words: Sequence[str]) -> list[Path]:
+    """The files that are named; `-` stands for those on stdin, one a line.
+
+    Raises:
+        UsageError: stdin names none.
+
+    """
+    paths: list[Path] = []
+    for word in words:
+        if word == FROM_STDIN:
+            named = [Path(line.rstrip("\r\n")) for line in sys.stdin if line.strip()]
+            if not named:
+                raise UsageError("-: stdin has no file name, expected one a line")
+            paths += named
+        else:
+            paths.append(Path(word))
+    return paths
+
+
+def recordings_of(options: argparse.Namespace, geometry: Geometry) -> list[Recording]:
+    """The recordings that a command works on.
+
+    Raises:
+        RecordingError: files that cannot be used.
+
+    """
+    return open_recordings(paths_of(options.files), resampling=options.resample, geometry=geometry)
+
+
+def progress_bar(recordings: Sequence[Recording], options: argparse.Namespace) -> Callable[[int], Any]:
+    """A function that is told how many samples were done."""
+    total = sum(recording.num_samples for recording in recordings) / SAMPLE_RATE
+    hidden = options.quiet or not sys.stderr.isatty()
+    bar = tqdm(total=round(total, 1), unit="s", unit_scale=True, disable=hidden, desc="audio")
+    return lambda samples: bar.update(samples / SAMPLE_RATE)
+
+
+def write_text(text: str, options: argparse.Namespace) -> None:
+    """Results to the file that was named, replaced at once, or to stdout."""
+    if options.out is None:
+        sys.stdout.write(text)
+        return
+    temporary = options.out.with_name(options.out.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(options.out)

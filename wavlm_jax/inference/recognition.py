@@ -1,0 +1,157 @@
+"""Recognition and forced alignment of recordings with a CTC model, files of any length."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wavlm_jax.audio.inputs import Inputs
+from wavlm_jax.audio.recordings import Recording
+from wavlm_jax.inference.running import RunSettings, by_recording
+from wavlm_jax.model.heads import CTCOutput, WavLMForCTC
+from wavlm_jax.shapes import Params
+from wavlm_jax.text.alignment import Alignment, AlignmentError, align
+from wavlm_jax.text.beam import BeamSearch
+from wavlm_jax.text.ctc import Span, Transcript, decode, seconds
+from wavlm_jax.text.ctm import TimedWord, write_ctm
+from wavlm_jax.text.vocabulary import UnknownCharactersError, Vocabulary, VocabularyError
+
+
+class Recognizer(NamedTuple):
+    """A CTC model and what it speaks."""
+
+    module: WavLMForCTC
+    params: Params
+    vocabulary: Vocabulary
+
+
+class Heard(NamedTuple):
+    """A recording and its text; confidence of each character where the text was given and aligned."""
+
+    recording: Recording
+    transcript: Transcript
+    confidence: tuple[float, ...] | None = None
+
+
+def transcribe(
+    recognizer: Recognizer,
+    recordings: Sequence[Recording],
+    running: RunSettings,
+    search: BeamSearch | None = None,
+    progress: Callable[[int], Any] = lambda _: None,
+) -> Iterator[Heard]:
+    """What is said in each recording, short ones first.
+
+    Args:
+        recognizer: the model.
+        recordings: of any length.
+        running: batches and chunks.
+        search: beam search; None: greedily, and only the best token of each frame leaves the device.
+        progress: told how many samples were just done.
+
+    Raises:
+        VocabularyError: vocabulary and model do not fit.
+        AudioFault: a file that cannot be read to its end.
+
+    """
+    greedy = search is None
+    for recording, frames in _frames(recognizer, recordings, running, progress, best_only=greedy):
+        if search is None:
+            yield Heard(recording, decode(frames, recognizer.vocabulary))
+        else:
+            yield Heard(recording, search(frames)[0].transcript)
+
+
+def align_texts(
+    recognizer: Recognizer,
+    texts: Mapping[Recording, str],
+    running: RunSettings,
+    progress: Callable[[int], Any] = lambda _: None,
+) -> Iterator[Heard]:
+    """When the words of each recording's text were said; texts are checked before anything is computed.
+
+    Raises:
+        AlignmentError: texts with unknown characters, naming the recording; a text that is longer than its recording.
+
+    """
+    for recording, text in texts.items():
+        try:
+            recognizer.vocabulary.encode(text)
+        except UnknownCharactersError as error:
+            raise AlignmentError(f"{recording.path}: {error}") from error
+    for recording, log_probs in _frames(recognizer, list(texts), running, progress, best_only=False):
+        try:
+            aligned: Alignment = align(log_probs, texts[recording], recognizer.vocabulary)
+        except AlignmentError as error:
+            raise AlignmentError(f"{recording.path}: {error}") from error
+        yield Heard(recording, aligned.transcript, aligned.confidence)
+
+
+def as_json(heard: Iterable[Heard]) -> str:
+    """One JSON object a line: name, path, text, words and characters with start and end in seconds."""
+    return "".join(json.dumps(_record(one), ensure_ascii=False) + "\n" for one in heard)
+
+
+def as_ctm(heard: Iterable[Heard]) -> str:
+    """Words with start and duration."""
+    return write_ctm(
+        TimedWord(one.recording.name, seconds(word.start), seconds(word.end - word.start), word.text)
+        for one in heard
+        for word in one.transcript.words
+    )
+
+
+def as_tsv(heard: Iterable[Heard]) -> str:
+    """Name, tab, text."""
+    return "".join(f"{one.recording.name}\t{one.transcript.text}\n" for one in heard)
+
+
+def _record(heard: Heard) -> dict[str, Any]:
+    characters = [_times(span) for span in heard.transcript.characters]
+    if heard.confidence is not None:
+        for character, confidence in zip(characters, heard.confidence, strict=True):
+            character["confidence"] = round(confidence, 4)
+    return {
+        "name": heard.recording.name,
+        "path": str(heard.recording.path),
+        "seconds": heard.recording.seconds,
+        "text": heard.transcript.text,
+        "words": [_times(span) for span in heard.transcript.words],
+        "characters": characters,
+    }
+
+
+def _times(span: Span) -> dict[str, Any]:
+    return {"text": span.text, "start": round(seconds(span.start), 3), "end": round(seconds(span.end), 3)}
+
+
+def _frames(
+    recognizer: Recognizer,
+    recordings: Sequence[Recording],
+    running: RunSettings,
+    progress: Callable[[int], Any],
+    *,
+    best_only: bool,
+) -> Iterator[tuple[Recording, np.ndarray]]:
+    """The best token, or the log probabilities, of every frame of each recording."""
+    module, vocabulary = recognizer.module, recognizer.vocabulary
+    if module.head.vocab_size != len(vocabulary):
+        raise VocabularyError(
+            f"vocabulary: has {len(vocabulary)} tokens, the model {module.head.vocab_size} outputs; it belongs to "
+            "another model"
+        )
+    if module.head.add_adapter:
+        raise VocabularyError("head.add_adapter: found True; frames of an adapter are not those of the file")
+
+    @jax.jit
+    def compute(inputs: Inputs) -> jax.Array:
+        output: CTCOutput
+        applied: Any = module.apply({"params": recognizer.params}, *inputs)
+        output = applied
+        return output.logits.argmax(axis=2) if best_only else jax.nn.log_softmax(output.logits.astype(jnp.float32))
+
+    for recording, results in by_recording(recordings, compute, module.config, running, progress, framewise=True):
+        yield recording, np.concatenate([result.values for result in results])

@@ -1,0 +1,111 @@
+"""One answer a recording: speaker embeddings and their scores, classes. Long files are averaged over their pieces."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from wavlm_jax.audio.inputs import Inputs
+from wavlm_jax.audio.recordings import Recording
+from wavlm_jax.inference.running import Compute, RunSettings, by_recording
+from wavlm_jax.model.heads import ClassOutput, Headed, WavLMForSequenceClassification
+from wavlm_jax.shapes import Params
+from wavlm_jax.text.trials import Trial
+
+Embedding = Float[np.ndarray, "embedding"]
+
+
+class Answer(NamedTuple):
+    """A class and its probability."""
+
+    label: str
+    probability: float
+
+
+def embed(
+    module: Headed,
+    params: Params,
+    recordings: Sequence[Recording],
+    running: RunSettings,
+    progress: Callable[[int], Any] = lambda _: None,
+) -> dict[Recording, Embedding]:
+    """The speaker embedding of each recording, of length 1: compare by dot product.
+
+    Raises:
+        AudioFault: a file that cannot be read to its end.
+
+    """
+
+    @jax.jit
+    def compute(inputs: Inputs) -> jax.Array:
+        output: Any = module.apply({"params": params}, *inputs)
+        return output.embeddings
+
+    return _averaged(module, compute, _unit, recordings, running, progress)
+
+
+def scores(trials: Sequence[Trial], embeddings: Mapping[str, Embedding]) -> Float[np.ndarray, "trials"]:
+    """Cosine of each trial's two recordings, by their names in the list."""
+    return np.array([float(embeddings[trial.left] @ embeddings[trial.right]) for trial in trials])
+
+
+def classify(
+    module: WavLMForSequenceClassification,
+    params: Params,
+    recordings: Sequence[Recording],
+    labels: Sequence[str],
+    running: RunSettings,
+    progress: Callable[[int], Any] = lambda _: None,
+) -> dict[Recording, list[Answer]]:
+    """The classes of each recording, the likeliest first.
+
+    Args:
+        module: of the model.
+        params: of the module.
+        recordings: of any length.
+        labels: the names of the classes.
+        running: batches and chunks.
+        progress: told how many samples were just done.
+
+    Raises:
+        ValueError: another number of labels than the model has classes.
+        AudioFault: a file that cannot be read to its end.
+
+    """
+    if len(labels) != module.head.num_labels:
+        raise ValueError(f"labels: found {len(labels)}, the model has {module.head.num_labels} classes")
+
+    @jax.jit
+    def compute(inputs: Inputs) -> jax.Array:
+        output: ClassOutput
+        applied: Any = module.apply({"params": params}, *inputs)
+        output = applied
+        return jax.nn.softmax(output.logits, axis=-1)
+
+    found = _averaged(module, compute, lambda values: values, recordings, running, progress)
+    return {
+        recording: [Answer(labels[number], float(values[number])) for number in np.argsort(-values, kind="stable")]
+        for recording, values in found.items()
+    }
+
+
+def _averaged(
+    module: Any,
+    compute: Compute,
+    shape: Callable[[np.ndarray], np.ndarray],
+    recordings: Sequence[Recording],
+    running: RunSettings,
+    progress: Callable[[int], Any],
+) -> dict[Recording, np.ndarray]:
+    """Of each recording, the mean over its pieces, each weighted by the frames that it stands for."""
+    found: dict[Recording, np.ndarray] = {}
+    for recording, results in by_recording(recordings, compute, module.config, running, progress, framewise=False):
+        weights = [result.job.piece.keep_to - result.job.piece.keep_from for result in results]
+        found[recording] = shape(np.average([shape(result.values) for result in results], axis=0, weights=weights))
+    return {recording: found[recording] for recording in recordings}
+
+
+def _unit(vector: np.ndarray) -> np.ndarray:
+    return vector / np.maximum(np.linalg.norm(vector), np.float32(1e-12))
