@@ -95,7 +95,8 @@ def as_in_torch(params: Params, shapes: Params) -> dict[str, np.ndarray]:
 
     """
     expected = {path: leaf.shape for path, leaf in flatten(shapes).items()}
-    arrays = {path: np.asarray(leaf, np.float32) for path, leaf in flatten(params).items()}
+    with np.errstate(over="ignore"):
+        arrays = {path: np.asarray(leaf, np.float32) for path, leaf in flatten(params).items()}
     wrong = [path for path in expected.keys() | arrays.keys() if path not in arrays or path not in expected]
     wrong += [path for path in expected.keys() & arrays.keys() if arrays[path].shape != expected[path]]
     wrong += [path for path, array in arrays.items() if not np.isfinite(array).all()]
