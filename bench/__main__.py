@@ -4,7 +4,7 @@ import argparse
 import subprocess
 import sys
 
-BENCHMARKS = ("base_cpu", "loader", "labels", "first_step", "long_audio", "attention", "convert")
+BENCHMARKS = ("base_cpu", "loader", "labels", "first_step", "long_audio", "attention", "tpu_steps", "convert")
 
 
 def main() -> int:
