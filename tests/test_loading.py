@@ -22,7 +22,7 @@ from pretrain.task import build
 from tests.speech import make_corpora, tiny_config
 from wavlm_jax.convert.faults import DamagedFile, HostileFile
 from wavlm_jax.convert.names import ConversionError
-from wavlm_jax.loading import load_weights
+from wavlm_jax.loading import _task_head, load_weights
 from wavlm_jax.settings import read_sections
 from wavlm_jax.training import loop, stored
 from wavlm_jax.training.mesh import MESH_AXES, Topology
@@ -316,3 +316,14 @@ def test_padding_is_the_callers_choice(folder):
         wavlm_jax.load(folder, "exakt")
     with pytest.raises((ValueError, TypeError), match="waveform"):
         model(waveform[0])
+
+
+def test_sizes_of_a_fine_tuned_head_are_those_of_its_parameters():
+    """The vocabulary and the speakers come from the data, so a run's config does not have them."""
+    config = {"head": {"final_dropout": 0.0}}
+    ctc = _task_head(config, {"lm_head": {"kernel": np.zeros((32, 29)), "bias": np.zeros(29)}})
+    assert (ctc.kind, ctc.config.vocab_size, ctc.config.final_dropout) == ("WavLMForCTC", 29, 0.0)
+    frames = _task_head(config, {"classifier": {"kernel": np.zeros((32, 3)), "bias": np.zeros(3)}})
+    assert (frames.kind, frames.config.num_labels) == ("WavLMForAudioFrameClassification", 3)
+    speakers = _task_head(config, {"objective": {"weight": np.zeros((10, 7))}, "projector": {}, "classifier": {}})
+    assert (speakers.kind, speakers.config.num_labels) == ("WavLMForXVector", 7)

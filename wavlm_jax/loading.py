@@ -89,7 +89,13 @@ def _task_head(config: Mapping[str, Any], params: Mapping[str, Any]) -> TaskHead
     """The head of a fine-tuned run, whose parameters stand beside the encoder's."""
     kinds = {name: kind for kind, name in _MARKS.items() if name in params}
     kind = next(iter(kinds.values()), "WavLMForAudioFrameClassification")
-    return TaskHead(kind, read(config["head"], HeadConfig, "head"), params)
+    sizes = {}  # what the data decide is not in the config: the parameters tell it
+    if kind == "WavLMForCTC":
+        sizes["vocab_size"] = params["lm_head"]["kernel"].shape[-1]
+    else:
+        last = params["objective"]["weight"] if kind == "WavLMForXVector" else params["classifier"]["kernel"]
+        sizes["num_labels"] = last.shape[-1]
+    return TaskHead(kind, read({**config["head"], **sizes}, HeadConfig, "head"), params)
 
 
 _MARKS = {"WavLMForCTC": "lm_head", "WavLMForXVector": "objective", "WavLMForSequenceClassification": "projector"}
