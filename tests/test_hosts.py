@@ -58,7 +58,10 @@ def test_a_host_whose_loader_stands_still_is_named_and_all_end(runner: Runner, t
         assert process.returncode == 0, output
 
 
-@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGSTOP, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)],  # JAX's heartbeat notices after 100 s
+)
 def test_when_one_host_is_frozen_or_killed_the_other_ends(runner: Runner, tmp_path: Path, number: int) -> None:
     processes = start(runner, tmp_path, 2, delay=0.3, num_steps=200, max_step_seconds=8)
     wait_for_step(processes[0], tmp_path, 4)
