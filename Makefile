@@ -1,7 +1,7 @@
 # Each target is complete on a fresh machine: it makes the virtual environment first if there is none.
 #   make setup    .venv with everything (idempotent)
 #   make demo     the main job on the embedded corpus, or on DATA=folder: corpus, labels, pre-training, evaluation, export
-#   make test     all tests but the slow ones
+#   make test     all tests but the slow ones, which are make test-slow
 #   make check    format, lint, types, import contracts, room limits, README's file tree, tests, and a real train.py run
 #   make bench    one JSON line a figure
 
@@ -10,6 +10,8 @@ BIN := .venv/bin
 STAMP := .venv/.set-up
 # constraints.txt is one exact, tested set for Python 3.11; other versions resolve within requirements.txt.
 CONSTRAINTS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
+# libtpu is there for its compiler; without this line JAX would look for a TPU, loudly. JAX_PLATFORMS=cuda make demo takes a GPU.
+export JAX_PLATFORMS ?= cpu
 DATA ?=
 RUN ?= runs/demo
 
