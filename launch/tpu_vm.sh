@@ -12,7 +12,8 @@ SLICES=${SLICES:-1}
 PORT=${PORT:-8081}
 
 run() {
-  if [[ -n ${DRY_RUN:-} ]]; then printf '%q ' "$@"; printf '\n'; else "$@"; fi
+  # One write a line: slices print at the same time.
+  if [[ -n ${DRY_RUN:-} ]]; then printf '%s\n' "$(printf '%q ' "$@")"; else "$@"; fi
 }
 
 remote() { # NAME COMMAND: on every host of a slice

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from configs.pretrain import base, base_plus, large, xlarge
 from configs.pretrain.machines import MACHINES
@@ -15,6 +17,7 @@ from pretrain.task import outline
 from wavlm_jax.training.mesh import MeshSettings, Topology
 
 ROOT = Path(__file__).parents[1]
+PRETRAINING = sorted(path.stem for path in (ROOT / "configs" / "pretrain").glob("*.py") if path.stem != "machines")
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 COMMON = {"DRY_RUN": "1", "CONFIG": "configs/pretrain/base.py:v5e-256", "WORKDIR": "/gcs/my runs/base"}
 
@@ -79,3 +82,28 @@ def test_every_preset_cuts_its_batches(module, machine):
 def test_an_unknown_machine_lists_those_that_there_are():
     with pytest.raises(ValueError, match="no preset for 'v7-8'; there are v5e-16, v4-32"):
         base.get_config("v7-8")
+
+
+def absent(config: ConfigDict, prefix: str = "config") -> list[str]:
+    names: list[str] = []
+    for key, value in config.items():
+        name = f"{prefix}.{key}"
+        names += absent(value, name) if isinstance(value, ConfigDict) else [name] if value is None else []
+    return names
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections' way to load a file
+@pytest.mark.parametrize("name", PRETRAINING)
+def test_every_value_that_a_config_leaves_open_can_be_given_by_a_flag(name):
+    def parsed(*overrides: str) -> ConfigDict:
+        alone, arguments = flags.FlagValues(), [f"--config={ROOT}/configs/pretrain/{name}.py", *overrides]
+        config_flags.DEFINE_config_file("config", None, "", flag_values=alone, lock_config=True, sys_argv=arguments)
+        alone(["train.py", *arguments])
+        return alone["config"].value
+
+    open_values = [key for key in absent(parsed()) if key != "config.metrics.wandb"]  # a section, not a value
+    assert "config.init.path" in open_values
+    given = parsed(*(f"--{key}=1" for key in open_values))
+    assert absent(given) == ["config.metrics.wandb"]
+    assert given.init.path == "1"
+    assert given.init.step == 1

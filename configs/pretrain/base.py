@@ -13,8 +13,11 @@ Expected: not measured at this size here; docs/results.md has what small models 
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from configs.pretrain.machines import place
+
+# A `placeholder` is None until a flag gives it a value; a plain None would refuse the flag.
 
 
 def model() -> ConfigDict:
@@ -77,7 +80,7 @@ def mixing() -> ConfigDict:
             "prob": 0.2,
             "group": 4,  # chosen: the authors mix within a device's 3 to 5 rows
             "snr_db": (-5.0, 5.0),
-            "noise_corpus": None,
+            "noise_corpus": placeholder(str),
             "noise_prob_given_mix": 0.0,
             "noise_snr_db": (-5.0, 20.0),
             "reference_quirks": False,
@@ -108,9 +111,9 @@ def labels() -> ConfigDict:
             "num_clusters": 100,  # iteration 1; 500 for a layer
             "rate_hz": 100,  # 50 for a layer
             "teacher": "mfcc",
-            "run": None,
-            "step": None,
-            "layer": None,
+            "run": placeholder(str),
+            "step": placeholder(int),
+            "layer": placeholder(int),
             "seed": 0,
             "sample_seconds": 360_000.0,  # 10 % of LibriSpeech, as HuBERT
             "kmeans": {
@@ -144,7 +147,7 @@ def optim() -> ConfigDict:
                 "eps": 1e-6,
                 "weight_decay": 0.01,
                 "eps_added_to": "uncorrected",
-                "no_decay": None,
+                "no_decay": placeholder(str),
             },
         }
     )
@@ -203,8 +206,8 @@ def get_config(machine: str | None = None) -> ConfigDict:
     config.labels = labels()
     config.init = ConfigDict(
         {
-            "path": None,  # a run, or any checkpoint that docs/conversion.md lists
-            "step": None,
+            "path": placeholder(str),  # a run, or any checkpoint that docs/conversion.md lists
+            "step": placeholder(int),
             "head_warmup_steps": 0,  # updates of a fresh head alone, where `path` has none that fits
         }
     )
@@ -220,6 +223,15 @@ def get_config(machine: str | None = None) -> ConfigDict:
         }
     )
     config.checkpoint = ConfigDict({"every": 1_000, "keep_last": 3, "keep_every": 50_000})
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "platform": None, "hosts": None, "devices": None})
+    config.mesh = ConfigDict(
+        {
+            "data": -1,
+            "fsdp": 1,
+            "tensor": 1,
+            "platform": placeholder(str),
+            "hosts": placeholder(int),
+            "devices": placeholder(int),
+        }
+    )
     config.metrics = ConfigDict({"log_every": 100, "tensorboard": True, "progress": True, "wandb": None})
     return place(config, machine, PRESETS)

@@ -8,6 +8,7 @@ Expected: see docs/results.md.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from configs.pretrain import base
 
@@ -46,7 +47,7 @@ def get_config() -> ConfigDict:
     config.objective.unmasked_weight = 1.0
     config.labels.path = "runs/demo/labels/mfcc"
     config.labels.make = True
-    config.labels.sample_seconds = None
+    config.labels.sample_seconds = placeholder(float)  # all
     config.labels.kmeans.update({"sample_frames": 400_000, "passes": 20, "initialisations": 1})
     config.labels.num_threads = 2
     config.optim.learning_rate = 1.5e-3
@@ -54,6 +55,6 @@ def get_config() -> ConfigDict:
     config.train.num_steps = 2_000
     config.train.eval_every = 250
     config.train.eval_splits = ("valid", "unseen_voices")
-    config.checkpoint.update({"every": 250, "keep_last": 2, "keep_every": None})
+    config.checkpoint.update({"every": 250, "keep_last": 2, "keep_every": placeholder(int)})
     config.metrics.log_every = 20
     return config
