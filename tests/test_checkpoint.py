@@ -24,7 +24,7 @@ RECORD = RunRecord(run_id="abc", config={"optim": {"learning_rate": 1.0}}, finge
 
 
 def layout(fsdp: int = 1, task=None) -> Layout:
-    chosen = make_mesh(MeshSettings(data=-1, fsdp=fsdp, tensor=1))
+    chosen = make_mesh(MeshSettings.anywhere(data=-1, fsdp=fsdp, tensor=1))
     return plan_layout(
         task or toy_task.make_task(),
         adam(lambda _: 0.1, toy_task.make_settings().optim.adam, {}),

@@ -19,7 +19,7 @@ from wavlm_jax.training.trees import path_name
 
 
 def mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
-    return make_mesh(MeshSettings(data=data, fsdp=fsdp, tensor=tensor))
+    return make_mesh(MeshSettings.anywhere(data=data, fsdp=fsdp, tensor=tensor))
 
 
 def test_minus_one_is_the_rest() -> None:

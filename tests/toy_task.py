@@ -165,13 +165,14 @@ def make_settings(
             eval_every=5,
             eval_splits=("valid",),
             max_nonfinite_in_a_row=patience,
+            max_step_seconds=600.0,
             compilation_cache=None,
         ),
         optim=OptimSettings(
             learning_rate=1e-2, schedule="linear", warmup_steps=3, max_grad_norm=1.0, freeze={}, adam=adam
         ),
         checkpoint=CheckpointSettings(every=every, keep_last=2, keep_every=None),
-        mesh=MeshSettings(data=-1, fsdp=fsdp, tensor=tensor),
+        mesh=MeshSettings.anywhere(data=-1, fsdp=fsdp, tensor=tensor),
         metrics=MetricsSettings(log_every=log_every, tensorboard=False, progress=False, wandb=None),
     )
 

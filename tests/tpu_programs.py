@@ -47,7 +47,7 @@ def programs(array):
 
 def main() -> None:
     target = open_target("v5e:2x2")
-    mesh = make_mesh(MeshSettings(data=4, fsdp=1, tensor=1), target.devices)
+    mesh = make_mesh(MeshSettings.anywhere(data=4, fsdp=1, tensor=1), target.devices)
 
     def array(shape, dtype, *axes):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))

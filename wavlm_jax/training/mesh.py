@@ -24,12 +24,17 @@ class MeshSettings:
     """Devices over which parameters and optimizer state are split; each sees its own rows. 8 or 16, not all."""
     tensor: int
     """Devices that share the same rows and split heads and feed-forward units."""
-    platform: str | None = None
+    platform: str | None
     """cpu, gpu or tpu: a run that finds another is refused (`hosts.check_machine`); None: whatever there is."""
-    hosts: int | None = None
+    hosts: int | None
     """So many processes; None: as many as there are."""
-    devices: int | None = None
+    devices: int | None
     """So many devices in all; None: as many as there are."""
+
+    @classmethod
+    def anywhere(cls, *, data: int, fsdp: int, tensor: int) -> "MeshSettings":
+        """Of whatever machine there is."""
+        return cls(data=data, fsdp=fsdp, tensor=tensor, platform=None, hosts=None, devices=None)
 
     def sizes(self, num_devices: int) -> tuple[int, int, int]:
         """(data, fsdp, tensor) with -1 resolved.

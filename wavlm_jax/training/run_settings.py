@@ -20,7 +20,7 @@ class LoopSettings:
     """So many steps in a row that change nothing stop the run."""
     compilation_cache: str | None
     """Folder of compiled programs, relative to the workdir; None: compiled anew at every start."""
-    max_step_seconds: float = 600.0
+    max_step_seconds: float
     """A step, a wait for data or an evaluation batch that takes longer ends the process (`watchdog`)."""
 
     def __post_init__(self) -> None:
