@@ -171,6 +171,20 @@ PRESETS = {
 """How the batch is cut on each machine (all chosen)."""
 
 
+def mesh() -> ConfigDict:
+    """Whatever machine there is, all of it for copies of the parameters; presets are in machines.py."""
+    return ConfigDict(
+        {
+            "data": -1,
+            "fsdp": 1,
+            "tensor": 1,
+            "platform": placeholder(str),
+            "hosts": placeholder(int),
+            "devices": placeholder(int),
+        }
+    )
+
+
 def get_config(machine: str | None = None) -> ConfigDict:
     config = ConfigDict()
     config.task = "masked_prediction"
@@ -223,15 +237,6 @@ def get_config(machine: str | None = None) -> ConfigDict:
         }
     )
     config.checkpoint = ConfigDict({"every": 1_000, "keep_last": 3, "keep_every": 50_000})
-    config.mesh = ConfigDict(
-        {
-            "data": -1,
-            "fsdp": 1,
-            "tensor": 1,
-            "platform": placeholder(str),
-            "hosts": placeholder(int),
-            "devices": placeholder(int),
-        }
-    )
+    config.mesh = mesh()
     config.metrics = ConfigDict({"log_every": 100, "tensorboard": True, "progress": True, "wandb": None})
     return place(config, machine, PRESETS)
