@@ -13,8 +13,8 @@ from pretrain.label_request import TRAIN, LabelRequest
 from pretrain.labels import LabelError, LabelHeader, LabelSettings, LabelStore
 from pretrain.layer_features import LayerFeatures, Teacher
 from pretrain.quality import measure, report
-from wavlm_jax.load_type import Load
 from wavlm_jax.shapes import SAMPLE_RATE, Params
+from wavlm_jax.starting import Load
 
 
 def make_labels(settings: LabelSettings, corpora: Mapping[str, Corpus], load: Load) -> LabelHeader:

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from pretrain.corpora import DataSettings, open_corpora
 from pretrain.labelling import make_labels
 from pretrain.labels import LabelSettings
 from wavlm_jax import command_line
+from wavlm_jax.data.corpora import DataSettings, open_corpora
 from wavlm_jax.loading import load_weights
 from wavlm_jax.settings import read
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from wavlm_jax.model.frontend import uniform
 from wavlm_jax.shapes import ConvFeatures, FrameMask, Hidden, Scalar, TimeMask
-from wavlm_jax.training.task import LossSums
+from wavlm_jax.training.loss_sums import LossSums
 
 NO_LABEL = -1
 """In a batch's `labels`: this frame has none and counts nowhere."""

@@ -14,12 +14,10 @@ from pretrain.objective import ObjectiveSettings, PredictionHead, masked_predict
 from wavlm_jax.config import Compute, WavLMConfig
 from wavlm_jax.model.frontend import normalize_waveform
 from wavlm_jax.model.masking import channel_mask, span_mask
+from wavlm_jax.model.waveform import INT16_SCALE, model_waveform
 from wavlm_jax.model.wavlm import WavLM, WavLMOutput
 from wavlm_jax.shapes import Batch, ChannelMask, NumSamples, Params, RowKeys, StepKey, TimeMask, Waveform, num_frames
-from wavlm_jax.training.task import LossSums
-
-INT16_SCALE = 32_768.0
-"""int16 on the wire is divided by this: [-1, 1)."""
+from wavlm_jax.training.loss_sums import LossSums
 
 
 class MaskedPredictor(nn.Module):
@@ -122,13 +120,7 @@ class MaskedPredictionLoss:
 
     def clean_waveform(self, batch: Batch) -> Waveform:
         """float32 rows; where the model wants it, normalised by the statistics of the *whole* utterance (FACTS C4)."""
-        waveform = batch["waveform"].astype(jnp.float32) / INT16_SCALE
-        if not self.predictor.config.do_normalize:
-            return waveform
-        deviation = jnp.sqrt(batch["variance"] + self.predictor.config.normalize_eps)
-        normalised = (waveform - batch["mean"][:, None]) / deviation[:, None]
-        real = jnp.arange(waveform.shape[1])[None, :] < batch["num_samples"][:, None]
-        return jnp.where(real, normalised, 0.0)
+        return model_waveform(batch, self.predictor.config)
 
     def mixed_waveform(self, batch: Batch, waveform: Waveform, keys: RowKeys) -> tuple[Waveform, Provenance]:
         """Mixed rows; a mixed row is normalised again where the model wants normalised waves (FACTS E29)."""

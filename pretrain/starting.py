@@ -1,16 +1,13 @@
 """The parameters that pre-training starts from: fresh ones, or those of an earlier run or an imported model."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from wavlm_jax.config import WavLMConfig
-from wavlm_jax.load_type import Load
-from wavlm_jax.settings import SettingsError
 from wavlm_jax.shapes import Params
+from wavlm_jax.starting import Load, fitting_weights, shapes_of
 from wavlm_jax.training.freeze import Freeze
 
 _SPECIAL_ROWS = 4
@@ -58,10 +55,7 @@ def initial_params(settings: InitSettings, model: WavLMConfig, fresh: Params, lo
     """
     if settings.path is None:
         return fresh
-    weights = load(Path(settings.path), settings.step)
-    if lines := model.another_function(weights.config):
-        raise SettingsError(f"config.init.path: {settings.path} is another model: {'; '.join(lines)}")
-    _check_fit(settings.path, fresh["wavlm"], weights.params)
+    weights = fitting_weights(settings.path, settings.step, model, fresh["wavlm"], load)
     return {"wavlm": weights.params, "head": _fitting_head(weights.head, fresh["head"])}
 
 
@@ -80,19 +74,4 @@ def _fitting_head(found: Params | None, fresh: Params) -> Params:
         special = np.random.default_rng(0).random((_SPECIAL_ROWS, *rows.shape[1:]), np.float32)
         rows = np.concatenate([special, rows])
     head: dict[str, Any] = {**found, "label_embeddings": rows}
-    return head if _shapes(head) == _shapes(fresh) else fresh
-
-
-def _shapes(tree: Params) -> dict[str, tuple[int, ...]]:
-    return {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _check_fit(path: str, wanted: Params, found: Params) -> None:
-    expected, given = _shapes(wanted), _shapes(found)
-    differing = [name for name in sorted({*expected, *given}) if expected.get(name) != given.get(name)]
-    if differing:
-        lines = [f"{name}: found {given.get(name)}, expected {expected.get(name)}" for name in differing[:8]]
-        raise SettingsError(
-            f"config.init.path: {path} is no model of config.model; {len(differing)} parameters differ:\n  "
-            + "\n  ".join(lines)
-        )
+    return head if shapes_of(head) == shapes_of(fresh) else fresh

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax.stages import Traced
 
 from pretrain.annotations import FrameLabels, NoiseClips, Together
-from pretrain.corpora import DataSettings, open_corpora
 from pretrain.label_step import trace_label_step
 from pretrain.labelling import make_labels
 from pretrain.labels import HEADER, LabelSettings, LabelStore
@@ -21,6 +20,7 @@ from pretrain.predictor import MaskedPredictionLoss, MaskedPredictor
 from pretrain.preflight import check_labels
 from pretrain.starting import InitSettings, head_warmup, initial_params
 from wavlm_jax.config import Compute, WavLMConfig
+from wavlm_jax.data.corpora import DataSettings, open_corpora
 from wavlm_jax.data.corpus import Corpus
 from wavlm_jax.data.loader import CropStream, LoaderSettings, PaddedStream
 from wavlm_jax.data.plan import BatchSettings, describe, rows_per_bucket
@@ -29,12 +29,12 @@ from wavlm_jax.data.specs import SpecStream, batch_specs
 from wavlm_jax.loading import load_weights
 from wavlm_jax.model.attention_choice import current_device
 from wavlm_jax.model.attention_choice import describe as describe_attention
-from wavlm_jax.settings import SettingsError, nearest, read_sections
+from wavlm_jax.settings import SettingsError, read_sections, refuse_unknown_sections
 from wavlm_jax.shapes import Params, StepKey, samples_for
-from wavlm_jax.training.mesh import Topology
 from wavlm_jax.training.run_settings import RunSettings
 from wavlm_jax.training.stream import BatchStream
 from wavlm_jax.training.task import Task
+from wavlm_jax.training.topology import Topology
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +124,7 @@ def label_step(config: Mapping[str, Any], devices: Sequence[jax.Device]) -> tupl
 
 
 def _read(config: Mapping[str, Any]) -> PretrainSettings:
-    _refuse_unknown_sections(config)
+    refuse_unknown_sections(config, PretrainSettings, RunSettings)
     return read_sections(config, PretrainSettings)
 
 
@@ -141,15 +141,6 @@ def _assemble(
         freeze=head_warmup(settings.init),
         fingerprints=fingerprints,
     )
-
-
-def _refuse_unknown_sections(config: Mapping[str, Any]) -> None:
-    known = {"task": None}
-    for kind in (PretrainSettings, RunSettings):
-        known |= {field.name: None for field in dataclasses.fields(kind)}
-    for name in config:
-        if name not in known:
-            raise SettingsError(f"config.{name}: no such section; {nearest(name, known)}")
 
 
 def _label_stores(settings: PretrainSettings, corpora: Mapping[str, Corpus], hosts: int) -> dict[str, LabelStore]:

@@ -19,7 +19,8 @@ from torch_twins import attention_mask, shake, small_config, waveforms
 
 from wavlm_jax.convert.huggingface import export_huggingface, import_huggingface
 from wavlm_jax.convert.names import ConversionError, from_torch
-from wavlm_jax.model.heads import Masks, module_of, tree_shapes
+from wavlm_jax.model.heads import module_of, tree_shapes
+from wavlm_jax.model.randomness import Masks
 from wavlm_jax.model.ready import _forward as model_forward
 from wavlm_jax.model.ready import ready
 

@@ -15,8 +15,7 @@ from language_models import CHARACTERS, WORDS, log10_prob, write_models
 
 from wavlm_jax.text.alignment import AlignmentError, align, best_path
 from wavlm_jax.text.beam import BeamSearch, BeamSettings, DecoderError
-from wavlm_jax.text.ctc import decode
-from wavlm_jax.text.greedy import decode_greedily
+from wavlm_jax.text.ctc import decode, decode_greedily
 from wavlm_jax.text.lexicon import lexicon_of_words, read_lexicon, words_of_arpa
 from wavlm_jax.text.lines import RecordError
 from wavlm_jax.text.vocabulary import UnknownCharactersError, Vocabulary, VocabularyError

@@ -14,7 +14,8 @@ from ml_collections import ConfigDict, config_flags
 from configs.pretrain import base, base_plus, large, xlarge
 from configs.pretrain.machines import MACHINES
 from pretrain.task import outline
-from wavlm_jax.training.mesh import MeshSettings, Topology
+from wavlm_jax.training.mesh import MeshSettings
+from wavlm_jax.training.topology import Topology
 
 ROOT = Path(__file__).parents[1]
 PRETRAINING = sorted(path.stem for path in (ROOT / "configs" / "pretrain").glob("*.py") if path.stem != "machines")

@@ -25,8 +25,9 @@ from wavlm_jax.convert.names import ConversionError
 from wavlm_jax.loading import _task_head, load_weights
 from wavlm_jax.settings import read_sections
 from wavlm_jax.training import loop, stored
-from wavlm_jax.training.mesh import MESH_AXES, Topology
+from wavlm_jax.training.mesh import MESH_AXES
 from wavlm_jax.training.run_settings import RunSettings
+from wavlm_jax.training.topology import Topology
 
 CONFIG = small_config()
 

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboardX.proto.event_pb2 import Event  # the reader's side of what we write
 
+from wavlm_jax.training.loss_sums import LossSums
 from wavlm_jax.training.metrics import Clock, Interval, Totals
 from wavlm_jax.training.state import Report
-from wavlm_jax.training.task import LossSums
 from wavlm_jax.training.writers import Jsonl, Metrics, MetricsSettings, Terminal, WandbSettings, for_json, open_writers
 
 

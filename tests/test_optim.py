@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wavlm_jax.training.optim import AdamSettings, OptimSettings, adam, clip, make_schedule
+from wavlm_jax.training.groups import Group
+from wavlm_jax.training.optim import AdamSettings, OptimSettings, TriStageSettings, adam, clip, make_schedule
 
 BASE = AdamSettings(b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.01, eps_added_to="uncorrected", no_decay=None)
 
@@ -120,3 +121,80 @@ def test_clipping_is_torch_clip_grad_norm(max_norm: float) -> None:
     np.testing.assert_allclose(ours, norm, rtol=1e-6)
     for tensor, value in zip(tensors, clip({"a": values[0], "b": values[1]}, ours, max_norm).values(), strict=True):
         np.testing.assert_allclose(value, tensor.grad, rtol=2e-6)
+
+
+@given(st.integers(0, 399))
+@settings(max_examples=50, deadline=None)
+def test_tri_stage_schedule_is_fairseq_s(updates: int) -> None:
+    """FACTS D1: straight up from a hundredth, level, exponentially down to a twentieth, level."""
+    stages = TriStageSettings(initial=0.01, hold_steps=100, decay_steps=200, final=0.05)
+    schedule = make_schedule(optim(schedule="tri_stage", tri_stage=stages), 400)
+    if updates < 32:
+        expected = 5e-4 * (0.01 + 0.99 * updates / 32)
+    elif updates < 132:
+        expected = 5e-4
+    elif updates < 332:
+        expected = 5e-4 * np.exp(np.log(0.05) * (updates - 132) / 200)
+    else:
+        expected = 5e-4 * 0.05
+    np.testing.assert_allclose(schedule(updates), expected, rtol=1e-5)
+
+
+def test_schedule_and_section_go_together() -> None:
+    with pytest.raises(ValueError, match="tri_stage: found no section"):
+        optim(schedule="tri_stage")
+    with pytest.raises(ValueError, match="expected shares"):
+        TriStageSettings(initial=0.01, hold_steps=0, decay_steps=1, final=0.0)
+
+
+PARAMETERS = {
+    "body": {"layers": {"kernel": jnp.ones((3, 2, 2))}, "below": jnp.ones(2)},
+    "head": {"kernel": jnp.ones(2)},
+}
+GROUPS = {
+    "layers": Group(pattern="^body/layers/", learning_rate=1.0, layer_decay=0.5),
+    "below": Group(pattern="^body/below", learning_rate=0.125, weight_decay=0.0),
+    "head": Group(pattern="^head/", learning_rate=10.0),
+}
+
+
+def test_groups_scale_the_rate_layer_by_layer_and_the_decay() -> None:
+    """The same gradient everywhere: plain Adam's update, times each group's factors."""
+    plain = AdamSettings(**(BASE.__dict__ | {"weight_decay": 0.0}))
+    grads = jax.tree.map(jnp.ones_like, PARAMETERS)
+
+    def updates(settings, groups):
+        optimizer = adam(lambda _: 0.5, settings, {}, groups)
+        return optimizer.update(grads, optimizer.init(PARAMETERS), PARAMETERS)[0]
+
+    one = updates(plain, {})["head"]["kernel"][0]
+    found = updates(plain, GROUPS)
+    for layer, factor in enumerate((0.25, 0.5, 1.0)):
+        np.testing.assert_allclose(found["body"]["layers"]["kernel"][layer], one * factor, rtol=1e-6)
+    np.testing.assert_allclose(found["body"]["below"], one * 0.125, rtol=1e-6)
+    np.testing.assert_allclose(found["head"]["kernel"], one * 10, rtol=1e-6)
+    decayed = updates(BASE, GROUPS)
+    np.testing.assert_allclose(decayed["body"]["below"], found["body"]["below"], rtol=1e-6)
+    np.testing.assert_allclose(decayed["head"]["kernel"], found["head"]["kernel"] - 0.5 * 10 * 0.01, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ({"head": GROUPS["head"]}, r"body/below is in 0 groups \(none\)"),
+        (GROUPS | {"kernels": Group(pattern="kernel$", learning_rate=1.0)}, r"is in 2 groups \(layers, kernels\)"),
+        (GROUPS | {"tail": Group(pattern="tail", learning_rate=1.0)}, r"groups\.tail: no parameter's path contains"),
+    ],
+)
+def test_groups_divide_the_parameters(groups, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        adam(lambda _: 0.5, BASE, {}, groups).init(PARAMETERS)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [({"pattern": "("}, "regular"), ({"layer_decay": 0.0}, "share"), ({"learning_rate": -1.0}, "0 or more")],
+)
+def test_bad_groups_are_named(values, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        Group(**({"pattern": "x", "learning_rate": 1.0} | values))

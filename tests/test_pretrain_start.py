@@ -17,8 +17,9 @@ from wavlm_jax.model.heads import tree_shapes
 from wavlm_jax.model.wavlm import WavLM
 from wavlm_jax.settings import SettingsError, read, read_sections
 from wavlm_jax.training import compilation, loop, stored
-from wavlm_jax.training.mesh import MESH_AXES, Topology
+from wavlm_jax.training.mesh import MESH_AXES
 from wavlm_jax.training.run_settings import RunSettings
+from wavlm_jax.training.topology import Topology
 from wavlm_jax.weights import Weights
 
 TINY = WavLMConfig.tiny()

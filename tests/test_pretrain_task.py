@@ -16,9 +16,10 @@ from pretrain.task import build, outline
 from tests.speech import NOISY, make_corpora, tiny_config
 from wavlm_jax.data.corpus import Corpus
 from wavlm_jax.training.axes import WAVLM_AXES
-from wavlm_jax.training.mesh import MeshSettings, Topology, make_mesh
+from wavlm_jax.training.mesh import MeshSettings, make_mesh
 from wavlm_jax.training.sharding import parameter_shardings
 from wavlm_jax.training.step import add_up
+from wavlm_jax.training.topology import Topology
 
 ONE = Topology(num_devices=1, process_index=0, process_count=1)
 

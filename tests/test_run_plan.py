@@ -23,10 +23,11 @@ from wavlm_jax.plan.targets import PlanTargetError, open_target
 from wavlm_jax.plan.traffic import executed, memory_traffic
 from wavlm_jax.settings import read_sections
 from wavlm_jax.training.axes import WAVLM_AXES
-from wavlm_jax.training.mesh import Topology, make_mesh
+from wavlm_jax.training.mesh import make_mesh
 from wavlm_jax.training.run_settings import RunSettings
 from wavlm_jax.training.start import lay_out, make_builder
 from wavlm_jax.training.state import root_key
+from wavlm_jax.training.topology import Topology
 
 ROOT = Path(__file__).parents[1]
 SIDE, LAYERS = tpu_programs.SIDE, tpu_programs.LAYERS

@@ -12,9 +12,10 @@ from wavlm_jax.config import WavLMConfig
 from wavlm_jax.model.wavlm import WavLM
 from wavlm_jax.training import sharding
 from wavlm_jax.training.axes import ENCODER_AXES, WAVLM_AXES, AxesTable
-from wavlm_jax.training.mesh import MeshSettings, Topology, make_mesh
+from wavlm_jax.training.mesh import MeshSettings, make_mesh
 from wavlm_jax.training.optim import adam
 from wavlm_jax.training.state import abstract_state, init_key
+from wavlm_jax.training.topology import Topology
 from wavlm_jax.training.trees import path_name
 
 

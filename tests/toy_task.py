@@ -23,11 +23,12 @@ import numpy as np
 
 from wavlm_jax.training import hosts, loop
 from wavlm_jax.training.checkpoint import CheckpointSettings
+from wavlm_jax.training.loss_sums import LossSums
 from wavlm_jax.training.mesh import MeshSettings, make_mesh
 from wavlm_jax.training.optim import AdamSettings, OptimSettings
 from wavlm_jax.training.run_settings import LoopSettings, RunSettings
 from wavlm_jax.training.stream import BatchSpec
-from wavlm_jax.training.task import LossSums, Task
+from wavlm_jax.training.task import Task
 from wavlm_jax.training.writers import MetricsSettings
 
 FRAME, WIDTH, HIDDEN, LABELS = 4, 8, 16, 5

@@ -66,6 +66,21 @@ def read_sections(config: Mapping[str, Any], kind: type[T]) -> T:
     return kind(**{name: convert(config[name], hint, name) for name, hint in hints.items()})
 
 
+def refuse_unknown_sections(config: Mapping[str, Any], *kinds: type) -> None:
+    """Whether each section of a config is a field of one of the dataclasses that are read from it.
+
+    Raises:
+        SettingsError: naming the section, and the nearest one that is known.
+
+    """
+    known = {"task": None}
+    for kind in kinds:
+        known |= {field.name: None for field in dataclasses.fields(typing.cast("Any", kind))}
+    for name in config:
+        if name not in known:
+            raise SettingsError(f"config.{name}: no such section; {nearest(name, known)}")
+
+
 def nearest(key: str, known: Mapping[str, Any]) -> str:
     """A hint for a mistyped key: the nearest known one, or all of them."""
     close = difflib.get_close_matches(key, list(known), n=1)

@@ -20,6 +20,7 @@ from wavlm_jax.data.plan import (
     PlannedBatch,
     census,
     evaluation_plan,
+    of_corpus,
 )
 from wavlm_jax.data.reader import Alignment, Annotate, Arrays, EpochPlans, Host, LoaderError, Reader
 from wavlm_jax.data.specs import batch_specs
@@ -51,7 +52,7 @@ class CropStream:
     """Endless batches for pre-training: random crops, nothing padded. A `training.task.BatchStream`.
 
     Arrays of a batch (this host's rows): waveform int16 (rows, samples), num_samples, id int32, weight, mean, variance
-    float32 (rows,), and those of `annotate`.
+    float32 (rows,), and those of `annotate`. `chosen` are the numbers of the utterances that take part; None: all.
     """
 
     num_batches: None = None
@@ -64,12 +65,13 @@ class CropStream:
         *,
         seed: int,
         annotate: Annotate,
+        chosen: np.ndarray | None = None,
         devices: int = 1,
         group: int = 1,
         host: Host | None = None,
     ) -> None:
-        self.census = census(corpus.lengths, batch, "crop")
-        plans = EpochPlans(corpus, batch, seed, "crop", self.census.num_batches)
+        self.census = census(corpus.lengths if chosen is None else corpus.lengths[chosen], batch, "crop")
+        plans = EpochPlans(corpus, batch, seed, "crop", self.census.num_batches, chosen)
         self._reader = Reader(corpus, plans, annotate, seed, loader.crop_alignment, host or Host())
         self._loader = loader
         self.specs = _specs(self._reader, self.census, batch, devices, group)
@@ -88,7 +90,8 @@ class PaddedStream:
 
     Arrays as in `CropStream`; `num_samples` is the length without padding. Without a seed it is an evaluation: finite,
     each utterance once, rows of weight 0 (id -1) where a batch is not full or an utterance cannot be decoded. With a
-    seed it is endless and shuffled, and utterances longer than the largest bucket are left out.
+    seed it is endless and shuffled, and utterances longer than the largest bucket are left out. `chosen` are the
+    numbers of the utterances that take part; None: all.
     """
 
     def __init__(
@@ -99,19 +102,21 @@ class PaddedStream:
         *,
         annotate: Annotate,
         seed: int | None = None,
+        chosen: np.ndarray | None = None,
         devices: int = 1,
         group: int = 1,
         host: Host | None = None,
     ) -> None:
         plans: Callable[[int], PlannedBatch]
+        lengths = corpus.lengths if chosen is None else corpus.lengths[chosen]
         if seed is None:
-            planned, self.census = evaluation_plan(corpus.lengths, batch)
+            planned, self.census = evaluation_plan(lengths, batch)
             self.num_batches: int | None = len(planned)
-            plans = planned.__getitem__
+            plans = of_corpus(planned, chosen).__getitem__
         else:
-            self.census = census(corpus.lengths, batch, "pad")
+            self.census = census(lengths, batch, "pad")
             self.num_batches = None
-            plans = EpochPlans(corpus, batch, seed, "pad", self.census.num_batches)
+            plans = EpochPlans(corpus, batch, seed, "pad", self.census.num_batches, chosen)
         self._reader = Reader(corpus, plans, annotate, seed, None, host or Host())
         self._loader = loader
         self.specs = _specs(self._reader, self.census, batch, devices, group)

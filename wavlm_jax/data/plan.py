@@ -233,6 +233,14 @@ def evaluation_plan(lengths: Lengths, settings: BatchSettings) -> tuple[list[Pla
     return batches, _census(batches, left_out=0, cut=int(cut.sum()), repeats=0)
 
 
+def of_corpus(batches: list[PlannedBatch], chosen: Int64[np.ndarray, "chosen"] | None) -> list[PlannedBatch]:
+    """Batches that were planned for the utterances number `chosen` of a corpus, with their numbers in the corpus."""
+    if chosen is None:
+        return batches
+    numbers = np.append(chosen, FILLER)
+    return [PlannedBatch(batch.bucket, numbers[batch.indices]) for batch in batches]
+
+
 def _census(batches: list[PlannedBatch], left_out: int, cut: int, repeats: int) -> Census:
     counts: dict[int, int] = {}
     for batch in batches:

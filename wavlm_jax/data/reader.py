@@ -12,7 +12,7 @@ import numpy as np
 
 from wavlm_jax.audio.wave import AudioFault
 from wavlm_jax.data.corpus import Corpus
-from wavlm_jax.data.plan import FILLER, BatchSettings, Fit, PlannedBatch, plan, random_bits
+from wavlm_jax.data.plan import FILLER, BatchSettings, Fit, PlannedBatch, of_corpus, plan, random_bits
 from wavlm_jax.shapes import STANDARD, samples_for
 
 Alignment: TypeAlias = Literal["frame", "sample"]
@@ -52,19 +52,28 @@ class Host:
 class EpochPlans:
     """Batch number -> planned batch; keeps the plan of the epoch at hand, in every process its own."""
 
-    def __init__(self, corpus: Corpus, settings: BatchSettings, seed: int, fit: Fit, per_epoch: int) -> None:
-        self._arguments = (corpus, settings, seed, fit, per_epoch)
+    def __init__(
+        self,
+        corpus: Corpus,
+        settings: BatchSettings,
+        seed: int,
+        fit: Fit,
+        per_epoch: int,
+        chosen: np.ndarray | None = None,
+    ) -> None:
+        self._arguments = (corpus, settings, seed, fit, per_epoch, chosen)
         self._lock = threading.Lock()
         self._kept: dict[int, list[PlannedBatch]] = {}
 
     def __call__(self, number: int) -> PlannedBatch:
         """Batch `number`, counted from the start of the run."""
-        corpus, settings, seed, fit, per_epoch = self._arguments
+        corpus, settings, seed, fit, per_epoch, chosen = self._arguments
         epoch, place = divmod(number, per_epoch)
         with self._lock:
             if epoch not in self._kept:
                 self._kept = {key: value for key, value in self._kept.items() if key == epoch - 1}
-                self._kept[epoch] = plan(corpus.lengths, settings, seed, epoch, fit)
+                lengths = corpus.lengths if chosen is None else corpus.lengths[chosen]
+                self._kept[epoch] = of_corpus(plan(lengths, settings, seed, epoch, fit), chosen)
             return self._kept[epoch][place]
 
     def __reduce__(self) -> Any:

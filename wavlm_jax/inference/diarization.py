@@ -11,8 +11,7 @@ from scipy.optimize import linear_sum_assignment
 
 from wavlm_jax.audio.inputs import Inputs
 from wavlm_jax.audio.recordings import Recording
-from wavlm_jax.inference.running import Result, RunSettings, by_recording, geometry_of
-from wavlm_jax.model.heads import FrameOutput, WavLMForAudioFrameClassification
+from wavlm_jax.inference.running import Applied, Result, RunSettings, by_recording, geometry_of
 from wavlm_jax.shapes import STANDARD, Geometry, Params, num_frames
 from wavlm_jax.text.ctc import seconds
 from wavlm_jax.text.rttm import Turn
@@ -32,7 +31,7 @@ class TurnSettings:
 
 
 def diarize(
-    module: WavLMForAudioFrameClassification,
+    module: Applied,
     params: Params,
     recordings: Sequence[Recording],
     running: RunSettings,
@@ -51,10 +50,7 @@ def diarize(
 
     @jax.jit
     def compute(inputs: Inputs) -> jax.Array:
-        output: FrameOutput
-        applied: Any = module.apply({"params": params}, *inputs)
-        output = applied
-        return jax.nn.sigmoid(output.logits)
+        return jax.nn.sigmoid(module.apply({"params": params}, *inputs).logits)
 
     for recording, results in by_recording(recordings, compute, module.config, running, progress, framewise=False):
         yield recording, turns(recording.name, join(results, geometry_of(module.config)), settings)

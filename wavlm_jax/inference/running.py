@@ -6,7 +6,7 @@ Rows are padded to a few widths and batches to a few numbers of rows, so a run c
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import numpy as np
@@ -19,6 +19,17 @@ from wavlm_jax.shapes import SAMPLE_RATE, Geometry, num_frames, samples_for
 
 Compute: TypeAlias = Callable[[Inputs], Any]
 """A batch -> a tree of arrays whose first axis is rows and whose second axis is frames."""
+
+
+class Applied(Protocol):
+    """A Flax model of any kind, as far as whoever only runs it needs to know."""
+
+    config: WavLMConfig
+
+    def apply(self, variables: dict[str, Any], *args: Any) -> Any:
+        """What the model gives for these parameters and arguments."""
+        ...
+
 
 _STEP = 1.25
 """From one width to the next: on average a tenth of a row is padding."""

@@ -10,20 +10,26 @@ from jaxtyping import Array, Float
 from wavlm_jax.config import Compute, WavLMConfig
 from wavlm_jax.model.frontend import Convolution, prefix_mask
 from wavlm_jax.model.head_config import HeadConfig
-from wavlm_jax.shapes import NumSamples
+from wavlm_jax.shapes import Geometry, NumSamples, num_frames
 
 _PADDING = 1
 """Zeros before and after a sequence, whatever the kernel, as in transformers."""
 
 
-def adapter_num_frames(num_frames: Any, head: HeadConfig) -> Any:
-    """Frames that the adapter makes of `num_frames` (int or array); 0 stays 0.
+def adapter_num_frames(frames: Any, head: HeadConfig) -> Any:
+    """Frames that the adapter makes of `frames` (int or array); 0 stays 0.
 
     "huggingface" counts as if the kernel were 1, which is the same for the standard kernel of 3.
     """
     for _ in range(head.num_adapter_layers):
-        num_frames = _shortened(num_frames, head)
-    return num_frames
+        frames = _shortened(frames, head)
+    return frames
+
+
+def head_num_frames(num_samples: Any, config: WavLMConfig, head: HeadConfig) -> Any:
+    """Frames that a head reads of so many samples (int or array): behind the adapter, if there is one."""
+    frames = num_frames(num_samples, Geometry(config.conv_kernel, config.conv_stride))
+    return adapter_num_frames(frames, head) if head.add_adapter else frames
 
 
 def _shortened(num_frames: Any, head: HeadConfig) -> Any:

@@ -19,35 +19,18 @@ from wavlm_jax.model.adapter import Adapter
 from wavlm_jax.model.elements import Site, dropout, keep_where, linear
 from wavlm_jax.model.frontend import prefix_mask
 from wavlm_jax.model.head_config import HeadConfig
+from wavlm_jax.model.randomness import Keys, Masks
 from wavlm_jax.model.wavlm import WavLM, WavLMOutput
 from wavlm_jax.model.xvector import SpeakerVectors, TDNNLayer, XVectorOutput, pooled_frames, statistics_pooling
 from wavlm_jax.shapes import (
-    ChannelMask,
     FrameMask,
     Geometry,
     Hidden,
     NumSamples,
     Params,
-    RowKeys,
-    StepKey,
-    TimeMask,
     Waveform,
     samples_for,
 )
-
-
-class Masks(NamedTuple):
-    """SpecAugment in a forward pass: which frames are replaced, which channels are set to 0; None: none."""
-
-    time: TimeMask | None = None
-    channel: ChannelMask | None = None
-
-
-class Keys(NamedTuple):
-    """Randomness of a forward pass in training: of the step (layer drop) and of each row (dropout)."""
-
-    step: StepKey
-    rows: RowKeys
 
 
 class Encoded(NamedTuple):

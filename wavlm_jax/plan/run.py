@@ -15,13 +15,14 @@ from wavlm_jax.plan.program import Counted, Memory, count
 from wavlm_jax.plan.targets import Target
 from wavlm_jax.settings import read_sections
 from wavlm_jax.training.axes import WAVLM_AXES, AxesTable
-from wavlm_jax.training.mesh import Topology, make_mesh, row_shards
+from wavlm_jax.training.mesh import make_mesh, row_shards
 from wavlm_jax.training.run_settings import RunSettings
 from wavlm_jax.training.sharding import RULES
 from wavlm_jax.training.start import lay_out, make_builder
 from wavlm_jax.training.state import root_key
 from wavlm_jax.training.stream import BatchSpec
 from wavlm_jax.training.task import Task
+from wavlm_jax.training.topology import Topology
 
 Outline = Callable[[Mapping[str, Any], Topology], Task]
 """A task that knows its shapes without its data."""

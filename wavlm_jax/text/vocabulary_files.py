@@ -9,7 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from wavlm_jax.text.vocabulary import BEGIN, BLANK, DELIMITER, END, UNKNOWN, Vocabulary, VocabularyError
+from wavlm_jax.text.vocabulary import (
+    BEGIN,
+    BLANK,
+    DELIMITER,
+    END,
+    UNKNOWN,
+    Vocabulary,
+    VocabularyError,
+)
 
 VOCABULARY, SETTINGS = "vocab.json", "tokenizer_config.json"
 SPECIAL, ADDED = "special_tokens_map.json", "added_tokens.json"

@@ -39,7 +39,7 @@ from wavlm_jax.training.start import (
 )
 from wavlm_jax.training.state import Report, root_key
 from wavlm_jax.training.stream import BatchSpec, BatchStream
-from wavlm_jax.training.task import LossSums, Task
+from wavlm_jax.training.task import Task
 from wavlm_jax.training.watchdog import Watchdog
 from wavlm_jax.training.writers import Jsonl, Metrics, say
 
@@ -179,7 +179,7 @@ class _Session:
                         return False
                     with self.clock.bucket("eval"):  # one batch, as far as the watchdog is concerned
                         batch = place(arrays, spec.arrays, self.mesh, spec.name)
-                    sums: LossSums = self.programs.evaluate[split][spec.name](self.state.params, batch)
+                    sums = self.programs.evaluate[split][spec.name](self.state.params, batch)
                     if before is not None:
                         totals.add(jax.device_get(before))
                     before = sums

@@ -55,21 +55,6 @@ class MeshSettings:
         return sizes[0], sizes[1], sizes[2]
 
 
-@dataclass(frozen=True)
-class Topology:
-    """What a task needs to know about the devices in order to cut its batches."""
-
-    num_devices: int
-    """Devices that see different rows (data * fsdp)."""
-    process_index: int
-    process_count: int
-
-    @classmethod
-    def of(cls, mesh: Mesh) -> "Topology":
-        """The topology of a mesh, seen from this process."""
-        return cls(row_shards(mesh), jax.process_index(), jax.process_count())
-
-
 def make_mesh(settings: MeshSettings, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh (data, fsdp, tensor), rows in the order of the processes.
 

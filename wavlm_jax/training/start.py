@@ -79,7 +79,8 @@ def lay_out(task: Task, settings: RunSettings, mesh: Mesh, table: AxesTable) -> 
     """The layout that a config asks for; raises as `plan_layout` does."""
     freeze = joined(settings.optim.freeze, task.freeze)
     schedule = make_schedule(settings.optim, settings.train.num_steps)
-    return plan_layout(task, adam(schedule, settings.optim.adam, freeze), mesh, table, settings.seed, freeze)
+    optimizer = adam(schedule, settings.optim.adam, freeze, settings.optim.groups)
+    return plan_layout(task, optimizer, mesh, table, settings.seed, freeze)
 
 
 def make_builder(task: Task, settings: RunSettings, layout: Layout, key: StepKey) -> Builder:

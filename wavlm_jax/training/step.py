@@ -15,11 +15,12 @@ from jaxtyping import Array
 
 from wavlm_jax.shapes import Batch, Params, Scalar, StepKey
 from wavlm_jax.training.freeze import Rules, hold_for_ever, without_frozen
+from wavlm_jax.training.loss_sums import LossSums
 from wavlm_jax.training.mesh import ROWS
 from wavlm_jax.training.optim import clip
 from wavlm_jax.training.state import Report, TrainState
 from wavlm_jax.training.stream import BatchSpec
-from wavlm_jax.training.task import LossSums, Task
+from wavlm_jax.training.task import Task
 
 
 def check_spec(spec: BatchSpec, row_group: int, shards: int) -> None:

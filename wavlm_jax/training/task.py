@@ -7,28 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from flax import struct
-
 from wavlm_jax.shapes import Batch, Params, StepKey
 from wavlm_jax.training.freeze import Freeze
+from wavlm_jax.training.loss_sums import LossSums
 from wavlm_jax.training.stream import BatchStream
-
-Sum = Any
-"""A float32 scalar: a tracer in the step, numpy once fetched, a ShapeDtypeStruct when only shapes are asked for."""
-
-
-@struct.dataclass
-class LossSums:
-    """Sums over the rows of a (micro-)batch; the step adds them up over the global batch and divides once."""
-
-    loss: Sum
-    """float32: sum of the loss."""
-    count: Sum
-    """float32: what `loss` is divided by (masked frames, utterances); 0 where a batch has nothing to learn from."""
-    metrics: dict[str, tuple[Sum, Sum]]
-    """name -> (sum, count), float32: reported as sum / count."""
-    histograms: dict[str, Any] = field(default_factory=dict)
-    """name -> counts, float32 (bins,): reported as the entropy of the normalised counts, in nats."""
 
 
 @dataclass(frozen=True)
@@ -49,3 +31,6 @@ class Task:
     """What stands still at first besides `optim.freeze` of the config: a body that waits for its fresh head."""
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     """Name -> fingerprint of what training depends on besides the config (corpus, labels); a resume insists on them."""
+    resolved: Mapping[str, Any] = field(default_factory=dict)
+    """Sections that the data completed (the head with its number of outputs, the vocabulary), as JSON values. They
+    take their place in the config that every checkpoint keeps, so that a run says all about its model."""

@@ -1,0 +1,92 @@
+"""Speech for machines: every letter a tone, every speaker a set of overtones; corpora of it for fine-tuning tests."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import soundfile
+
+from configs.finetune import ctc
+from tests.speech import TINY
+from wavlm_jax.data.manifests import from_manifest
+from wavlm_jax.data.prepare import Preparation, prepare
+from wavlm_jax.settings import read_sections
+from wavlm_jax.training import loop
+from wavlm_jax.training.run_settings import RunSettings
+from wavlm_jax.training.topology import Topology
+
+LETTERS = " ABCDE"
+LETTER_SAMPLES = 2560
+"""160 ms: eight frames a letter."""
+ONE = Topology(num_devices=1, process_index=0, process_count=1)
+EASY = dict.fromkeys(("feat_proj_dropout", "hidden_dropout", "attention_dropout", "layerdrop"), 0.0)
+EASY |= {"mask_time_prob": 0.0, "mask_feature_prob": 0.0, "do_stable_layer_norm": True, "feat_extract_norm": "layer"}
+"""No noise in training, and norms before the blocks: random weights learn without a long warm-up."""
+
+
+def say(text: str, speaker: int = 0, seed: int = 0) -> np.ndarray:
+    """The tones of a text: pitch by letter (a space is silence), timbre by speaker, a little noise."""
+    time = np.arange(LETTER_SAMPLES) / 16_000
+    parts = []
+    for letter in text:
+        pitch = 300.0 * 1.5 ** LETTERS.index(letter)
+        wave = np.sin(2 * np.pi * pitch * time) + 0.8 * np.sin(2 * np.pi * (600 + 700 * speaker) * time)
+        parts.append(wave * (letter != " ") * np.hanning(LETTER_SAMPLES))
+    wave = 0.2 * np.concatenate(parts)
+    return wave + np.random.default_rng(seed).normal(0, 0.003, len(wave))
+
+
+def make_corpus(root: Path, name: str, rows: list[tuple[str, int, str]]) -> Path:
+    """A prepared corpus: rows of (what is said, who says it, the transcript)."""
+    folder = root / "audio" / name
+    folder.mkdir(parents=True)
+    lines = ["id\tpath\tspeaker\ttext"]
+    for number, (spoken, speaker, text) in enumerate(rows):
+        soundfile.write(folder / f"{number:03d}.flac", say(spoken, speaker, number), 16_000)
+        lines.append(f"{name}-{number:03d}\t{number:03d}.flac\tspeaker{speaker}\t{text}")
+    (folder / "rows.tsv").write_text("\n".join(lines) + "\n")
+    prepare(from_manifest(folder / "rows.tsv", folder), root / "corpus" / name, Preparation(name=name))
+    return root / "corpus" / name
+
+
+def ten_texts() -> list[tuple[str, int, str]]:
+    """Ten utterances of two speakers, of 5 to 8 letters, doubled ones among them."""
+    texts = ["AB BA", "CAD EBB", "DEAD BE", "BEE CAB", "ACE AD", "EDDA CE", "BAA DAB", "CEDE A", "DAD ACE", "ABE ED"]
+    return [(text, number % 2, text) for number, text in enumerate(texts)]
+
+
+def tiny(config, train: Path, evaluation: Path, **changes) -> dict:
+    """A task's config for a tiny model, without dropout and masks, on these corpora; resolved to JSON values."""
+    config.model.update(TINY | EASY | changes.pop("model", {}))
+    config.data.update({"train": str(train), "evaluation": (str(evaluation),), "evaluation_buckets": (64,)})
+    config.batch.update({"buckets": (64,), "seconds_per_update": 13.0, "row_multiple": 2})
+    config.train.update({"eval_splits": (evaluation.name,), "num_steps": 220, "eval_every": 220})
+    config.train.compilation_cache = None
+    config.checkpoint.update({"every": 1000, "keep_last": 1})
+    config.metrics.update({"progress": False, "tensorboard": False, "log_every": 50})
+    for section, values in changes.items():
+        config[section].update(values)
+    return json.loads(config.to_json())
+
+
+def tiny_ctc(train: Path, evaluation: Path, **changes) -> dict:
+    """The CTC task."""
+    config = ctc.get_config("digits")
+    config.head.final_dropout = 0.0
+    stages = {"initial": 0.01, "hold_steps": 120, "decay_steps": 80, "final": 0.05}
+    config.optim.update({"learning_rate": 3e-3, "warmup_steps": 20, "tri_stage": stages})
+    return tiny(config, train, evaluation, **changes)
+
+
+def one_device() -> jax.sharding.Mesh:
+    """A mesh of one of the eight devices that tests have."""
+    return jax.sharding.Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor"))
+
+
+def train(build, config: dict, workdir: Path):
+    """The one loop on one device, as train.py calls it."""
+    settings = read_sections(config, RunSettings)
+    task = build(config, ONE)
+    workdir.mkdir(parents=True, exist_ok=True)
+    return loop.run(task, settings, one_device(), workdir, config={**config, **task.resolved})

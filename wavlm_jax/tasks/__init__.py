@@ -1,0 +1,1 @@
+"""Fine-tuning: what each task learns, from which labels, by which loss."""

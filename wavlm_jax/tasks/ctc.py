@@ -1,0 +1,128 @@
+"""Speech recognition by CTC: from transcripts to characters, frame by frame (FACTS B1, D1)."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from wavlm_jax.data.corpora import open_corpora
+from wavlm_jax.loading import load_weights
+from wavlm_jax.model.adapter import head_num_frames
+from wavlm_jax.model.heads import CTCOutput, WavLMForCTC
+from wavlm_jax.settings import read_sections, refuse_unknown_sections
+from wavlm_jax.shapes import Batch, Params, StepKey
+from wavlm_jax.tasks.building import Parts, Split, TaskSettings, assemble, head_config
+from wavlm_jax.tasks.ctc_loss import ctc_loss, has_alignment
+from wavlm_jax.tasks.edits import Sequences, edit_distance, greedy, tidy, words
+from wavlm_jax.tasks.forward import arguments
+from wavlm_jax.tasks.texts import TextLabels, TextSettings, make_vocabulary, most_labels, survey
+from wavlm_jax.training.loss_sums import LossSums
+from wavlm_jax.training.run_settings import RunSettings
+from wavlm_jax.training.task import Task
+from wavlm_jax.training.topology import Topology
+
+
+@dataclass(frozen=True, kw_only=True)
+class CTCSettings(TaskSettings):
+    """The sections of the config that belong to this task."""
+
+    text: TextSettings
+
+
+def build(config: Mapping[str, Any], topology: Topology) -> Task:
+    """The task of a CTC config. Every transcript is looked at before anything is compiled.
+
+    Args:
+        config: resolved, as JSON values.
+        topology: the devices that share the rows of a batch.
+
+    Raises:
+        SettingsError: a section or key that is missing, unknown or mistyped; transcripts that cannot be learned from.
+        FileNotFoundError: a corpus or vocabulary that is not there.
+
+    """
+    refuse_unknown_sections(config, CTCSettings, RunSettings)
+    settings = read_sections(config, CTCSettings)
+    corpora = open_corpora(settings.data)
+    vocabulary = make_vocabulary(settings.text, corpora["train"])
+    head = head_config(settings.head, vocab_size=len(vocabulary), pad_token_id=vocabulary.blank_id)
+    model = WavLMForCTC(settings.model, head, settings.compute)
+    replace_unknown, splits = settings.text.replace_unknown, {}
+    for name, corpus in corpora.items():
+        frames = np.asarray(head_num_frames(corpus.lengths, settings.model, head), np.int64)
+        training = name == "train"
+        found = survey(corpus, vocabulary, frames, replace_unknown=replace_unknown, drop_infeasible=training)
+        if topology.process_index == 0:
+            print(found.describe(name), flush=True)
+        buckets = settings.batch.buckets if training else settings.data.evaluation_buckets
+        most = most_labels(corpus.lengths[found.chosen], found.num_labels[found.chosen], buckets)
+        splits[name] = Split(corpus, found.chosen, TextLabels(corpus, vocabulary, most, replace_unknown))
+    parts = Parts(
+        model=model,
+        head=head,
+        loss=CTCLoss(model, vocabulary.delimiter_id),
+        splits=splits,
+        resolved={"vocabulary": dataclasses.asdict(vocabulary)},
+        fingerprints={"vocabulary": vocabulary.fingerprint},
+    )
+    return assemble(settings, parts, topology, load_weights)
+
+
+@dataclass(frozen=True)
+class CTCLoss:
+    """The loss of a batch: a pure function of (params, batch, key), the same on any number of devices."""
+
+    model: WavLMForCTC
+    delimiter_id: int | None
+
+    def __call__(self, params: Params, batch: Batch, key: StepKey | None) -> LossSums:
+        """Sums of loss and metrics over utterances; in evaluation of character and word errors too.
+
+        Args:
+            params: of `model`.
+            batch: as for `forward.arguments`, and `labels` (rows, labels), `num_labels`, `weight`.
+            key: of the step; None: evaluation.
+
+        """
+        head = self.model.head
+        output: CTCOutput
+        applied: Any = self.model.apply({"params": params}, *arguments(self.model.config, batch, key))
+        output = applied
+        labels, num_labels = batch["labels"], batch["num_labels"]
+        loss = ctc_loss(output.logits, output.num_frames, labels, num_labels, head.pad_token_id)
+        if head.ctc_loss_reduction == "mean":
+            loss = loss / jnp.maximum(num_labels, 1)
+        counts = batch["weight"] > 0
+        rows = _sum(counts)
+        fits = has_alignment(output.num_frames, labels, num_labels)
+        metrics = {"infeasible": (_sum(counts & ~fits), rows), "blank_rate": self._blank_rate(output, counts)}
+        if key is None:
+            metrics |= self._errors(output, Sequences(labels, num_labels), counts)
+        return LossSums(jnp.sum(jnp.where(counts, loss, 0.0)), rows, metrics)
+
+    def _blank_rate(self, output: CTCOutput, counts: Any) -> tuple[Any, Any]:
+        """Share of the frames whose most likely character is the blank: near 1 where training collapses (USERS #23)."""
+        inside = (jnp.arange(output.logits.shape[1])[None, :] < output.num_frames[:, None]) & counts[:, None]
+        blank = jnp.argmax(output.logits, axis=-1) == self.model.head.pad_token_id
+        return _sum(blank & inside), _sum(inside)
+
+    def _errors(self, output: CTCOutput, wanted: Sequences, counts: Any) -> dict[str, tuple[Any, Any]]:
+        """Greedy decoding against the transcript: `cer`, `wer`, and how many times as long the found texts are."""
+        found = tidy(greedy(output.logits, output.num_frames, self.model.head.pad_token_id), self.delimiter_id)
+        letters = _sum(jnp.where(counts, wanted.length, 0))
+        result = {
+            "cer": (_sum(jnp.where(counts, edit_distance(found, wanted), 0)), letters),
+            "length_ratio": (_sum(jnp.where(counts, found.length, 0)), letters),
+        }
+        if self.delimiter_id is not None:
+            right = words(wanted, self.delimiter_id)
+            wrong = edit_distance(words(found, self.delimiter_id), right)
+            result["wer"] = _sum(jnp.where(counts, wrong, 0)), _sum(jnp.where(counts, right.length, 0))
+        return result
+
+
+def _sum(values: Any) -> Any:
+    return jnp.sum(values.astype(jnp.float32))

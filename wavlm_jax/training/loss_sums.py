@@ -1,0 +1,23 @@
+"""What a loss returns: sums and counts, never means."""
+
+from dataclasses import field
+from typing import Any
+
+from flax import struct
+
+Sum = Any
+"""A float32 scalar: a tracer in the step, numpy once fetched, a ShapeDtypeStruct when only shapes are asked for."""
+
+
+@struct.dataclass
+class LossSums:
+    """Sums over the rows of a (micro-)batch; the step adds them up over the global batch and divides once."""
+
+    loss: Sum
+    """float32: sum of the loss."""
+    count: Sum
+    """float32: what `loss` is divided by (masked frames, utterances); 0 where a batch has nothing to learn from."""
+    metrics: dict[str, tuple[Sum, Sum]]
+    """name -> (sum, count), float32: reported as sum / count."""
+    histograms: dict[str, Any] = field(default_factory=dict)
+    """name -> counts, float32 (bins,): reported as the entropy of the normalised counts, in nats."""
