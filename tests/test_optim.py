@@ -88,6 +88,8 @@ def optim(**changes) -> OptimSettings:
         "max_grad_norm": 10.0,
         "freeze": {},
         "adam": BASE,
+        "tri_stage": None,
+        "groups": {},
     }
     return OptimSettings(**(values | changes))
 

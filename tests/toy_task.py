@@ -170,7 +170,14 @@ def make_settings(
             compilation_cache=None,
         ),
         optim=OptimSettings(
-            learning_rate=1e-2, schedule="linear", warmup_steps=3, max_grad_norm=1.0, freeze={}, adam=adam
+            learning_rate=1e-2,
+            schedule="linear",
+            warmup_steps=3,
+            max_grad_norm=1.0,
+            freeze={},
+            adam=adam,
+            tri_stage=None,
+            groups={},
         ),
         checkpoint=CheckpointSettings(every=every, keep_last=2, keep_every=None),
         mesh=MeshSettings.anywhere(data=-1, fsdp=fsdp, tensor=tensor),

@@ -140,6 +140,8 @@ def optim() -> ConfigDict:
             "schedule": "linear",
             "warmup_steps": 32_000,
             "max_grad_norm": 10.0,
+            "tri_stage": None,  # a section, for the schedule of that name; see configs/finetune/ctc.py
+            "groups": {},  # name -> learning rate and decay of the parameters by path
             "freeze": {},  # name -> {"pattern": regular expression of paths, "updates": how many, None = for ever}
             "adam": {
                 "b1": 0.9,

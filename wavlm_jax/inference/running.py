@@ -6,7 +6,7 @@ Rows are padded to a few widths and batches to a few numbers of rows, so a run c
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ Compute: TypeAlias = Callable[[Inputs], Any]
 """A batch -> a tree of arrays whose first axis is rows and whose second axis is frames."""
 
 
+@runtime_checkable
 class Applied(Protocol):
     """A Flax model of any kind, as far as whoever only runs it needs to know."""
 

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -78,8 +78,8 @@ class OptimSettings:
     freeze: Mapping[str, Freeze]
     """What stands still, until when; the keys are names for people."""
     adam: AdamSettings
-    tri_stage: TriStageSettings | None = None
-    groups: Mapping[str, Group] = field(default_factory=dict)
+    tri_stage: TriStageSettings | None
+    groups: Mapping[str, Group]
     """Learning rates and decays by path; the keys are names for people. Empty: the same for all."""
 
     def __post_init__(self) -> None:
