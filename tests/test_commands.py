@@ -1,37 +1,59 @@
-"""The command line on a CTC model that was exported to a Hugging Face folder: text out, and answers to wrong uses."""
+"""The command line on exported Hugging Face folders: what transformers' classes say too, and answers to wrong uses."""
 
 import json
+import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
+import torch
+import transformers
 
 from wavlm_jax.__main__ import main
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.convert.huggingface import export_huggingface
 from wavlm_jax.model.head_config import HeadConfig, TaskHead
-from wavlm_jax.model.heads import WavLMForCTC, tree_shapes
+from wavlm_jax.model.heads import module_of, tree_shapes
+from wavlm_jax.text.rttm import read_rttm
 from wavlm_jax.text.vocabulary import Vocabulary
 from wavlm_jax.text.vocabulary_files import write_vocabulary
 from wavlm_jax.weights import Weights
 
 CONFIG = WavLMConfig.tiny(num_hidden_layers=1)
-HEAD = HeadConfig(vocab_size=5)
+HEAD = HeadConfig(vocab_size=5, num_labels=3, classifier_proj_size=8, xvector_output_dim=8, tdnn_dim=(8,) * 5)
+KINDS = {
+    "ctc": "WavLMForCTC",
+    "speakers": "WavLMForXVector",
+    "classes": "WavLMForSequenceClassification",
+    "turns": "WavLMForAudioFrameClassification",
+}
 TOKENS = Vocabulary(tokens=("<pad>", "|", "A", "B", "C"), unknown=None, begin=None, end=None)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("commands")
-    params = jax.device_get(WavLMForCTC(CONFIG, HEAD).init(jax.random.key(1), jnp.zeros((1, 400)))["params"])
-    params["lm_head"] = jax.tree.map(lambda leaf: leaf * 500, params["lm_head"])
-    task = TaskHead("WavLMForCTC", HEAD, {"lm_head": params["lm_head"]})
-    export_huggingface(Weights(CONFIG, params["wavlm"], None, task), folder / "ctc", tree_shapes)
+    for name, kind in KINDS.items():
+        module = module_of(CONFIG, kind, HEAD)
+        params = jax.device_get(module.init(jax.random.key(1), jnp.zeros((1, 16_000)))["params"])
+        encoder = params.pop("wavlm")
+        louder = 500 if name == "ctc" else 30  # random weights say nearly the same of everything
+        params = jax.tree.map(partial(np.multiply, np.float32(louder)), params)
+        labels = ("cat", "dog", "owl") if name == "classes" else None
+        task = TaskHead(kind, HEAD, params, labels)
+        export_huggingface(Weights(CONFIG, encoder, None, task), folder / name, tree_shapes)
     write_vocabulary(TOKENS, folder / "ctc")
-    export_huggingface(Weights(CONFIG, params["wavlm"], None), folder / "encoder", tree_shapes)
-    soundfile.write(folder / "a.wav", np.random.default_rng(0).normal(size=9_000) * 0.1, 16_000)
+    export_huggingface(Weights(CONFIG, encoder, None), folder / "encoder", tree_shapes)
+    random = np.random.default_rng(0)
+    soundfile.write(folder / "a.wav", random.normal(size=9_000) * 0.1, 16_000)
+    soundfile.write(folder / "b.wav", random.normal(size=12_000) * np.linspace(0, 0.2, 12_000), 16_000)
+    soundfile.write(folder / "slow.wav", random.normal(size=9_000) * 0.1, 8_000)
+    soundfile.write(folder / "empty.wav", np.zeros(0), 16_000)
+    (folder / "trials.txt").write_text("1 a.wav a.wav\n0 a.wav b.wav\n")
+    (folder / "lost.txt").write_text("1 a.wav a.wav\n0 a.wav gone.wav\n")
     return folder
 
 
@@ -45,6 +67,61 @@ def test_a_recording_is_transcribed_and_aligned(folder, capsys):
     assert [line.split()[4] for line in (folder / "o.ctm").read_text().splitlines()] == ["AB", "C"]
 
 
+def theirs(folder, kind, name, file):
+    """What transformers' class says of a file."""
+    model = getattr(transformers, kind).from_pretrained(folder / name).eval()
+    wave = soundfile.read(folder / file, dtype="float32")[0]
+    with torch.no_grad():
+        return model(torch.from_numpy(wave)[None])
+
+
+def test_embeddings_are_those_of_transformers(folder, capsys):
+    files, model = [str(folder / "a.wav"), str(folder / "b.wav")], ["--model", str(folder / "speakers")]
+    assert main(["embed", *files, *model]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert main(["embed", *files, *model, "--out", str(folder / "e.npy")]) == 0
+    stored = np.load(folder / "e.npy")
+    assert json.loads((folder / "e.json").read_text()) == files
+    for line, row, file in zip(lines, stored, files, strict=True):
+        expected = theirs(folder, "WavLMForXVector", "speakers", file).embeddings[0].numpy()
+        np.testing.assert_allclose(line["embedding"], expected / np.linalg.norm(expected), atol=1e-5)
+        np.testing.assert_allclose(row, line["embedding"], atol=1e-6)
+
+
+def test_two_files_and_a_trial_list_are_scored_alike(folder, capsys):
+    model = ["--model", str(folder / "speakers")]
+    assert main(["verify", str(folder / "a.wav"), str(folder / "b.wav"), *model]) == 0
+    pair = capsys.readouterr().out.split("\t")[0]
+    assert main(["verify", str(folder / "trials.txt"), "--root", str(folder), *model]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == ["1.000000\t1\ta.wav\ta.wav", f"{pair}\t0\ta.wav\tb.wav"]
+    assert "EER 0.00 %" in err
+
+
+def test_classes_are_those_of_transformers(folder, capsys):
+    assert main(["classify", str(folder / "b.wav"), "--model", str(folder / "classes"), "--top", "3"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    logits = theirs(folder, "WavLMForSequenceClassification", "classes", "b.wav").logits[0]
+    expected = dict(zip(("cat", "dog", "owl"), logits.softmax(dim=0).tolist(), strict=True))
+    assert found["classes"] == pytest.approx(expected, abs=1e-5)
+    assert found["label"] == max(expected, key=expected.get)
+
+
+def test_turns_are_those_of_transformers(folder):
+    """Frames that transformers' class holds for speech, gaps under 0.2 s filled, then turns under 0.1 s left out."""
+    out = folder / "b.rttm"
+    assert main(["diarize", str(folder / "b.wav"), "--model", str(folder / "turns"), "--out", str(out)]) == 0
+    found = [(turn.speaker, round(turn.start / 0.02), round(turn.end / 0.02)) for turn in read_rttm(out)]
+    logits = theirs(folder, "WavLMForAudioFrameClassification", "turns", "b.wav").logits[0].numpy()
+    expected = []
+    for speaker, active in enumerate((logits > 0).T, 1):
+        text = "".join("x" if frame else "." for frame in active)
+        text = re.sub(r"(?<=x)\.{1,9}(?=x)", lambda gap: "x" * len(gap[0]), text)
+        expected += [(f"speaker{speaker}", *run.span()) for run in re.finditer("x{5,}", text)]
+    assert sorted(found) == sorted(expected)
+    assert len(expected) > 2
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -54,7 +131,10 @@ def test_a_recording_is_transcribed_and_aligned(folder, capsys):
         ),
         (["transcribe", "a.wav", "--model", "encoder"], "an encoder without a head, which does `features`"),
         (["align", "a.wav", "--model", "ctc", "--text", "XYZ"], "found 'X' (U+0058), 'Y' (U+0059), 'Z' (U+005A)"),
-        (["transcribe", "b.wav", "--model", "ctc"], "b.wav: no such file"),
+        (["transcribe", "c.wav", "--model", "ctc"], "c.wav: no such file"),
+        (["transcribe", "slow.wav", "--model", "ctc"], "8000"),
+        (["classify", "empty.wav", "--model", "classes"], "empty.wav"),
+        (["verify", "lost.txt", "--model", "speakers"], "gone.wav"),
         (["transcribe", "a.wav", "--model", "ctc", "--lm", "none.arpa"], "none.arpa: no such file"),
         (["verify", "a.wav", "a.wav", "a.wav", "--model", "ctc"], "expected two recordings or one trial list"),
         (["transcribe", "a.wav", "--model", "nowhere"], "nowhere"),

@@ -8,9 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import soundfile
+import transformers
 from tones import ONE, make_corpus, one_device, ten_texts, tiny_ctc, train
 
+import wavlm_jax
 from configs.finetune import ctc as recipes
+from wavlm_jax.__main__ import main
 from wavlm_jax.model.head_config import HeadConfig
 from wavlm_jax.settings import SettingsError, read, read_sections
 from wavlm_jax.tasks import ctc
@@ -20,6 +24,8 @@ from wavlm_jax.training.run_settings import RunSettings
 from wavlm_jax.training.step import add_up
 from wavlm_jax.training.stored import load_params
 from wavlm_jax.training.trees import path_name
+
+pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")  # transformers' own call
 
 ODD = [("ABC", 0, "ABC AB"), ("ABCD", 1, ""), ("AB", 0, "A" * 12), ("ABE ED", 0, "ABE ED")]
 """One with the wrong text, one without text, one whose text needs 23 frames and has 15, one that is right."""
@@ -52,6 +58,18 @@ def test_ten_utterances_are_learned_by_heart(run):
     assert found["cer"] == 0
     assert found["length_ratio"] == 1
     assert found["infeasible"] == 0
+
+
+def test_transformers_hears_what_we_hear(run, folders, tmp_path, capsys):
+    """The run, transcribed by our command; its export, by transformers' own pipeline: word for word."""
+    files = sorted((folders["same"].parents[1] / "audio" / "same").glob("*.flac"))
+    main(["transcribe", *map(str, files), "--model", str(run[0]), "--format", "tsv"])
+    ours = [line.partition("\t")[2] for line in capsys.readouterr().out.splitlines()]
+    wavlm_jax.save_huggingface(wavlm_jax.load(run[0]), tmp_path / "export", compared=False)
+    recogniser = transformers.pipeline("automatic-speech-recognition", model=str(tmp_path / "export"))
+    waves = [soundfile.read(path, dtype="float32")[0] for path in files]
+    theirs = [recogniser({"raw": wave, "sampling_rate": 16_000})["text"] for wave in waves]
+    assert ours == theirs == [text for _, _, text in ten_texts()]
 
 
 def test_a_run_says_all_about_its_model(run):

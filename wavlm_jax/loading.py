@@ -7,13 +7,14 @@ from typing import Any
 
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.convert.hub import fetch, is_hub_name
-from wavlm_jax.convert.huggingface import import_huggingface, with_files
+from wavlm_jax.convert.huggingface import import_huggingface
 from wavlm_jax.convert.microsoft import import_microsoft
 from wavlm_jax.convert.torch_file import read_torch_file
 from wavlm_jax.convert.torchaudio import import_torchaudio, is_torchaudio
 from wavlm_jax.model.head_config import HeadConfig, TaskHead
 from wavlm_jax.model.heads import tree_shapes
 from wavlm_jax.settings import read
+from wavlm_jax.text.vocabulary_files import files_of_record
 from wavlm_jax.training.manifest import Manifest
 from wavlm_jax.training.stored import FOLDER, load_stored
 from wavlm_jax.weights import Origin, Weights
@@ -81,8 +82,11 @@ def _from_run(workdir: Path, step: int | None) -> Weights:
     beside = {name: part for name, part in params.items() if name not in ("wavlm", _PRETRAINING_HEAD)}
     task = _task_head(manifest.config, beside) if beside else None
     notes = (f"step {manifest.step} of run {manifest.run_id}",)
-    origin = Origin("run", str(workdir), notes, _facts(workdir, manifest))
-    return with_files(Weights(config, params["wavlm"], params.get(_PRETRAINING_HEAD), task, origin), workdir)
+    files = {}
+    if "vocabulary" in manifest.config:
+        files = files_of_record(manifest.config["vocabulary"])
+    origin = Origin("run", str(workdir), notes, _facts(workdir, manifest), files)
+    return Weights(config, params["wavlm"], params.get(_PRETRAINING_HEAD), task, origin)
 
 
 def _task_head(config: Mapping[str, Any], params: Mapping[str, Any]) -> TaskHead:
@@ -95,7 +99,8 @@ def _task_head(config: Mapping[str, Any], params: Mapping[str, Any]) -> TaskHead
     else:
         last = params["objective"]["weight"] if kind == "WavLMForXVector" else params["classifier"]["kernel"]
         sizes["num_labels"] = last.shape[-1]
-    return TaskHead(kind, read({**config["head"], **sizes}, HeadConfig, "head"), params)
+    labels = tuple(config["classes"]) if "classes" in config else None
+    return TaskHead(kind, read({**config["head"], **sizes}, HeadConfig, "head"), params, labels)
 
 
 _MARKS = {"WavLMForCTC": "lm_head", "WavLMForXVector": "objective", "WavLMForSequenceClassification": "projector"}

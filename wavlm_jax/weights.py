@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from wavlm_jax.config import WavLMConfig
@@ -21,8 +20,8 @@ class Origin:
     """What was left out, filled in or assumed, in sentences."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """Name -> text, for the model card: step, data, metrics."""
-    files: tuple[Path, ...] = ()
-    """Vocabulary and tokenizer files that travel with a CTC model, unread."""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """Name -> content: vocabulary and tokenizer files that travel with a CTC model as they are."""
 
 
 @dataclass(frozen=True)

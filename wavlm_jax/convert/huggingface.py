@@ -6,7 +6,6 @@ conventions in wavlm_jax.json, the pre-training head in pretraining_head.safeten
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -36,14 +35,11 @@ from wavlm_jax.convert.source import Source
 from wavlm_jax.convert.state_dict import Sources, as_in_torch, fill, match
 from wavlm_jax.model.head_config import HeadConfig, TaskHead
 from wavlm_jax.shapes import Params
+from wavlm_jax.text.vocabulary_files import tokenizer_files
 from wavlm_jax.weights import Origin, Weights
-
-TOKENIZER = ("vocab.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-"""Files of a CTC model that travel unread."""
 
 _MASK_VECTOR = "masked_spec_embed"
 _PREFIXES = ("wavlm.", "hubert.")
-_MOST_BYTES = 64 * 2**20
 
 
 Shapes: TypeAlias = Callable[[WavLMConfig, str | None, HeadConfig | None], Params]
@@ -85,7 +81,7 @@ def import_huggingface(folder: Path, tree_shapes: Shapes) -> Weights:
         tree,
         read_pretraining_head(folder, config.hidden_size),
         task,
-        Origin("huggingface", str(folder), _notes(config, task, conventions), files=_tokenizer(folder)),
+        Origin("huggingface", str(folder), _notes(config, task, conventions), files=tokenizer_files(folder)),
     )
 
 
@@ -110,9 +106,9 @@ def export_huggingface(weights: Weights, folder: Path, tree_shapes: Shapes, dtyp
     (folder / CONFIG).write_bytes(config_json(config, weights.task, dtype))
     (folder / PREPROCESSOR).write_bytes(preprocessor_json(config))
     (folder / CONVENTIONS).write_bytes(conventions_json(config, weights.task, origin.dialect, origin.notes))
-    for path in origin.files:
-        if weights.task is not None and path.stat().st_size <= _MOST_BYTES:
-            (folder / path.name).write_bytes(path.read_bytes())
+    if weights.task is not None:
+        for name, content in origin.files.items():
+            (folder / name).write_bytes(content)
     if weights.head is not None:
         write_pretraining_head(weights.head, folder, config.hidden_size, dtype)
     write_safetensors(folder / WEIGHTS, tensors, dtype)
@@ -225,12 +221,3 @@ def _notes(config: WavLMConfig, task: TaskHead | None, conventions: Conventions 
             "transformers 4 or s3prl wants head.layer_sum_states = 'normed'"
         )
     return tuple(notes)
-
-
-def _tokenizer(folder: Path) -> tuple[Path, ...]:
-    return tuple(folder / name for name in TOKENIZER if (folder / name).is_file())
-
-
-def with_files(weights: Weights, folder: Path) -> Weights:
-    """`weights` whose vocabulary is that of `folder`."""
-    return replace(weights, origin=replace(weights.origin, files=_tokenizer(folder)))

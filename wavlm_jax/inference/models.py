@@ -8,12 +8,9 @@ import jax
 
 from wavlm_jax.inference.options import UsageError
 from wavlm_jax.model.heads import module_of
-from wavlm_jax.settings import read
 from wavlm_jax.shapes import Params
 from wavlm_jax.text.vocabulary import Vocabulary
-from wavlm_jax.text.vocabulary_files import VOCABULARY, read_vocabulary
-from wavlm_jax.training.manifest import verify
-from wavlm_jax.training.stored import FOLDER, newest_valid
+from wavlm_jax.text.vocabulary_files import VOCABULARY, parse_vocabulary
 from wavlm_jax.weights import Weights
 
 _DOES = {
@@ -60,18 +57,13 @@ def labels_of(opened: Opened) -> tuple[str, ...]:
 
 
 def vocabulary_of(options: argparse.Namespace, opened: Opened) -> Vocabulary:
-    """What a CTC model speaks: from files beside it, or from the run that trained it.
+    """What a CTC model speaks.
 
     Raises:
         UsageError: there is none.
 
     """
-    for path in opened.weights.origin.files:
-        if path.name == VOCABULARY:
-            return read_vocabulary(path.parent)
-    if (options.model / FOLDER).is_dir():
-        step = options.step
-        manifest = newest_valid(options.model)[0] if step is None else verify(options.model / FOLDER / str(step))
-        if manifest is not None and "vocabulary" in manifest.config:
-            return read(manifest.config["vocabulary"], Vocabulary, "vocabulary")
-    raise UsageError(f"{options.model}: has no {VOCABULARY}; a CTC model needs its vocabulary to spell")
+    files = opened.weights.origin.files
+    if VOCABULARY not in files:
+        raise UsageError(f"{options.model}: has no {VOCABULARY}; a CTC model needs its vocabulary to spell")
+    return parse_vocabulary(files, options.model)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from wavlm_jax.settings import read
 from wavlm_jax.text.vocabulary import (
     BEGIN,
     BLANK,
@@ -45,11 +46,54 @@ def read_vocabulary(folder: Path, language: str | None = None) -> Vocabulary:
         VocabularyError: a damaged or impossible file, named, with what was found and expected.
 
     """
-    stored = _read(folder / VOCABULARY)
-    settings = _read(folder / SETTINGS) if (folder / SETTINGS).exists() else {}
-    special = _read(folder / SPECIAL) if (folder / SPECIAL).exists() else {}
+    return parse_vocabulary(tokenizer_files(folder), folder, language)
+
+
+def files_of_record(values: Any) -> dict[str, bytes]:
+    """Name -> content of the files that say the vocabulary in the config of a run: the fields of `Vocabulary`.
+
+    Raises:
+        SettingsError: other fields than these.
+
+    """
+    return files_of(read(values, Vocabulary, "vocabulary"))
+
+
+def tokenizer_files(folder: Path) -> dict[str, bytes]:
+    """Name -> content of the files that `folder` has of a tokenizer.
+
+    Raises:
+        VocabularyError: one that is too large to be a vocabulary.
+
+    """
+    found = {}
+    for path in (folder / name for name in (VOCABULARY, SETTINGS, SPECIAL, ADDED)):
+        if path.is_file():
+            if path.stat().st_size > MOST_BYTES:
+                raise VocabularyError(f"{path}: {path.stat().st_size} bytes, expected at most {MOST_BYTES}")
+            found[path.name] = path.read_bytes()
+    return found
+
+
+def parse_vocabulary(files: Mapping[str, bytes], folder: Path, language: str | None = None) -> Vocabulary:
+    """The vocabulary that these files say.
+
+    Args:
+        files: name -> content (`tokenizer_files`).
+        folder: where they come from, for messages.
+        language: see `read_vocabulary`.
+
+    Raises:
+        VocabularyError: see `read_vocabulary`.
+
+    """
+    if VOCABULARY not in files:
+        raise VocabularyError(f"{folder / VOCABULARY}: no such file; expected the folder of a CTC tokenizer")
+    parsed = {name: _parse(content, folder / name) for name, content in files.items()}
+    stored = parsed[VOCABULARY]
+    settings, special, extra = (parsed.get(name, {}) for name in (SETTINGS, SPECIAL, ADDED))
     ids = _of_language(stored, language or settings.get("target_lang"), folder / VOCABULARY)
-    ids |= {token: number for token, number in _added(folder, settings).items() if token not in ids}
+    ids |= {token: number for token, number in _added(extra, settings, folder).items() if token not in ids}
     tokens = _in_order(ids, folder / VOCABULARY)
     roles = {ours: _role(ours, settings, special, folder) for ours in _ROLES}
     for role in ("delimiter", "unknown", "begin", "end"):
@@ -65,6 +109,17 @@ def read_vocabulary(folder: Path, language: str | None = None) -> Vocabulary:
 def write_vocabulary(vocabulary: Vocabulary, folder: Path) -> None:
     """Write vocab.json and tokenizer_config.json into `folder`, which is made; files of these names are replaced."""
     folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files_of(vocabulary).items():
+        temporary = folder / f".{name}.{os.getpid()}.tmp"
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(folder / name)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def files_of(vocabulary: Vocabulary) -> dict[str, bytes]:
+    """Name -> content of the files that say this vocabulary."""
     settings: dict[str, Any] = {
         "tokenizer_class": "Wav2Vec2CTCTokenizer",
         "do_lower_case": vocabulary.do_lower_case,
@@ -76,22 +131,15 @@ def write_vocabulary(vocabulary: Vocabulary, folder: Path) -> None:
     if vocabulary.delimiter is None:
         del settings["word_delimiter_token"]  # null makes transformers fail on every text with a space
     ids = {token: number for number, token in enumerate(vocabulary.tokens)}
-    for name, values in ((VOCABULARY, ids), (SETTINGS, settings)):
-        temporary = folder / f".{name}.{os.getpid()}.tmp"
-        try:
-            temporary.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-            temporary.replace(folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
+    return {
+        name: (json.dumps(values, ensure_ascii=False, indent=2) + "\n").encode()
+        for name, values in ((VOCABULARY, ids), (SETTINGS, settings))
+    }
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise VocabularyError(f"{path}: no such file; expected the folder of a CTC tokenizer")
-    if path.stat().st_size > MOST_BYTES:
-        raise VocabularyError(f"{path}: {path.stat().st_size} bytes, expected at most {MOST_BYTES}")
+def _parse(content: bytes, path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(content.decode())
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise VocabularyError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(values, dict):
@@ -111,9 +159,8 @@ def _of_language(stored: dict[str, Any], language: str | None, path: Path) -> di
     return dict(stored[language])
 
 
-def _added(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _added(added: dict[str, Any], settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Tokens that stand outside vocab.json, by name: those of the old file and of the new key."""
-    added = _read(folder / ADDED) if (folder / ADDED).exists() else {}
     decoder = settings.get("added_tokens_decoder", {})
     if not isinstance(decoder, dict):
         raise VocabularyError(f"{folder / SETTINGS}: added_tokens_decoder is {decoder!r}, expected an object")
