@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import soundfile
 
-from configs.finetune import ctc
+from configs.finetune import classification, ctc
 from tests.speech import TINY
 from wavlm_jax.data.manifests import from_manifest
 from wavlm_jax.data.prepare import Preparation, prepare
@@ -56,7 +56,7 @@ def ten_texts() -> list[tuple[str, int, str]]:
     return [(text, number % 2, text) for number, text in enumerate(texts)]
 
 
-def tiny(config, train: Path, evaluation: Path, **changes) -> dict:
+def tiny(config, train: Path, evaluation: Path, /, **changes) -> dict:
     """A task's config for a tiny model, without dropout and masks, on these corpora; resolved to JSON values."""
     config.model.update(TINY | EASY | changes.pop("model", {}))
     config.data.update({"train": str(train), "evaluation": (str(evaluation),), "evaluation_buckets": (64,)})
@@ -77,6 +77,14 @@ def tiny_ctc(train: Path, evaluation: Path, **changes) -> dict:
     stages = {"initial": 0.01, "hold_steps": 120, "decay_steps": 80, "final": 0.05}
     config.optim.update({"learning_rate": 3e-3, "warmup_steps": 20, "tri_stage": stages})
     return tiny(config, train, evaluation, **changes)
+
+
+def tiny_classes(train: Path, evaluation: Path, **changes) -> dict:
+    """The classification task."""
+    config = classification.get_config("speakers")
+    config.target.shown = "utterances"
+    config.optim.update({"learning_rate": 3e-3, "warmup_steps": 20})
+    return tiny(config, train, evaluation, **({"train": {"num_steps": 80, "eval_every": 80}} | changes))
 
 
 def one_device() -> jax.sharding.Mesh:

@@ -14,6 +14,7 @@ Expected: WER on test-clean/test-other without LM after 1 h, 10 h, 100 h: Base 2
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from configs.finetune.sections import fine_tuning
 from configs.pretrain import base, demo, large
 
 _HUBERT = {"hidden_dropout": 0.0, "activation_dropout": 0.1, "attention_dropout": 0.0, "final_dropout": 0.0}
@@ -115,9 +116,6 @@ def get_config(preset: str = "base_100h") -> ConfigDict:
             "replace_unknown": False,
         }
     )
-    config.init = ConfigDict({"path": placeholder(str), "step": placeholder(int)})  # None, and --config.init.path=RUN
     config.optim.schedule = "tri_stage"
     config.optim.groups = ConfigDict({})  # layer_groups(12, 0.9) for layer-wise decay
-    for section in ("mixing", "objective", "labels"):
-        del config[section]
-    return config
+    return fine_tuning(config)

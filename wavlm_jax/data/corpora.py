@@ -5,6 +5,8 @@ from pathlib import Path
 
 from wavlm_jax.data.corpus import Corpus
 
+__all__ = ["Corpus", "DataSettings", "open_corpora"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:

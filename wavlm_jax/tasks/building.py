@@ -10,18 +10,22 @@ import numpy as np
 from flax import linen as nn
 
 from wavlm_jax.config import Compute, WavLMConfig
-from wavlm_jax.data.corpora import DataSettings
-from wavlm_jax.data.corpus import Corpus
+from wavlm_jax.data.corpora import Corpus, DataSettings, open_corpora
 from wavlm_jax.data.loader import CropStream, LoaderSettings, PaddedStream
 from wavlm_jax.data.plan import BatchSettings
 from wavlm_jax.data.reader import Annotate, Host
+from wavlm_jax.model import heads
 from wavlm_jax.model.head_config import HeadConfig
 from wavlm_jax.settings import SettingsError, read
 from wavlm_jax.shapes import Batch, Params, StepKey, samples_for
 from wavlm_jax.starting import Load, fitting_weights
+from wavlm_jax.training.freeze import Freeze
 from wavlm_jax.training.loss_sums import LossSums
-from wavlm_jax.training.task import Task
+from wavlm_jax.training.task import Score, Task, no_score
 from wavlm_jax.training.topology import Topology
+
+__all__ = ["LossSums", "Parts", "Split", "Task", "TaskSettings", "assemble", "head_config", "heads", "open_corpora"]
+"""Whoever writes a task finds here what every task is made of."""
 
 _SHORTEST_INIT = 32
 """Frames of the row that parameters are made with; enough for every head."""
@@ -35,6 +39,12 @@ class InitSettings:
     """Workdir of a run, or a checkpoint of any kind that `wavlm_jax.loading` reads; None: from scratch."""
     step: int | None
     """Checkpoint of the run; None: its newest."""
+    head: bool
+    """Whether the head comes from there too (a further stage of the same task); else it is fresh."""
+
+    def __post_init__(self) -> None:
+        if self.head and self.path is None:
+            raise ValueError("head: found True without a path; name the run whose head it is, or set it to False")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +89,11 @@ class Parts:
     """Of what the labels follow from; those of the corpora are added."""
     crop: bool = False
     """Whether training shows random crops instead of whole padded utterances."""
+    names: tuple[str, ...] | None = None
+    """Of the classes; a head that `init.path` brings along has to have the same."""
+    score: Score = no_score
+    """See `training.task.Task`; as the next."""
+    freeze: Mapping[str, Freeze] = field(default_factory=dict)
 
 
 def head_config(section: Mapping[str, Any], **derived: int) -> HeadConfig:
@@ -104,7 +119,9 @@ def assemble(settings: TaskSettings, parts: Parts, topology: Topology, load: Loa
         init=_initialiser(parts.model, settings),
         loss=parts.loss,
         stream=_streams(settings, parts, topology),
-        initial_params=lambda fresh: _initial_params(settings, fresh, load),
+        initial_params=lambda fresh: _initial_params(settings, fresh, load, parts.names),
+        freeze=parts.freeze,
+        score=parts.score,
         fingerprints={**corpora, **parts.fingerprints},
         resolved={**parts.resolved, "head": dataclasses.asdict(parts.head)},
     )
@@ -120,13 +137,27 @@ def _initialiser(model: nn.Module, settings: TaskSettings) -> Callable[[StepKey]
     return init
 
 
-def _initial_params(settings: TaskSettings, fresh: Params, load: Load) -> Params:
-    """Fresh parameters, or the same with the body that `init.path` holds; the head is fresh."""
+def _initial_params(settings: TaskSettings, fresh: Params, load: Load, names: tuple[str, ...] | None) -> Params:
+    """Fresh parameters, or the same with the body, and where it is asked for the head, that `init.path` holds."""
     init = settings.init
     if init.path is None:
         return fresh
     weights = fitting_weights(init.path, init.step, settings.model, fresh["wavlm"], load)
-    return {**fresh, "wavlm": weights.params}
+    if not init.head:
+        return {**fresh, "wavlm": weights.params}
+    task, wanted = weights.task, sorted({*fresh} - {"wavlm"})
+    found = sorted(task.params) if task is not None else []
+    if task is None or found != wanted:
+        raise SettingsError(
+            f"config.init.head: {init.path} has a head of {', '.join(found) or 'no parts'}, expected one of "
+            f"{', '.join(wanted)}; a fresh head is config.init.head = False"
+        )
+    if names is not None and task.labels is not None and task.labels != names:
+        raise SettingsError(
+            f"config.init.head: the classes of {init.path} are not those of config.data.train "
+            f"({len(task.labels)} there, {len(names)} here); train on the same, or with config.init.head = False"
+        )
+    return {**task.params, "wavlm": weights.params}
 
 
 def _streams(settings: TaskSettings, parts: Parts, topology: Topology) -> Callable[[str], CropStream | PaddedStream]:

@@ -8,20 +8,26 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from wavlm_jax.data.corpora import open_corpora
 from wavlm_jax.loading import load_weights
 from wavlm_jax.model.adapter import head_num_frames
-from wavlm_jax.model.heads import CTCOutput, WavLMForCTC
 from wavlm_jax.settings import read_sections, refuse_unknown_sections
 from wavlm_jax.shapes import Batch, Params, StepKey
-from wavlm_jax.tasks.building import Parts, Split, TaskSettings, assemble, head_config
+from wavlm_jax.tasks.building import (
+    LossSums,
+    Parts,
+    Split,
+    Task,
+    TaskSettings,
+    assemble,
+    head_config,
+    heads,
+    open_corpora,
+)
 from wavlm_jax.tasks.ctc_loss import ctc_loss, has_alignment
 from wavlm_jax.tasks.edits import Sequences, edit_distance, greedy, tidy, words
 from wavlm_jax.tasks.forward import arguments
 from wavlm_jax.tasks.texts import TextLabels, TextSettings, make_vocabulary, most_labels, survey
-from wavlm_jax.training.loss_sums import LossSums
 from wavlm_jax.training.run_settings import RunSettings
-from wavlm_jax.training.task import Task
 from wavlm_jax.training.topology import Topology
 
 
@@ -49,7 +55,7 @@ def build(config: Mapping[str, Any], topology: Topology) -> Task:
     corpora = open_corpora(settings.data)
     vocabulary = make_vocabulary(settings.text, corpora["train"])
     head = head_config(settings.head, vocab_size=len(vocabulary), pad_token_id=vocabulary.blank_id)
-    model = WavLMForCTC(settings.model, head, settings.compute)
+    model = heads.WavLMForCTC(settings.model, head, settings.compute)
     replace_unknown, splits = settings.text.replace_unknown, {}
     for name, corpus in corpora.items():
         frames = np.asarray(head_num_frames(corpus.lengths, settings.model, head), np.int64)
@@ -75,7 +81,7 @@ def build(config: Mapping[str, Any], topology: Topology) -> Task:
 class CTCLoss:
     """The loss of a batch: a pure function of (params, batch, key), the same on any number of devices."""
 
-    model: WavLMForCTC
+    model: heads.WavLMForCTC
     delimiter_id: int | None
 
     def __call__(self, params: Params, batch: Batch, key: StepKey | None) -> LossSums:
@@ -88,7 +94,7 @@ class CTCLoss:
 
         """
         head = self.model.head
-        output: CTCOutput
+        output: heads.CTCOutput
         applied: Any = self.model.apply({"params": params}, *arguments(self.model.config, batch, key))
         output = applied
         labels, num_labels = batch["labels"], batch["num_labels"]
@@ -103,13 +109,13 @@ class CTCLoss:
             metrics |= self._errors(output, Sequences(labels, num_labels), counts)
         return LossSums(jnp.sum(jnp.where(counts, loss, 0.0)), rows, metrics)
 
-    def _blank_rate(self, output: CTCOutput, counts: Any) -> tuple[Any, Any]:
+    def _blank_rate(self, output: heads.CTCOutput, counts: Any) -> tuple[Any, Any]:
         """Share of the frames whose most likely character is the blank: near 1 where training collapses (USERS #23)."""
         inside = (jnp.arange(output.logits.shape[1])[None, :] < output.num_frames[:, None]) & counts[:, None]
         blank = jnp.argmax(output.logits, axis=-1) == self.model.head.pad_token_id
         return _sum(blank & inside), _sum(inside)
 
-    def _errors(self, output: CTCOutput, wanted: Sequences, counts: Any) -> dict[str, tuple[Any, Any]]:
+    def _errors(self, output: heads.CTCOutput, wanted: Sequences, counts: Any) -> dict[str, tuple[Any, Any]]:
         """Greedy decoding against the transcript: `cer`, `wer`, and how many times as long the found texts are."""
         found = tidy(greedy(output.logits, output.num_frames, self.model.head.pad_token_id), self.delimiter_id)
         letters = _sum(jnp.where(counts, wanted.length, 0))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-from wavlm_jax.data.corpus import Corpus
+from wavlm_jax.data.corpora import Corpus
 from wavlm_jax.data.plan import Lengths
 from wavlm_jax.settings import SettingsError
 from wavlm_jax.shapes import samples_for

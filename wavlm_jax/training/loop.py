@@ -39,7 +39,7 @@ from wavlm_jax.training.start import (
 )
 from wavlm_jax.training.state import Report, root_key
 from wavlm_jax.training.stream import BatchSpec, BatchStream
-from wavlm_jax.training.task import Task
+from wavlm_jax.training.task import Score, Task
 from wavlm_jax.training.watchdog import Watchdog
 from wavlm_jax.training.writers import Jsonl, Metrics, say
 
@@ -67,6 +67,7 @@ class _Session:
     nonfinite: Jsonl
     clock: Clock
     preemption: Preemption
+    score: Score
     state: Any = None
     step: int = 0
     saved: int = -1
@@ -185,7 +186,7 @@ class _Session:
                     before = sums
                 if before is not None:
                     totals.add(jax.device_get(before))
-            self.evaluation[split] = totals.means()
+                self.evaluation[split] = totals.means() | dict(self.score(split, totals.answers()))
             self.metrics.write(f"eval/{split}", self.step, self.evaluation[split])
         return True
 
@@ -268,7 +269,8 @@ def run(
             watchdog = Watchdog(settings.train.max_step_seconds, workdir)
             stack.callback(watchdog.close)
             clock.on_switch = watchdog.enter
-        session = _Session(settings, mesh, start, streams, programs, checkpoints, metrics, nonfinite, clock, preemption)
+        parts = streams, programs, checkpoints, metrics, nonfinite, clock, preemption, task.score
+        session = _Session(settings, mesh, start, *parts)
         return session.train()
 
 

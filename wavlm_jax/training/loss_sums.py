@@ -1,4 +1,4 @@
-"""What a loss returns: sums and counts, never means."""
+"""What a loss returns: sums and counts, never means; in evaluation lists of answers too."""
 
 from dataclasses import field
 from typing import Any
@@ -21,3 +21,6 @@ class LossSums:
     """name -> (sum, count), float32: reported as sum / count."""
     histograms: dict[str, Any] = field(default_factory=dict)
     """name -> counts, float32 (bins,): reported as the entropy of the normalised counts, in nats."""
+    answers: dict[str, Any] = field(default_factory=dict)
+    """Of an evaluation: name -> a value or vector a row (rows, ...), in the order of the batch. Those of a whole
+    evaluation reach `Task.score`, which makes of them what is no sum (F1, equal error rate)."""

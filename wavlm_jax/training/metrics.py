@@ -55,18 +55,26 @@ class Clock:
 
 
 class Totals:
-    """Sums and counts over batches, in float64."""
+    """Sums and counts over batches, in float64, and the answers of an evaluation."""
 
     def __init__(self) -> None:
         self._sums: dict[str, np.ndarray] = {}
         self._histograms: dict[str, np.ndarray] = {}
+        self._answers: dict[str, list[np.ndarray]] = {}
 
     def add(self, sums: Any) -> None:
         """Adds the LossSums of one batch, as fetched from the device."""
+        for name, values in sums.answers.items():
+            self._answers.setdefault(name, []).append(np.asarray(values))
         for name, pair in {"loss": (sums.loss, sums.count), **sums.metrics}.items():
             self._sums[name] = self._sums.get(name, np.zeros(2)) + np.asarray(pair, np.float64)
         for name, counts in sums.histograms.items():
             self._histograms[name] = self._histograms.get(name, np.zeros(1)) + np.asarray(counts, np.float64)
+
+    def answers(self) -> dict[str, np.ndarray]:
+        """All answers, without those of filler rows (`id` -1)."""
+        whole = {name: np.concatenate(parts) for name, parts in self._answers.items()}
+        return {name: values[whole["id"] >= 0] for name, values in whole.items()}
 
     def means(self) -> dict[str, float]:
         """Name -> sum / count, and name -> entropy in nats of each histogram; what has no count is left out."""

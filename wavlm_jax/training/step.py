@@ -4,6 +4,7 @@ The result depends on the global batch alone: not on devices, hosts, mesh shape 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -127,7 +128,20 @@ def train_step(
 
 def eval_step(params: Params, batch: Batch, *, task: Task, microbatches: int) -> LossSums:
     """Sums over the global batch, without randomness: so no row has partners, and any may go into any micro-batch."""
-    return add_up(lambda part: task.loss(params, part, None), batch, microbatches, group=1)
+    rows = next(iter(batch.values())).shape[0]
+
+    def score(part: Batch) -> LossSums:
+        sums = task.loss(params, part, None)
+        return replace(
+            sums, answers={name: _in_place(answer, part["row"], rows) for name, answer in sums.answers.items()}
+        )
+
+    return add_up(score, batch, microbatches, group=1)
+
+
+def _in_place(answers: Array, row: Array, rows: int) -> Array:
+    """Answers of a micro-batch where they belong in the batch of `rows`, 0 elsewhere: so sums are the whole list."""
+    return jnp.zeros((rows, *answers.shape[1:]), answers.dtype).at[row].set(answers)
 
 
 def _gradients(task: Task, params: Params, key: StepKey, freeze: Rules, batch: Batch) -> tuple[LossSums, Params]:

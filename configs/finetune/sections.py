@@ -1,0 +1,28 @@
+"""What the fine-tuning configs share; no config itself."""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def fine_tuning(config: ConfigDict) -> ConfigDict:
+    """`config`, of pre-training, with the sections of fine-tuning in the place of those that are pre-training's own."""
+    for section in ("mixing", "objective", "labels"):
+        del config[section]
+    config.init = ConfigDict(
+        {
+            "path": placeholder(str),  # None, from scratch; --config.init.path=RUN, or a Hugging Face folder, a .pt ...
+            "step": placeholder(int),
+            "head": False,  # True: the head comes from there too, for a further stage of the same task
+        }
+    )
+    return config
+
+
+def without_noise(config: ConfigDict) -> None:
+    """Dropout, layer drop and masks off: what a frozen or a very small model wants."""
+    names = ("feat_proj_dropout", "hidden_dropout", "attention_dropout", "activation_dropout", "layerdrop")
+    config.model.update(dict.fromkeys((*names, "mask_time_prob", "mask_feature_prob"), 0.0))
+
+
+CONV_ENCODER = {"conv_encoder": {"pattern": "^wavlm/feature_extractor/", "updates": None}}
+"""`optim.freeze` of nearly every recipe: the convolutions stay as they were pre-trained."""

@@ -1,0 +1,149 @@
+"""What an utterance is an example of: classes from a column of the corpus, or from a table that says more about it."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Int32, Int64
+
+from wavlm_jax.data.corpora import Corpus
+from wavlm_jax.settings import SettingsError
+from wavlm_jax.text.lines import RecordError, read_lines
+
+UNKNOWN = -1
+"""Number of a class that training does not have."""
+_NAMED = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetSettings:
+    """The config section `target`."""
+
+    column: Literal["speaker", "text", "id"]
+    """Of the corpus: the class of an utterance, or what `table` says a class of."""
+    table: str | None
+    """A file of lines `value TAB class` that turns the column's values into classes (gender by speaker, emotion by id,
+    command by text); None: the values are the classes."""
+    shown: Literal["utterances", "crops"]
+    """What training shows: whole utterances, padded, or random crops without padding, of the largest bucket that the
+    utterance fills, where any part of it tells the class (speaker, language)."""
+
+    def __post_init__(self) -> None:
+        if self.column == "id" and self.table is None:
+            raise ValueError("column, table: found 'id' without a table, expected one: every id would be its own class")
+
+
+class Classes(NamedTuple):
+    """Classes of a training corpus."""
+
+    names: tuple[str, ...]
+    """In order of their numbers: sorted."""
+    settings: TargetSettings
+    table: Mapping[str, str] | None
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the names in order."""
+        return hashlib.sha256("\0".join(self.names).encode()).hexdigest()
+
+    def of(self, corpus: Corpus) -> list[str]:
+        """The class of every utterance by name, "" where there is none."""
+        return _values(corpus, self.settings, self.table)
+
+    def numbers(self, corpus: Corpus) -> Int32[np.ndarray, "utterances"]:
+        """The class of every utterance by number, `UNKNOWN` where training has no such class."""
+        known = {name: number for number, name in enumerate(self.names)}
+        return np.array([known.get(name, UNKNOWN) for name in self.of(corpus)], np.int32)
+
+
+@dataclass(frozen=True)
+class ClassNumber:
+    """The class of a row. Travels to worker processes."""
+
+    numbers: Int32[np.ndarray, "utterances"]
+
+    def __call__(self, index: int, first_frame: int, frames: int, bits: int) -> Mapping[str, np.ndarray]:
+        """`labels` int32 ()."""
+        del first_frame, frames, bits  # a class is one of the whole utterance
+        return {"labels": np.asarray(self.numbers[index], np.int32)}
+
+
+def training_classes(settings: TargetSettings, train: Corpus) -> Classes:
+    """The classes that the training corpus has.
+
+    Raises:
+        SettingsError: fewer than two, or a table that is none.
+
+    """
+    table = None if settings.table is None else _read_table(Path(settings.table))
+    names = tuple(sorted({*_values(train, settings, table)} - {""}))
+    if len(names) < 2:  # noqa: PLR2004
+        found = f"the one class {names[0]!r}" if names else "no class"
+        raise SettingsError(
+            f"config.target: {settings.column} of {train.path} gives {found}, expected two or more; "
+            f"{_cure(settings, train)}"
+        )
+    return Classes(names, settings, table)
+
+
+def chosen(corpus: Corpus, classes: Classes) -> Int64[np.ndarray, "chosen"]:
+    """Utterances that have a class; all of them are of classes that training has.
+
+    Raises:
+        SettingsError: an utterance of another class (named), or none with a class.
+
+    """
+    names = classes.of(corpus)
+    strange = sorted({*names} - {*classes.names} - {""})
+    if strange:
+        first = names.index(strange[0])
+        raise SettingsError(
+            f"{corpus.path}: utterance {corpus.ids[first]} is of class {strange[0]!r}, which training does not have "
+            f"({len(strange)} such classes); expected one of {_some(classes.names)}. Evaluate on classes that are "
+            "trained, or train on these too"
+        )
+    found = np.flatnonzero([name != "" for name in names])
+    if not len(found):
+        raise SettingsError(f"{corpus.path}: no utterance has a class; {_cure(classes.settings, corpus)}")
+    return found
+
+
+def describe(corpus: Corpus, classes: Classes, split: str) -> str:
+    """One line for people: how many classes, how evenly."""
+    counts = Counter(name for name in classes.of(corpus) if name)
+    without = len(corpus) - counts.total()
+    most, fewest = max(counts.values()), min(counts.values())
+    line = f"{split}: {counts.total()} utterances of {len(counts)} classes, {fewest} to {most} a class"
+    return line + (f"; {without} without a class, left out" if without else "")
+
+
+def _values(corpus: Corpus, settings: TargetSettings, table: Mapping[str, str] | None) -> list[str]:
+    columns: dict[str, Sequence[str]] = {"speaker": corpus.speakers, "text": corpus.texts, "id": corpus.ids}
+    values = list(columns[settings.column])
+    return values if table is None else [table.get(value, "") for value in values]
+
+
+def _read_table(path: Path) -> dict[str, str]:
+    table: dict[str, str] = {}
+    for number, line in read_lines(path):
+        cells = line.rstrip("\r\n").split("\t")
+        if len(cells) != 2 or not all(cell.strip() for cell in cells):  # noqa: PLR2004
+            raise RecordError(f"{path}, line {number}: found {line.strip()[:60]!r}, expected value TAB class")
+        if cells[0] in table:
+            raise RecordError(f"{path}, line {number}: {cells[0]!r} for the second time, expected each value once")
+        table[cells[0]] = cells[1]
+    return table
+
+
+def _cure(settings: TargetSettings, corpus: Corpus) -> str:
+    if settings.table is not None:
+        return f"{settings.table} has no values of it, such as {corpus.ids[0] if settings.column == 'id' else '...'!r}"
+    return f"prepare the corpus from a source with a column {settings.column!r} (python -m wavlm_jax.data --help)"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
