@@ -23,7 +23,7 @@ from pretrain import task as pretraining
 from wavlm_jax import command_line
 from wavlm_jax.command_line import EXIT_WRONG
 from wavlm_jax.settings import read_sections
-from wavlm_jax.tasks import classification, ctc
+from wavlm_jax.tasks import classification, ctc, frame_classification
 from wavlm_jax.training import hosts, loop
 from wavlm_jax.training.compilation import OutOfMemory
 from wavlm_jax.training.mesh import make_mesh
@@ -31,7 +31,12 @@ from wavlm_jax.training.run_settings import RunSettings
 from wavlm_jax.training.topology import Topology
 from wavlm_jax.training.waiting import HostsMissing
 
-TASKS = {"masked_prediction": pretraining.build, "ctc": ctc.build, "classification": classification.build}
+TASKS = {
+    "masked_prediction": pretraining.build,
+    "ctc": ctc.build,
+    "classification": classification.build,
+    "frame_classification": frame_classification.build,
+}
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "What to train and how; see configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints, metrics and the resolved config go here.")

@@ -16,7 +16,10 @@ from wavlm_jax.data.pool import WorkerError
 from wavlm_jax.data.prepare import BAD_FILES, FREE_FAULTS, Preparation, PrepareError, Result, prepare, split
 from wavlm_jax.data.rows import from_datasets
 from wavlm_jax.data.sources import Source, SourceError, from_folder, has_audio
+from wavlm_jax.data.turns import TURNS, attach_turns
 from wavlm_jax.shapes import SAMPLE_RATE, samples_for
+from wavlm_jax.text.lines import RecordError
+from wavlm_jax.text.rttm import read_rttm
 
 DESCRIPTION = """Prepares speech once for training and evaluation: an Arrow data set of 16 kHz mono 16-bit FLAC, and a
 header. SOURCE is a folder of audio (wav, flac, mp3, ogg, opus; with metadata.csv or metadata.jsonl, as an audiofolder
@@ -34,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             commands[words[0]](words[1:])
         else:
             _prepare(words)
-    except (SourceError, PrepareError, CorpusError, WorkerError, EspeakError) as error:
+    except (SourceError, PrepareError, CorpusError, WorkerError, EspeakError, RecordError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -50,6 +53,9 @@ def _prepare(words: Sequence[str]) -> None:
         policy = _policy(options)
     except ValueError as error:
         parser.error(str(error))
+    if options.rttm and options.long == "split":
+        parser.error("--rttm: turns are of whole recordings; give it without --long split")
+    turns = [turn for file in options.rttm for turn in read_rttm(file)]
     source = _open(options.source, options)
     for note in source.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -67,6 +73,8 @@ def _prepare(words: Sequence[str]) -> None:
         )
         out = options.out / part
         report(prepare(entries, out, preparation), out)
+        if turns:
+            print(f"  {attach_turns(Corpus.open(out), turns)} recordings have turns ({out / TURNS})")
 
 
 def _policy(options: argparse.Namespace) -> Policy:
@@ -127,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--holdout", type=_share, default=0.0, help="share for CORPUS/valid, by hash of the id; the rest: CORPUS/train")
     add("--root", type=Path, default=None, help="folder that a manifest's paths are relative to (default: found out)")
+    add("--rttm", type=Path, nargs="+", default=[], metavar="FILE", help="who speaks when; recordings are named by id")
     add("--subset", default=None, help="configuration of a hub data set")
     add("--split", default=None, help="split of a data set that has several")
     return parser

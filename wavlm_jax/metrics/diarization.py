@@ -21,6 +21,12 @@ class DiarizationError(NamedTuple):
         errors = self.false_alarm + self.missed + self.confusion
         return errors / self.total if self.total else (float("inf") if errors else 0.0)
 
+    def describe(self) -> str:
+        """One line for people."""
+        parts = (("missed", self.missed), ("false alarm", self.false_alarm), ("confusion", self.confusion))
+        shares = ", ".join(f"{name} {100 * part / max(self.total, 1e-9):.2f}" for name, part in parts)
+        return f"DER {100 * self.rate:.2f} % of {self.total:.1f} s ({shares})"
+
 
 def diarization_error(
     reference: Sequence[Turn],

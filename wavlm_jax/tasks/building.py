@@ -67,7 +67,7 @@ class Split(NamedTuple):
 
     corpus: Corpus
     chosen: np.ndarray | None
-    """Numbers of the utterances that take part; None: all."""
+    """Numbers of the utterances that take part; None: all. In training one that is named twice is shown twice."""
     annotate: Annotate
     """Adds the labels of a row."""
 

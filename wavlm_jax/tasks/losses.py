@@ -14,7 +14,7 @@ Classes = Float[Array, "rows classes"]
 Labels = Int[Array, "rows"]
 Activity = Float[Array, "rows frames speakers"]
 
-_MOST_SPEAKERS = 6
+MOST_SPEAKERS = 6
 """720 orders; beyond that trying them all is no longer cheap."""
 
 
@@ -67,19 +67,28 @@ def speakers_in_any_order(logits: Activity, targets: Activity, mask: Bool[Array,
         ValueError: more than six speakers.
 
     """
-    num_speakers = logits.shape[-1]
-    if num_speakers > _MOST_SPEAKERS:
-        raise ValueError(f"speakers: found {num_speakers}, expected {_MOST_SPEAKERS} or fewer: all orders are tried")
     logits, keep = logits.astype(jnp.float32), mask[:, :, None].astype(jnp.float32)
     # -log sigma(x) where on, -log sigma(-x) = x - log sigma(x) where off: softplus(x) - target * x
     silent = (keep * jax.nn.softplus(logits)).sum(axis=1)
     agreement = jnp.einsum("rfi,rfj->rij", keep * logits, targets, precision=jax.lax.Precision.HIGHEST)
-    costs = silent[:, :, None] - agreement
+    matched = in_best_order(silent[:, :, None] - agreement)
+    return Matched(jnp.maximum(matched.loss, 0.0), matched.order)
+
+
+def in_best_order(costs: Float[Array, "rows speakers speakers"]) -> Matched:
+    """The cheapest way to compare outputs with targets one by one, `costs[i, j]` being output i's with target j.
+
+    Raises:
+        ValueError: more than six speakers.
+
+    """
+    num_speakers = costs.shape[-1]
+    if num_speakers > MOST_SPEAKERS:
+        raise ValueError(f"speakers: found {num_speakers}, expected {MOST_SPEAKERS} or fewer: all orders are tried")
     orders = np.array(list(itertools.permutations(range(num_speakers))))
     totals = costs[:, np.arange(num_speakers)[None, :], orders].sum(axis=-1)
     best = jnp.argmin(totals, axis=1)
-    loss = jnp.take_along_axis(totals, best[:, None], axis=1)[:, 0]
-    return Matched(jnp.maximum(loss, 0.0), jnp.asarray(orders)[best])
+    return Matched(jnp.take_along_axis(totals, best[:, None], axis=1)[:, 0], jnp.asarray(orders)[best])
 
 
 def one_speaker_a_frame(logits: Activity, targets: Activity) -> Float[Array, "rows"]:
