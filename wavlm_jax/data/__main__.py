@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from wavlm_jax.data import manifests
+from wavlm_jax.data import manifests, simulate_command
 from wavlm_jax.data.conform import Policy
 from wavlm_jax.data.corpus import Corpus
 from wavlm_jax.data.demo import DemoSettings, make_demo
@@ -24,14 +24,14 @@ from wavlm_jax.text.rttm import read_rttm
 DESCRIPTION = """Prepares speech once for training and evaluation: an Arrow data set of 16 kHz mono 16-bit FLAC, and a
 header. SOURCE is a folder of audio (wav, flac, mp3, ogg, opus; with metadata.csv or metadata.jsonl, as an audiofolder
 has it, or without), a manifest (.tsv, .csv or .jsonl with id, path, samples, speaker, text; or fairseq's .tsv), or
-anything that `datasets` loads (a name on the hub, .parquet, a folder from save_to_disk). The words `demo` and `verify`
-make the embedded corpus and check a finished one."""
+anything that `datasets` loads (a name on the hub, .parquet, a folder from save_to_disk). The words `demo`, `verify`
+and `simulate` make the embedded corpus, check a finished one, and mix conversations from one."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status is 0, or 1 with a message on stderr."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"demo": _demo, "verify": _verify}
+    commands = {"demo": _demo, "verify": _verify, "simulate": _simulate}
     try:
         if words and words[0] in commands:
             commands[words[0]](words[1:])
@@ -161,6 +161,10 @@ def _verify(words: Sequence[str]) -> None:
     corpus = Corpus.open(parser.parse_args(words).corpus)
     corpus.verify()
     print(f"{corpus.path}: whole, {len(corpus.header.shards)} shards")
+
+
+def _simulate(words: Sequence[str]) -> None:
+    report(*simulate_command.run(words, _cores()))
 
 
 def _demo(words: Sequence[str]) -> None:

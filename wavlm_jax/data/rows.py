@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wavlm_jax.audio.wave import AudioFault, AudioSource
 from wavlm_jax.data.hub import audio_column, load_dataset
-from wavlm_jax.data.sources import ID_COLUMNS, SPEAKER_COLUMNS, TEXT_COLUMNS, Entry, Source, SourceError, inside
+from wavlm_jax.data.sources import ID_COLUMNS, SPEAKER_COLUMNS, TEXT_COLUMNS, Entry, Source, SourceError, kept_inside
 
 
 @dataclass(frozen=True)
@@ -17,15 +16,13 @@ class Rows:
     column: str
     root: Path
 
-    def __call__(self, entry: Entry) -> AudioSource:
+    def __call__(self, entry: Entry) -> bytes | Path:
         """The bytes of one row, or its file."""
         audio = self.dataset[int(entry.audio)][self.column]
         if audio["bytes"] is not None:
             return bytes(audio["bytes"])
         path = self.root / str(audio["path"])
-        if not inside(path, self.root):
-            raise AudioFault("outside_root", f"row {entry.audio} has no bytes and points to {path}")
-        return path
+        return kept_inside(path, self.root, f"row {entry.audio} has no bytes and points to {path}, which")
 
 
 def from_datasets(source: str, subset: str | None = None, split: str | None = None) -> Source:

@@ -80,14 +80,24 @@ class Files:
     def __call__(self, entry: Entry) -> Path:
         """The file, if no link leads out of the root."""
         path = self.root / str(entry.audio)
-        if not inside(path, self.root):
-            raise AudioFault("outside_root", f"{path} leads out of {self.root}")
-        return path
+        return kept_inside(path, self.root, str(path))
 
 
 def inside(path: Path, root: Path) -> bool:
     """Whether `path`, all links followed, lies under the folder `root`, which has none in it."""
     return path.resolve().is_relative_to(root)
+
+
+def kept_inside(path: Path, root: Path, what: str) -> Path:
+    """`path`, if it lies under `root`.
+
+    Raises:
+        AudioFault: outside_root, about `what`.
+
+    """
+    if not inside(path, root):
+        raise AudioFault("outside_root", f"{what} leads out of {root}")
+    return path
 
 
 def digest(entries: Iterable[Entry], *extra: str, stamps: bool = False) -> str:
