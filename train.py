@@ -19,8 +19,8 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
+import wavlm_jax.command_line
 from pretrain import task as pretraining
-from wavlm_jax import command_line
 from wavlm_jax.command_line import EXIT_WRONG
 from wavlm_jax.settings import read_sections
 from wavlm_jax.tasks import classification, ctc, frame_classification
@@ -86,4 +86,4 @@ def main(_: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main, required=["config", "workdir"])
+    wavlm_jax.command_line.run(main, required=["config", "workdir"])

@@ -8,9 +8,6 @@ when the demo is started again. The last line on stdout is one JSON object with 
 
 import argparse
 import json
-import shlex
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from pretrain.commands import python
 from pretrain.curves import draw, read_records
+from pretrain.demo_use import Use, use
 from pretrain.labels import LabelHeader, LabelStore
 
 CONFIG = "configs/pretrain/demo.py"
@@ -121,19 +120,6 @@ def unigram_accuracy(labels: Path, split: str) -> float:
     return float(counts[train.argmax()] / counts.sum())
 
 
-def python(*arguments: str) -> None:
-    """Show a command, then run it with this interpreter.
-
-    Raises:
-        SystemExit: it failed; its own message has been printed.
-
-    """
-    print("\n$ python " + shlex.join(arguments), flush=True)
-    code = subprocess.run([sys.executable, *arguments], check=False).returncode  # noqa: S603  our own arguments
-    if code:
-        sys.exit(code)
-
-
 def main() -> None:
     """All stages, then the report."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -149,7 +135,8 @@ def main() -> None:
     layer = ("--teacher", str(demo.run), "--layer", str(LAYER), "--out", str(demo.labels("layer")))
     python("-m", "pretrain.make_labels", *settings, *layer)
     python("-m", "wavlm_jax.convert", "export", str(demo.run), str(demo.export), "--to", "huggingface")
-    print("\n" + json.dumps(demo.report(time.monotonic() - began)), flush=True)
+    used = use(Use(demo.corpus, demo.run, demo.out, demo.smoke))
+    print("\n" + json.dumps({**demo.report(time.monotonic() - began), **used}), flush=True)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+import wavlm_jax.command_line
 from pretrain.labelling import make_labels
 from pretrain.labels import LabelSettings
-from wavlm_jax import command_line
 from wavlm_jax.data.corpora import DataSettings, open_corpora
 from wavlm_jax.loading import load_weights
 from wavlm_jax.settings import read
@@ -51,9 +51,9 @@ def main(_: Sequence[str]) -> None:
         header = make_labels(settings, open_corpora(read(config.data, DataSettings, "data")), load_weights)
     except (ValueError, OSError) as error:
         print(f"make_labels.py: {error}", file=sys.stderr)
-        sys.exit(command_line.EXIT_WRONG)
+        sys.exit(wavlm_jax.command_line.EXIT_WRONG)
     print(f"labels: {settings.path} is complete, k-means {header.kmeans}, {', '.join(sorted(header.splits))}")
 
 
 if __name__ == "__main__":
-    command_line.run(main, required=["config"])
+    wavlm_jax.command_line.run(main, required=["config"])

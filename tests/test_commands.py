@@ -12,12 +12,13 @@ import soundfile
 import torch
 import transformers
 
+import wavlm_jax
 from wavlm_jax.__main__ import main
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.convert.huggingface import export_huggingface
 from wavlm_jax.model.head_config import HeadConfig, TaskHead
 from wavlm_jax.model.heads import module_of, tree_shapes
-from wavlm_jax.text.rttm import read_rttm
+from wavlm_jax.text.rttm import read_rttm, write_rttm
 from wavlm_jax.text.vocabulary import Vocabulary
 from wavlm_jax.text.vocabulary_files import write_vocabulary
 from wavlm_jax.weights import Weights
@@ -144,3 +145,28 @@ def test_wrong_uses_are_answered(folder, capsys, monkeypatch, words, message):
     monkeypatch.chdir(folder)
     assert main(words) == 2
     assert message in capsys.readouterr().err
+
+
+def test_python_says_what_the_command_line_says(folder, capsys):
+    """Each call of `wavlm_jax` on a loaded model, against the records of the command of the same name."""
+    file, other = folder / "a.wav", folder / "b.wav"
+    ctc, speakers, classes, turns = (wavlm_jax.load(folder / name) for name in KINDS)
+
+    def lines(command, name, *words):
+        assert main([command, str(other), str(file), "--model", str(folder / name), *words]) == 0
+        return capsys.readouterr().out
+
+    heard = [json.loads(line)["text"] for line in lines("transcribe", "ctc").splitlines()]
+    assert [found.text for found in wavlm_jax.transcribe(ctc, [other, str(file)])] == heard
+    aligned = wavlm_jax.align(ctc, {other: "AB C", file: "B"})
+    assert [[word.text for word in one.transcript.words] for one in aligned] == [["AB", "C"], ["B"]]
+    embedded = [json.loads(line)["embedding"] for line in lines("embed", "speakers").splitlines()]
+    np.testing.assert_allclose(wavlm_jax.embed(speakers, [other, file]), embedded, atol=1e-6)
+    assert wavlm_jax.verify(speakers, other, file) == pytest.approx(float(lines("verify", "speakers").split()[0]))
+    assert wavlm_jax.verify(speakers, file, file) == pytest.approx(1.0)
+    named = [json.loads(line)["label"] for line in lines("classify", "classes").splitlines()]
+    assert [answers[0].label for answers in wavlm_jax.classify(classes, [other, file])] == named
+    written = "".join(write_rttm(found) for found in wavlm_jax.diarize(turns, [other, file]))
+    assert written == lines("diarize", "turns")
+    with pytest.raises(ValueError, match="a WavLMForCTC, which does transcribe, align; expected a WavLMForXVector"):
+        wavlm_jax.embed(ctc, [file])

@@ -158,13 +158,13 @@ def test_masks_and_dropout_do_not_depend_on_micro_batches(folders):
     assert abs(other - whole) > 1e-3
 
 
-@pytest.mark.parametrize("preset", [*recipes._PRESETS, "digits"])
+@pytest.mark.parametrize("preset", [*recipes._PRESETS, *recipes._SMALL])
 def test_every_preset_can_be_read(preset):
     config = json.loads(recipes.get_config(preset).to_json())
     settings = read_sections(config, RunSettings)
     task = read_sections(config, ctc.CTCSettings)
     assert settings.optim.schedule == "tri_stage"
-    assert task.model.hidden_size == {"base": 768, "larg": 1024, "digi": 128}[preset[:4]]
+    assert task.model.hidden_size == {"base": 768, "large": 1024}.get(preset.partition("_")[0], 128)
 
 
 def test_layer_groups_cover_the_model(folders):

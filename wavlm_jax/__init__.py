@@ -5,11 +5,25 @@ from typing import TYPE_CHECKING, Any
 from wavlm_jax.version import __version__
 
 if TYPE_CHECKING:
+    from wavlm_jax.inference.calls import align, classify, diarize, embed, transcribe, verify
     from wavlm_jax.model.ready import Model
     from wavlm_jax.opening import load
     from wavlm_jax.saving import save_huggingface, save_microsoft
 
-__all__ = ["Model", "__version__", "load", "save_huggingface", "save_microsoft"]
+__all__ = [
+    "Model",
+    "__version__",
+    "align",
+    "classify",
+    "diarize",
+    "embed",
+    "load",
+    "save_huggingface",
+    "save_microsoft",
+    "transcribe",
+    "verify",
+]
+_CALLS = ("align", "classify", "diarize", "embed", "transcribe", "verify")
 
 
 def __getattr__(name: str) -> Any:
@@ -18,6 +32,10 @@ def __getattr__(name: str) -> Any:
         from wavlm_jax import saving  # noqa: PLC0415
 
         return getattr(saving, name)
+    if name in _CALLS:
+        from wavlm_jax.inference import calls  # noqa: PLC0415
+
+        return getattr(calls, name)
     if name in ("load", "Model"):
         from wavlm_jax import opening  # noqa: PLC0415
 

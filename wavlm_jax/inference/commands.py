@@ -102,7 +102,7 @@ def _transcribe(options: argparse.Namespace) -> None:
 
 def _recognizer(options: argparse.Namespace) -> Recognizer:
     opened = open_model(options, "WavLMForCTC")
-    return Recognizer(opened.module, opened.params, vocabulary_of(options, opened))
+    return Recognizer(opened.module, opened.params, vocabulary_of(opened))
 
 
 def _search(options: argparse.Namespace, recognizer: Recognizer) -> BeamSearch | None:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -30,40 +31,49 @@ class Opened(NamedTuple):
 
 
 def open_model(options: argparse.Namespace, kind: str) -> Opened:
-    """The model of `--model`; padding never changes its answers.
+    """The model of `--model`.
 
     Raises:
-        UsageError: it has another head, or none.
+        UsageError: see `opened`.
         ValueError: see `loading.load_weights`, which the command line hands down (`options.load`).
 
     """
-    weights = options.load(options.model, options.step)
-    task = weights.task
+    return opened(options.load(options.model, options.step), kind)
+
+
+def opened(weights: Weights, kind: str) -> Opened:
+    """The model of these weights; padding never changes its answers.
+
+    Raises:
+        UsageError: it has another head, or none.
+
+    """
+    task, where = weights.task, weights.origin.path
     if task is None:
-        raise UsageError(f"{options.model}: an encoder without a head, which does `features`; expected a {kind}")
+        raise UsageError(f"{where}: an encoder without a head, which does `features`; expected a {kind}")
     if task.kind != kind:
-        raise UsageError(f"{options.model}: a {task.kind}, which does {_DOES[task.kind]}; expected a {kind}")
+        raise UsageError(f"{where}: a {task.kind}, which does {_DOES[task.kind]}; expected a {kind}")
     config = dataclasses.replace(weights.config, padding="exact")
     params = jax.tree.map(jax.device_put, dict(weights.tree))
     return Opened(module_of(config, task.kind, task.config), params, weights)
 
 
-def labels_of(opened: Opened) -> tuple[str, ...]:
+def labels_of(model: Opened) -> tuple[str, ...]:
     """The names of a classifier's classes; numbers where nobody named them."""
-    task = opened.weights.task
+    task = model.weights.task
     if task is None or task.labels is None:
-        return tuple(str(number) for number in range(opened.module.head.num_labels))
+        return tuple(str(number) for number in range(model.module.head.num_labels))
     return task.labels
 
 
-def vocabulary_of(options: argparse.Namespace, opened: Opened) -> Vocabulary:
+def vocabulary_of(model: Opened) -> Vocabulary:
     """What a CTC model speaks.
 
     Raises:
         UsageError: there is none.
 
     """
-    files = opened.weights.origin.files
-    if VOCABULARY not in files:
-        raise UsageError(f"{options.model}: has no {VOCABULARY}; a CTC model needs its vocabulary to spell")
-    return parse_vocabulary(files, options.model)
+    origin = model.weights.origin
+    if VOCABULARY not in origin.files:
+        raise UsageError(f"{origin.path}: has no {VOCABULARY}; a CTC model needs its vocabulary to spell")
+    return parse_vocabulary(origin.files, Path(origin.path))

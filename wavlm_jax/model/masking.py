@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from wavlm_jax import shapes
 from wavlm_jax.audio.frames import huggingface_num_frames, microsoft_num_frames
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.model.elements import Site
 from wavlm_jax.shapes import ChannelMask, FrameMask, Geometry, NumSamples, RowKeys, TimeMask
+from wavlm_jax.shapes import num_frames as frames_of
 
 
 def frame_mask(num_samples: NumSamples, num_frames: int, padded_samples: int, config: WavLMConfig) -> FrameMask:
@@ -32,7 +32,7 @@ def frame_mask(num_samples: NumSamples, num_frames: int, padded_samples: int, co
     elif config.padding == "huggingface":
         valid = huggingface_num_frames(num_samples, padded_samples, geometry)
     else:
-        valid = shapes.num_frames(num_samples, geometry)
+        valid = frames_of(num_samples, geometry)
     return jnp.arange(num_frames)[None, :] < valid[:, None]
 
 

@@ -15,8 +15,8 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
+import wavlm_jax.command_line
 from pretrain import task as pretraining
-from wavlm_jax import command_line
 from wavlm_jax.command_line import EXIT_WRONG
 from wavlm_jax.plan.cures import Cure, find_cures
 from wavlm_jax.plan.program import Memory
@@ -81,4 +81,4 @@ def main(_: Sequence[str]) -> None:
 if __name__ == "__main__":
     os.environ["JAX_PLATFORMS"] = "cpu"
     jax.config.update("jax_platforms", "cpu")
-    command_line.run(main, required=["config", "topology"])
+    wavlm_jax.command_line.run(main, required=["config", "topology"])
