@@ -8,6 +8,7 @@ again; stacks-*.txt in the workdir says where). Other codes: JAX itself ended th
 host is gone; run it again.
 """
 
+import contextlib
 import json
 import sys
 import traceback
@@ -24,7 +25,7 @@ from pretrain import task as pretraining
 from wavlm_jax.command_line import EXIT_WRONG
 from wavlm_jax.settings import read_sections
 from wavlm_jax.tasks import classification, ctc, frame_classification
-from wavlm_jax.training import hosts, loop
+from wavlm_jax.training import host_flags, hosts, loop
 from wavlm_jax.training.compilation import OutOfMemory
 from wavlm_jax.training.mesh import make_mesh
 from wavlm_jax.training.run_settings import RunSettings
@@ -40,11 +41,6 @@ TASKS = {
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "What to train and how; see configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints, metrics and the resolved config go here.")
-_PLATFORM = flags.DEFINE_string("platform", None, "cpu, tpu or cuda: fail rather than take another.")
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where no cluster tells it.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator.")
-_PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "With --coordinator.")
-_WAIT = flags.DEFINE_integer("wait_seconds", 300, "For the other hosts, at the start.", lower_bound=1)
 
 
 def train(config: dict[str, Any], workdir: Path) -> int:
@@ -66,11 +62,9 @@ def _refuse_addresses(workdir: str) -> None:
 def main(_: Sequence[str]) -> None:
     """From flags to an exit code; what a person can put right is one message, its traceback a file."""
     workdir = Path(_WORKDIR.value or "")
-    if _PLATFORM.value is not None:
-        jax.config.update("jax_platforms", _PLATFORM.value)
     try:
         _refuse_addresses(str(_WORKDIR.value))
-        hosts.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_INDEX.value, _WAIT.value)
+        host_flags.join()
         config = json.loads(_CONFIG.value.to_json())
         if jax.process_index() == 0:
             workdir.mkdir(parents=True, exist_ok=True)
@@ -78,7 +72,7 @@ def main(_: Sequence[str]) -> None:
         code = train(config, workdir)
     except (ValueError, OSError, OutOfMemory, HostsMissing) as error:
         print(f"train.py: {error}", file=sys.stderr)
-        if workdir.is_dir():
+        with contextlib.suppress(OSError):  # the disk may be what is wrong
             (workdir / "error.txt").write_text(traceback.format_exc())
             print(f"(traceback: {workdir / 'error.txt'})", file=sys.stderr)
         code = EXIT_WRONG

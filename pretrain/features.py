@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int16, Int64
 
-from pretrain.kmeans import row_sharding
 from pretrain.mfcc import MFCC_DIM, MFCC_GEOMETRY, mfcc
+from pretrain.row_shards import row_sharding
 from wavlm_jax.shapes import Geometry, num_frames
 
 Item = TypeVar("Item")

@@ -1,22 +1,27 @@
 """k-means on the device: k-means++ seeds, then passes of mini-batch updates over a sample that stays in memory.
 
-The sample has a fixed number of frames however large the corpus is (pretrain/sample.py). Rows are spread over the local
-devices, centroids are on all of them; the number of devices changes nothing but the order of float additions.
+The sample has a fixed number of frames however large the corpus is (pretrain/sample.py). Rows are spread over the
+devices of all hosts, centroids are on all of them, sums go over all of them; the number of devices and hosts changes
+nothing but the order of float additions.
 """
 
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import sklearn.cluster
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Float32, Int, UInt32
 
 from pretrain.files import read_tensors, write_tensors
+from pretrain.row_shards import fit_sharding, put
+from pretrain.shares import of_first
 from wavlm_jax.shapes import Scalar, StepKey
 
 Frames = Float[Array, "frames dim"]
@@ -34,7 +39,7 @@ class KMeansSettings:
     sample_frames: int
     """Frames that are kept in memory to fit on (all frames of a smaller corpus)."""
     batch_frames: int
-    """Frames of one update; a multiple of the number of devices uses all of them."""
+    """Frames of one update; a multiple of the number of devices uses all of them. Several hosts round down to one."""
     passes: int
     """Passes over the sample, at most."""
     tolerance: float
@@ -84,14 +89,6 @@ class KMeans:
         return cls(tensors["centroids"], float(header["inertia"]), int(header["passes"]))
 
 
-def row_sharding(rows: int) -> NamedSharding:
-    """Rows over as many local devices as divide them."""
-    devices = jax.local_devices()
-    used = max(count for count in range(1, len(devices) + 1) if rows % count == 0)
-    mesh = jax.sharding.Mesh(np.array(devices[:used]), ("rows",), axis_types=(AxisType.Auto,))
-    return NamedSharding(mesh, PartitionSpec("rows"))
-
-
 def squared_distances(frames: Frames, centroids: Centroids) -> Float[Array, "frames clusters"]:
     """|x|^2 - 2 x.c + |c|^2, float32 at full precision."""
     products = jnp.matmul(frames, centroids.T, precision=jax.lax.Precision.HIGHEST)
@@ -134,25 +131,29 @@ def fit(
     frames = _batches(sample, num_clusters, settings, seed)
     state = _load_state(checkpoint, made_from) or _FitState(_seeds(frames, num_clusters, settings, seed))
     batches = _place(frames)
-    everywhere = NamedSharding(row_sharding(frames.shape[1]).mesh, PartitionSpec())
+    everywhere = NamedSharding(_mesh_of(batches), PartitionSpec())
+    programs = _programs(everywhere)
     while not _finished(state.inertias, settings):
         number = len(state.inertias)
         # One placement before every pass, so that one compiled program serves them all.
-        moved = jax.device_put((state.centroids, state.counts, _pass_key(seed, number)), everywhere)
-        centroids, counts, inertia = _one_pass(*moved, batches, jnp.asarray(number + 1 < settings.passes))
-        state = _FitState(centroids, counts, (*state.inertias, float(inertia)))
-        if checkpoint is not None:
+        moved = [put(part, everywhere) for part in (state.centroids, state.counts, _pass_key(seed, number))]
+        reseed = put(number + 1 < settings.passes, everywhere)
+        centroids, counts, inertia = programs.one_pass(*moved, batches, reseed)
+        state = _FitState(np.asarray(centroids), np.asarray(counts), (*state.inertias, float(inertia)))
+        if checkpoint is not None and jax.process_index() == 0:
             _save_state(checkpoint, state, made_from)
         on_pass(number + 1, state.inertias[-1])
-    return KMeans(np.asarray(state.centroids), _mean_inertia(batches, state.centroids), len(state.inertias))
+    return KMeans(state.centroids, _mean_inertia(batches, state.centroids), len(state.inertias))
 
 
 class _FitState:
     """Where a fit stands between two passes."""
 
-    def __init__(self, centroids: Centroids, counts: Counts | None = None, inertias: tuple[float, ...] = ()) -> None:
+    def __init__(
+        self, centroids: np.ndarray, counts: np.ndarray | None = None, inertias: tuple[float, ...] = ()
+    ) -> None:
         self.centroids = centroids
-        self.counts = jnp.zeros(len(centroids), jnp.float32) if counts is None else counts
+        self.counts = np.zeros(len(centroids), np.float32) if counts is None else counts
         self.inertias = inertias
 
 
@@ -175,6 +176,10 @@ def _batches(
             f"labels.num_clusters: {num_clusters} clusters need as many frames, the sample has {len(sample)}"
         )
     size = min(settings.batch_frames, len(sample))
+    if jax.process_count() > 1:
+        size -= size % jax.device_count()
+    if size == 0:
+        raise ValueError(f"labels.kmeans: {len(sample)} frames for {jax.device_count()} devices; take fewer hosts")
     count = len(sample) // size
     order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(sample))[: count * size]
     return sample[order].reshape(count, size, -1)
@@ -182,14 +187,13 @@ def _batches(
 
 def _place(frames: Float32[np.ndarray, "batches batch dim"]) -> Batches:
     """On the devices, each holding its rows of every batch."""
-    rows = row_sharding(frames.shape[1])
-    placed: Batches = jax.device_put(frames, NamedSharding(rows.mesh, PartitionSpec(None, "rows")))
-    return placed
+    rows = fit_sharding(frames.shape[1])
+    return put(frames, NamedSharding(rows.mesh, PartitionSpec(None, "rows")))
 
 
 def _seeds(
     frames: Float32[np.ndarray, "batches batch dim"], num_clusters: int, settings: KMeansSettings, seed: int
-) -> Centroids:
+) -> Float32[np.ndarray, "clusters dim"]:
     """The best of several k-means++ seedings, each on its own part of the frames; scored on the first batches."""
     flat = frames.reshape(-1, frames.shape[-1])
     size = min(len(flat), max(3 * frames.shape[1], 3 * num_clusters))
@@ -197,21 +201,36 @@ def _seeds(
     for number in range(settings.initialisations):
         start = number * size % (len(flat) - size + 1)
         seeds, _ = sklearn.cluster.kmeans_plusplus(flat[start : start + size], num_clusters, random_state=seed + number)
-        candidates.append(jnp.asarray(seeds, jnp.float32))
+        candidates.append(of_first(np.asarray(seeds, np.float32)))
     scored = _place(frames[: max(1, size // frames.shape[1])])
     return min(candidates, key=lambda centroids: _mean_inertia(scored, centroids))
 
 
-def _pass_key(seed: int, number: int) -> StepKey:
-    return jax.random.fold_in(jax.random.key(seed), number)
+def _pass_key(seed: int, number: int) -> Array:
+    """The bits of a key, which travel like any array."""
+    return jax.random.key_data(jax.random.fold_in(jax.random.key(seed), number))
 
 
-@jax.jit
+class _Programs(NamedTuple):
+    """What is computed over the devices of all hosts; results are on each of them."""
+
+    one_pass: Callable[..., Any]
+    inertias: Callable[..., Any]
+
+
+@cache
+def _programs(everywhere: NamedSharding) -> _Programs:
+    return _Programs(
+        jax.jit(_one_pass, out_shardings=everywhere),
+        jax.jit(_inertias, out_shardings=everywhere),
+    )
+
+
 def _one_pass(
-    centroids: Centroids, counts: Counts, key: StepKey, batches: Batches, reseed: Bool[Array, ""]
+    centroids: Centroids, counts: Counts, key_bits: UInt32[Array, " bits"], batches: Batches, reseed: Bool[Array, ""]
 ) -> tuple[Centroids, Counts, Scalar]:
     """One mini-batch update a batch, in random order; then clusters that no frame fell into get a new seed."""
-    order_key, seed_key = jax.random.split(key)
+    order_key, seed_key = jax.random.split(jax.random.wrap_key_data(key_bits))
     order = jax.random.permutation(order_key, len(batches))
 
     def step(carry: tuple[Centroids, Counts], index: Index) -> tuple[tuple[Centroids, Counts], tuple[Counts, Scalar]]:
@@ -244,18 +263,24 @@ def _far_frames(batch: Frames, centroids: Centroids, key: StepKey) -> Centroids:
     return batch[jnp.resize(chosen, (len(centroids),))]
 
 
-@jax.jit
 def _inertias(batches: Batches, centroids: Centroids) -> Float[Array, " batches"]:
     means: Float[Array, " batches"] = jax.lax.map(lambda batch: nearest(batch, centroids)[1].mean(), batches)
     return means
 
 
-def _mean_inertia(batches: Batches, centroids: Centroids) -> float:
-    return float(np.asarray(_inertias(batches, centroids), np.float64).mean())
+def _mesh_of(batches: Batches) -> Any:
+    sharding: Any = batches.sharding
+    return sharding.mesh
+
+
+def _mean_inertia(batches: Batches, centroids: Float32[np.ndarray, "clusters dim"]) -> float:
+    everywhere = NamedSharding(_mesh_of(batches), PartitionSpec())
+    found = _programs(everywhere).inertias(batches, put(centroids, everywhere))
+    return float(np.asarray(found, np.float64).mean())
 
 
 def _save_state(path: Path, state: _FitState, made_from: str) -> None:
-    tensors = {"centroids": np.asarray(state.centroids), "counts": np.asarray(state.counts)}
+    tensors = {"centroids": state.centroids, "counts": state.counts}
     write_tensors(path, tensors, {"made_from": made_from, "inertias": list(state.inertias)})
 
 
@@ -265,5 +290,5 @@ def _load_state(path: Path | None, made_from: str) -> _FitState | None:
     tensors, header = read_tensors(path, {"centroids": ("float32", 2), "counts": ("float32", 1)})
     if header["made_from"] != made_from:
         raise ValueError(f"{path}: a fit of {header['made_from']}, expected {made_from}; delete it to start anew")
-    centroids, counts = jnp.asarray(tensors["centroids"]), jnp.asarray(tensors["counts"])
-    return _FitState(centroids, counts, tuple(float(value) for value in header["inertias"]))
+    inertias = tuple(float(value) for value in header["inertias"])
+    return _FitState(tensors["centroids"], tensors["counts"], inertias)

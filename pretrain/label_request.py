@@ -1,9 +1,11 @@
 """The stages from a corpus to a label store, each of which finds what an earlier run has left.
 
+Several hosts do each stage together, each its share of the utterances; the first writes what is there once.
+
 request.json                   what is being made, written first: another request for the same folder is an error
 kmeans.progress.safetensors    the fit after its last pass
 kmeans.safetensors             the fit
-{split}.progress.json          labels of a split up to some utterance
+{split}.progress.json          labels of a split up to some utterance (.progress.1-of-4.json: of a host's share)
 header.json                    written last
 """
 
@@ -16,7 +18,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Array, Float32
 from tqdm import tqdm
 
 from pretrain.assigning import label_part, part_end
@@ -27,7 +29,9 @@ from pretrain.label_arrays import LabelError, utterance_keys
 from pretrain.label_writer import SplitWriter
 from pretrain.labels import FORMAT, HEADER, LabelHeader, LabelSettings, SplitHeader
 from pretrain.sample import choose_utterances, draw
+from pretrain.shares import Share, together, total
 from wavlm_jax.shapes import SAMPLE_RATE
+from wavlm_jax.training.waiting import from_first
 
 REQUEST, CLUSTERS, FIT = "request.json", "kmeans.safetensors", "kmeans.progress.safetensors"
 TRAIN = "train"
@@ -98,28 +102,32 @@ class LabelRequest:
     def clusters(self) -> KMeans:
         """The clusters of this request: read, or learned."""
         file = self.folder / CLUSTERS
-        if file.exists():
+        if from_first("whether the clusters are there", str(file.exists())) == str(True):
             return KMeans.load(file, self.digest)
+        sample = together("features to cluster", self._sample)
         made = fit(
-            self._sample(),
+            total(sample),
             self.settings.num_clusters,
             self.settings.kmeans,
             seed=self.settings.seed,
             checkpoint=self.folder / FIT,
             made_from=self.digest,
-            on_pass=lambda number, inertia: print(f"k-means: pass {number}, inertia {inertia:.6g}", flush=True),
+            on_pass=_say_pass if Share.here().first else _say_nothing,
         )
-        made.save(file, self.digest)
+        if Share.here().first:
+            made.save(file, self.digest)
         return made
 
     def _sample(self) -> Float32[np.ndarray, "frames dim"]:
+        """The frames to fit on that are in this host's share of the utterances, 0 in the places of the others."""
         corpus = self.corpora[TRAIN]
         lengths = np.asarray(corpus.lengths)
         utterances = choose_utterances(lengths, self.settings.sample_seconds, self.settings.seed)
-        seconds = float(lengths[utterances].sum() / SAMPLE_RATE)
+        ours = utterances[slice(*Share.here().of(lengths[utterances]))]
+        seconds = float(lengths[ours].sum() / SAMPLE_RATE)
         with _bar(seconds, "features to cluster") as bar:
             return draw(
-                _watched(self.source.blocks(corpus, utterances), bar, self.settings.rate_hz),
+                _watched(self.source.blocks(corpus, ours), bar, self.settings.rate_hz),
                 utterances,
                 self.source.counts(lengths[utterances]),
                 size=self.settings.kmeans.sample_frames,
@@ -147,29 +155,44 @@ class LabelRequest:
         )
 
     def label(self, split: str, corpus: Corpus, clusters: KMeans) -> SplitHeader:
-        """Labels a split, from where an earlier run stopped."""
+        """Labels a split, each host its share, from where an earlier run stopped."""
         lengths = np.asarray(corpus.lengths)
         made_from = f"{corpus.fingerprint} {clusters.fingerprint}"
-        writer = SplitWriter(self.folder, split, self.source.counts(lengths), utterance_keys(corpus.ids), made_from)
-        centroids = jnp.asarray(clusters.centroids)
-        with _bar(float(lengths[writer.done :].sum() / SAMPLE_RATE), f"labels of {split}") as bar:
-            while writer.done < len(lengths):
-                first, end = writer.done, part_end(writer.offsets, writer.done)
-                blocks = _watched(self.source.blocks(corpus, np.arange(first, end)), bar, self.settings.rate_hz)
-                writer.write(first, end, label_part(blocks, centroids, writer.offsets[first : end + 1], first))
+        counts, share = self.source.counts(lengths), Share.here()
+        writer = SplitWriter(self.folder, split, counts, utterance_keys(corpus.ids), made_from, share)
+        together(f"labels of {split}", lambda: self._fill(writer, split, corpus, jnp.asarray(clusters.centroids)))
+        digest = together(f"joined labels of {split}", lambda: writer.join() if share.first else "")
         return SplitHeader(
             corpus=corpus.fingerprint,
             kmeans=clusters.fingerprint,
             utterances=len(lengths),
             labels=int(writer.offsets[-1]),
-            sha256=writer.finish(),
+            sha256=digest,
             quality={},
         )
 
+    def _fill(self, writer: SplitWriter, split: str, corpus: Corpus, centroids: Array) -> None:
+        seconds = np.asarray(corpus.lengths)[writer.done : writer.end].sum() / SAMPLE_RATE
+        with _bar(float(seconds), f"labels of {split}") as bar:
+            while writer.done < writer.end:
+                first, end = writer.done, min(part_end(writer.offsets, writer.done), writer.end)
+                blocks = _watched(self.source.blocks(corpus, np.arange(first, end)), bar, self.settings.rate_hz)
+                writer.write(first, end, label_part(blocks, centroids, writer.offsets[first : end + 1], first))
+        writer.finish()
+
+
+def _say_pass(number: int, inertia: float) -> None:
+    print(f"k-means: pass {number}, inertia {inertia:.6g}", flush=True)
+
+
+def _say_nothing(_number: int, _inertia: float) -> None:
+    pass
+
 
 def _bar(seconds: float, name: str) -> Any:
-    """A progress bar in seconds of audio, on a terminal only."""
-    return tqdm(total=round(seconds), desc=name, unit="s", unit_scale=True, disable=None)
+    """A progress bar in seconds of audio, on the first host's terminal only."""
+    disable = None if Share.here().first else True
+    return tqdm(total=round(seconds), desc=name, unit="s", unit_scale=True, disable=disable)
 
 
 def _watched(blocks: Iterable[Block], bar: Any, rate_hz: int) -> Iterator[Block]:

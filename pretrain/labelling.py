@@ -13,12 +13,13 @@ from pretrain.label_request import TRAIN, LabelRequest
 from pretrain.labels import LabelError, LabelHeader, LabelSettings, LabelStore
 from pretrain.layer_features import LayerFeatures, Teacher
 from pretrain.quality import measure, report
+from pretrain.shares import Share, together
 from wavlm_jax.shapes import SAMPLE_RATE, Params
 from wavlm_jax.starting import Load
 
 
 def make_labels(settings: LabelSettings, corpora: Mapping[str, Corpus], load: Load) -> LabelHeader:
-    """Makes the label store `settings.path` for all splits, or what of it is missing.
+    """Makes the label store `settings.path` for all splits, or what of it is missing. All processes of a run call it.
 
     Args:
         settings: the config section `labels`.
@@ -35,23 +36,36 @@ def make_labels(settings: LabelSettings, corpora: Mapping[str, Corpus], load: Lo
     if TRAIN not in corpora:
         raise LabelError(f"config.data: found the splits {', '.join(sorted(corpora))}, expected one called {TRAIN!r}")
     request = LabelRequest(settings, feature_source(settings, load), corpora)
-    header = request.existing()
+    header = together("what is there of the labels", request.existing)
     missing = {split: corpus for split, corpus in corpora.items() if header is None or split not in header.splits}
     if header is not None and not missing:
         return header
-    request.claim()
+    first = Share.here().first
+    if first:
+        request.claim()
     clusters = request.clusters()
     header = header or request.header(clusters)
     for split, corpus in missing.items():
         described = request.label(split, corpus, clusters)
         header = replace(header, splits={**header.splits, split: described})
-        quality = measure(LabelStore(request.folder, split, header), corpus)
-        print(report(split, quality), flush=True)
-        header = replace(header, splits={**header.splits, split: replace(described, quality=quality)})
+        if first:
+            header = _measured(request, split, header)
+    together("the header of the labels", lambda: _complete(request, header) if first else None)
+    return LabelHeader.load(request.folder)
+
+
+def _measured(request: LabelRequest, split: str, header: LabelHeader) -> LabelHeader:
+    """With the quality of a split, which is printed."""
+    quality = measure(LabelStore(request.folder, split, header), request.corpora[split])
+    print(report(split, quality), flush=True)
+    return replace(header, splits={**header.splits, split: replace(header.splits[split], quality=quality)})
+
+
+def _complete(request: LabelRequest, header: LabelHeader) -> None:
     header.write(request.folder)
-    for leftover in request.folder.glob("*.progress.*"):
-        leftover.unlink()
-    return header
+    for leftovers in ("*.progress.*", "*.labels.*-of-*.npy*"):
+        for leftover in request.folder.glob(leftovers):
+            leftover.unlink()
 
 
 def feature_source(settings: LabelSettings, load: Load) -> FeatureSource:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int16, Int32, Int64
 
 from pretrain.features import Block, Corpus, Piece, Utterances, in_threads
-from pretrain.kmeans import row_sharding
+from pretrain.row_shards import row_sharding
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.model.wavlm import WavLM
 from wavlm_jax.shapes import SAMPLE_RATE, Geometry, Params, num_frames, samples_for

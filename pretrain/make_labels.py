@@ -5,7 +5,8 @@ First iteration, from MFCC:
 Later ones, from a layer of an earlier run or of a Hugging Face folder (WavLM or HuBERT):
     python -m pretrain.make_labels --config configs/pretrain/base.py --teacher runs/base --layer 6 --out labels/layer6
 
-Started again, it goes on where it was stopped; when all is done it does nothing.
+Started again, it goes on where it was stopped; when all is done it does nothing. On several hosts give the same command
+to each, as for train.py: each labels its share, and all fit the clusters together.
 """
 
 import sys
@@ -17,9 +18,12 @@ from ml_collections import ConfigDict, config_flags
 import wavlm_jax.command_line
 from pretrain.labelling import make_labels
 from pretrain.labels import LabelSettings
+from pretrain.shares import Share
 from wavlm_jax.data.corpora import DataSettings, open_corpora
 from wavlm_jax.loading import load_weights
 from wavlm_jax.settings import read
+from wavlm_jax.training import host_flags
+from wavlm_jax.training.waiting import HostsMissing
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Pre-training config; its sections data and labels are used.")
 _TEACHER = flags.DEFINE_string(
@@ -47,12 +51,14 @@ def main(_: Sequence[str]) -> None:
     """Makes the labels that the flags ask for; what a person can put right is one message."""
     config = _CONFIG.value
     try:
+        host_flags.join()
         settings = label_settings(config)
         header = make_labels(settings, open_corpora(read(config.data, DataSettings, "data")), load_weights)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, HostsMissing) as error:
         print(f"make_labels.py: {error}", file=sys.stderr)
         sys.exit(wavlm_jax.command_line.EXIT_WRONG)
-    print(f"labels: {settings.path} is complete, k-means {header.kmeans}, {', '.join(sorted(header.splits))}")
+    if Share.here().first:
+        print(f"labels: {settings.path} is complete, k-means {header.kmeans}, {', '.join(sorted(header.splits))}")
 
 
 if __name__ == "__main__":

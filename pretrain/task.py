@@ -70,7 +70,7 @@ def build(config: Mapping[str, Any], topology: Topology) -> Task:
     """
     settings = _read(config)
     corpora = open_corpora(settings.data)
-    stores = _label_stores(settings, corpora, topology.process_count)
+    stores = _label_stores(settings, corpora)
     lines = describe(settings.batch, topology.num_devices, settings.mixing.group)
     lines += describe_attention(settings.model, settings.compute, settings.batch.buckets, current_device())
     if topology.process_index == 0:
@@ -143,14 +143,9 @@ def _assemble(
     )
 
 
-def _label_stores(settings: PretrainSettings, corpora: Mapping[str, Corpus], hosts: int) -> dict[str, LabelStore]:
+def _label_stores(settings: PretrainSettings, corpora: Mapping[str, Corpus]) -> dict[str, LabelStore]:
     """Checked labels of every split, made first where the config allows it."""
     folder = Path(settings.labels.path)
-    if settings.labels.make and hosts > 1 and not (folder / HEADER).is_file():
-        raise SettingsError(
-            f"config.labels.make: found True on {hosts} hosts, which would all write into {folder}; make the labels on "
-            "one host first: python -m pretrain.make_labels --config CONFIG"
-        )
     if settings.labels.make:
         make_labels(settings.labels, corpora, load_weights)
     elif not (folder / HEADER).is_file():

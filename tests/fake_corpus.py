@@ -72,12 +72,13 @@ def write_store(folder, corpora, labels, num_clusters, rate_hz=50, **changes):
         counts = np.array([len(u) for u in utterances], np.int64)
         writer = SplitWriter(folder, split, counts, utterance_keys(corpus.ids), "test")
         writer.write(0, len(counts), np.concatenate(utterances))
+        writer.finish()
         splits[split] = SplitHeader(
             corpus=corpus.fingerprint,
             kmeans="k1",
             utterances=len(counts),
             labels=int(counts.sum()),
-            sha256=writer.finish(),
+            sha256=writer.join(),
             quality={},
         )
     values = {

@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import hashlib
 import os
+import shutil
 import signal
 import sys
 import time
@@ -21,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wavlm_jax.training import hosts, loop
+from wavlm_jax.training import hosts, loop, workdir
 from wavlm_jax.training.checkpoint import CheckpointSettings
 from wavlm_jax.training.loss_sums import LossSums
 from wavlm_jax.training.mesh import MeshSettings, make_mesh
@@ -201,16 +202,19 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=4)
     parser.add_argument("--delay", type=float, default=0.0)
     parser.add_argument("--devices", type=int, default=2)
+    parser.add_argument("--who", type=int, default=0, help="nothing; tells a test's processes apart")
     parser.add_argument("--kill_at", default="", help="step:N or the name of a phase of a save")
     parser.add_argument("--coordinator", default="", help="host:port,process,count")
     parser.add_argument("--wait", type=int, default=300, help="seconds, for the others at the start")
+    parser.add_argument("--heartbeat", type=int, default=100, help="seconds")
+    parser.add_argument("--visible", type=float, default=90.0, help="seconds that a file may take to be seen elsewhere")
     parser.add_argument("--max_step_seconds", type=float, default=600.0)
     parser.add_argument("--stall", default="", help="process,batch: where the loader stands still for ever")
     options = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", options.devices)
     if options.coordinator:
         address, process, count = options.coordinator.split(",")
-        hosts.join(address, int(count), int(process), options.wait)
+        hosts.join(address, int(count), int(process), options.wait, heartbeat=options.heartbeat)
     settings = make_settings(options.num_steps, every=options.every)
     settings = dataclasses.replace(
         settings, train=dataclasses.replace(settings.train, max_step_seconds=options.max_step_seconds)
@@ -219,6 +223,7 @@ def main() -> int:
     if options.stall:
         process, batch = map(int, options.stall.split(","))
         task.stream("train").stall = batch if process == jax.process_index() else None
+    workdir._VISIBLE_WITHIN = options.visible
     if options.kill_at:
         arm(options.kill_at)
     outcome = loop.run(task, settings, make_mesh(settings.mesh), options.workdir, config={}, table=TABLE)
@@ -230,33 +235,39 @@ def arm(where: str) -> None:
     """SIGKILL to ourselves on entering a chosen phase: the process gets no chance to tidy up."""
     from wavlm_jax.training import checkpoint
 
-    def lethal(function, when=lambda *_: True):
-        def wrapped(*arguments, **named):
-            if when(*arguments):
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments, **named)
-
-        return wrapped
-
     phase, _, detail = where.partition(":")
+    calls = iter(range(1, 1000))
+
+    def now(*_: object) -> bool:
+        return next(calls) == int(detail or 1)
+
     if phase == "step":
-        loop._Session.boundary = lethal(loop._Session.boundary, lambda self: self.step == int(detail))
+        loop._Session.boundary = lethal(loop._Session.boundary, before=lambda self: self.step == int(detail))
     elif phase in ("describe_files", "write", "push"):
-        wanted = int(detail or 1)
-        calls = iter(range(1, 1000))
-        setattr(checkpoint, phase, lethal(getattr(checkpoint, phase), lambda *_: next(calls) == wanted))
-    elif phase == "arrays":
-        original = checkpoint.orbax.save_checkpointables_async
-
-        def save(path: Path, *arguments, **named):
-            response = original(path, *arguments, **named)
-            if path.name == detail:
-                os.kill(os.getpid(), signal.SIGKILL)  # Orbax's thread is writing
-            return response
-
-        checkpoint.orbax.save_checkpointables_async = save
+        setattr(checkpoint, phase, lethal(getattr(checkpoint, phase), before=now))
+    elif phase == "written":  # the manifest is there, the rename is not
+        checkpoint.write = lethal(checkpoint.write, after=now)
+    elif phase == "prune":  # out of sight, not yet gone
+        shutil.rmtree = lethal(shutil.rmtree, before=lambda path, *_: Path(path).name.startswith("removed-"))
+    elif phase == "arrays":  # Orbax's thread is writing
+        save = checkpoint.orbax.save_checkpointables_async
+        checkpoint.orbax.save_checkpointables_async = lethal(save, after=lambda path, *_: path.name == detail)
     else:
         raise ValueError(where)
+
+
+def lethal(function, before=lambda *_: False, after=lambda *_: False):
+    """`function`, and SIGKILL before or after the calls that are chosen by their arguments."""
+
+    def wrapped(*arguments, **named):
+        if before(*arguments):
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = function(*arguments, **named)
+        if after(*arguments):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    return wrapped
 
 
 if __name__ == "__main__":

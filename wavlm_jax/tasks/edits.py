@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-_BASE = jnp.uint32(1_000_003)
+_BASE = np.uint32(1_000_003)
 
 
 class Sequences(NamedTuple):

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import jax
 from orbax.checkpoint import v1 as orbax
 
 from wavlm_jax.training.disk import push
+from wavlm_jax.training.host_memory import Resident
 from wavlm_jax.training.manifest import (
     FORMAT,
     CheckpointError,
@@ -32,10 +33,14 @@ from wavlm_jax.training.manifest import (
 )
 from wavlm_jax.training.state import TrainState
 from wavlm_jax.training.stored import FOLDER, newest_valid, steps
-from wavlm_jax.training.waiting import from_first, meet
+from wavlm_jax.training.waiting import agreed, from_first, meet
 from wavlm_jax.version import __version__
 
 UNFINISHED = ".unfinished"
+_WRITE_AHEAD = 2**30
+"""Bytes of host memory, besides the copy of this host's shards, that a save may take while it writes."""
+_WRITE_SECONDS = 1200.0
+"""For the slowest host to have written its shards; the watchdog may be less patient."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +93,7 @@ class Checkpoints:
         self._workdir = workdir
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[int, Future[None]] | None = None
+        self._saves = 0
         if jax.process_index() == 0:
             shutil.rmtree(self.folder / UNFINISHED, ignore_errors=True)
             (self.folder / UNFINISHED).mkdir(parents=True, exist_ok=True)
@@ -151,22 +157,39 @@ class Checkpoints:
             files={},
         )
         unfinished = self.folder / UNFINISHED / str(step)
+        memory, self._saves = Resident(), self._saves + 1
         try:
-            with _plain_writing():
+            with _bounded_writing(items):
                 response = orbax.save_checkpointables_async(unfinished, items, overwrite=True)
         except Exception as error:  # noqa: BLE001 whatever a disk or Orbax does, training goes on
-            future: Future[None] = Future()
-            future.set_exception(error)
-        else:
-            future = self._thread.submit(self._commit, response, manifest, unfinished)
-        self._pending = (step, future)
+            response = _Failed(error)
+        memory.note("copied")
+        self._pending = (step, self._thread.submit(self._commit, response, manifest, unfinished, memory))
 
-    def _commit(self, response: Any, manifest: Manifest, unfinished: Path) -> None:
-        response.result()
-        if jax.process_index() != 0:
-            return
-        values = {name: getattr(manifest, name) for name in manifest.__dataclass_fields__}
-        write(Manifest(**(values | {"files": describe_files(unfinished)})), unfinished)
+    def _commit(self, response: Any, manifest: Manifest, unfinished: Path, memory: Resident) -> None:
+        """All processes write, then process 0 commits; what fails anywhere is the failure of all."""
+        self._together("written", response.result)
+        memory.note("written")
+        self._together("committed", lambda: self._rename(manifest, unfinished) if jax.process_index() == 0 else None)
+        if jax.process_index() == 0:
+            self.report(f"checkpoint {manifest.step} is written; {memory.describe()}")
+
+    def _together(self, stage: str, do: Callable[[], Any]) -> None:
+        error: Exception | None = None
+        try:
+            do()
+        except Exception as found:  # noqa: BLE001 the others wait, whatever it is
+            error = found
+        place = f"save/{self._saves}/{stage}"
+        here = None if error is None else f"{type(error).__name__}: {error}"
+        complaint = agreed(f"a checkpoint {stage}", here, _WRITE_SECONDS, place)
+        if error is not None and jax.process_count() == 1:
+            raise error
+        if complaint:
+            raise CheckpointError(complaint)
+
+    def _rename(self, manifest: Manifest, unfinished: Path) -> None:
+        write(replace(manifest, files=describe_files(unfinished)), unfinished)
         final = self.folder / str(manifest.step)
         if final.exists():  # refused before, and written again
             self._remove(manifest.step)
@@ -198,7 +221,8 @@ class Checkpoints:
         error = future.exception()
         if error is None:
             return None
-        shutil.rmtree(self.folder / UNFINISHED / str(step), ignore_errors=True)
+        if jax.process_index() == 0:
+            shutil.rmtree(self.folder / UNFINISHED / str(step), ignore_errors=True)
         return f"checkpoint {step} was not written ({type(error).__name__}: {error}); the ones before it are untouched"
 
     def wait(self) -> str | None:
@@ -213,8 +237,24 @@ class Checkpoints:
         self._thread.shutdown()
 
 
-def _plain_writing() -> orbax.Context:
-    """One replica writes each array whole: slicing it among the replicas compiles a program for every shape."""
+@dataclass(frozen=True)
+class _Failed:
+    """A save that did not even begin."""
+
+    error: Exception
+
+    def result(self) -> None:
+        """Like the response of a save that failed later."""
+        raise self.error
+
+
+def _bounded_writing(items: Any) -> orbax.Context:
+    """One replica writes each array whole: slicing it among the replicas compiles a program for every shape.
+
+    Memory besides the copy of the shards is bounded, by the largest array where that is more.
+    """
     context = orbax.Context()
     context.array_options.saving.use_replica_parallel = False
+    context.memory_options.write_concurrent_bytes = max(_WRITE_AHEAD, *(leaf.nbytes for leaf in jax.tree.leaves(items)))
+    context.async_options.timeout_secs = int(_WRITE_SECONDS)
     return context

@@ -20,7 +20,6 @@ from wavlm_jax.training.compilation import (
     out_of_memory_explained,
     use_cache,
 )
-from wavlm_jax.training.disk import check_space
 from wavlm_jax.training.manifest import CheckpointError
 from wavlm_jax.training.metrics import Clock, Interval, Totals
 from wavlm_jax.training.outcome import Outcome, Status
@@ -41,6 +40,7 @@ from wavlm_jax.training.state import Report, root_key
 from wavlm_jax.training.stream import BatchSpec, BatchStream
 from wavlm_jax.training.task import Score, Task
 from wavlm_jax.training.watchdog import Watchdog
+from wavlm_jax.training.workdir import claim
 from wavlm_jax.training.writers import Jsonl, Metrics, say
 
 
@@ -275,8 +275,7 @@ def run(
 
 
 def _prepare(settings: RunSettings, layout: Layout, workdir: Path) -> None:
-    if jax.process_index() == 0:
-        check_space(workdir, layout.num_bytes)
+    claim(workdir, layout.num_bytes)
     if settings.train.compilation_cache is not None:
         use_cache(workdir / settings.train.compilation_cache)
 

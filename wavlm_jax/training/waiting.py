@@ -5,6 +5,7 @@ apart from one that never came.
 """
 
 import itertools
+import json
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -32,14 +33,7 @@ def meet(name: str, seconds: float = PATIENCE) -> None:
         HostsMissing: they did not all come.
 
     """
-    if jax.process_count() == 1:
-        return
-    client, place = _client(), f"wavlm_jax/{next(_NUMBERS)}/{name}"
-    client.key_value_set(f"{place}/{jax.process_index()}", socket.gethostname())
-    try:
-        client.wait_at_barrier(place, int(seconds * 1000))
-    except jax.errors.JaxRuntimeError as error:
-        raise HostsMissing(_absent(client, place, name, seconds)) from error
+    agreed(name, None, seconds)
 
 
 def from_first(name: str, value: str | None, seconds: float = PATIENCE) -> str:
@@ -68,8 +62,37 @@ def from_first(name: str, value: str | None, seconds: float = PATIENCE) -> str:
         ) from error
 
 
+def agreed(name: str, complaint: str | None, seconds: float = PATIENCE, place: str | None = None) -> str | None:
+    """What went wrong on any process, told to all of them; None where nothing did.
+
+    Args:
+        name: for the message.
+        complaint: of this process; None: all is well here.
+        seconds: at most, for the slowest.
+        place: tells this meeting from all others, where a thread comes to it; None: all processes call in one order.
+
+    Returns:
+        Alone `complaint` itself, else the complaints with their processes and hosts, the same text everywhere.
+
+    Raises:
+        HostsMissing: they did not all come.
+
+    """
+    if jax.process_count() == 1:
+        return complaint
+    client, place = _client(), f"wavlm_jax/{next(_NUMBERS) if place is None else place}/{name}"
+    client.key_value_set(f"{place}/{jax.process_index()}", json.dumps([socket.gethostname(), complaint]))
+    try:
+        client.wait_at_barrier(place, int(seconds * 1000))
+    except jax.errors.JaxRuntimeError as error:
+        raise HostsMissing(_absent(client, place, name, seconds)) from error
+    said = sorted((int(key.rsplit("/", 1)[1]), *json.loads(text)) for key, text in client.key_value_dir_get(place))
+    return "; ".join(f"process {index} ({host}): {text}" for index, host, text in said if text is not None) or None
+
+
 def _absent(client: Any, place: str, name: str, seconds: float) -> str:
-    came = {int(key.rsplit("/", 1)[1]): host for key, host in client.key_value_dir_get(place)}
+    said = {int(key.rsplit("/", 1)[1]): json.loads(text) for key, text in client.key_value_dir_get(place)}
+    came = {index: host for index, (host, _) in said.items()}
     missing = [str(index) for index in range(jax.process_count()) if index not in came]
     here = ", ".join(f"{index} ({host})" for index, host in sorted(came.items()))
     return (
