@@ -62,7 +62,7 @@ def test_where_the_first_host_is_missing_it_is_named(runner: Runner, tmp_path: P
 
 
 def test_a_host_whose_loader_stands_still_is_named_and_all_end(runner: Runner, tmp_path: Path) -> None:
-    processes = start(runner, tmp_path, 2, stall="1,5", max_step_seconds=8)
+    processes = start(runner, tmp_path, 2, stall="1,5", max_step_seconds=15)
     outputs = [ended(process, 240) for process in processes]
     assert STUCK in [process.returncode for process in processes], outputs
     stacks = next(path for path in tmp_path.glob("stacks-*.txt"))
@@ -76,7 +76,7 @@ def test_a_host_whose_loader_stands_still_is_named_and_all_end(runner: Runner, t
 
 
 def test_when_one_host_is_frozen_the_other_ends(runner: Runner, tmp_path: Path) -> None:
-    processes = start(runner, tmp_path, 2, delay=0.3, num_steps=200, max_step_seconds=8)
+    processes = start(runner, tmp_path, 2, delay=0.3, num_steps=200, max_step_seconds=15)
     wait_for_step(processes[0], tmp_path, 4)
     processes[1].send_signal(signal.SIGSTOP)
     try:

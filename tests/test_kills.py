@@ -64,7 +64,7 @@ def kill_once(runner: Runner, workdir: Path, number: int, random: np.random.Gene
     wait_for_step(process, workdir, step + 1)
     time.sleep(random.uniform(0, 0.15))
     process.kill()
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == -signal.SIGKILL, output
 
 
@@ -125,7 +125,7 @@ def test_one_of_two_processes_killed_in_a_save(runner: Runner, undisturbed: tupl
             for index in range(2)
         ]
         for process in processes:
-            process.communicate(timeout=200)
+            process.communicate(timeout=600)
         return [process.returncode for process in processes]
 
     for who, where in ((1, "arrays:20"), (0, "write:3"), (0, "push:2")):

@@ -204,6 +204,7 @@ def main() -> int:
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--who", type=int, default=0, help="nothing; tells a test's processes apart")
     parser.add_argument("--kill_at", default="", help="step:N or the name of a phase of a save")
+    parser.add_argument("--full", default="", help="process,step: whose part of which save the disk does not take")
     parser.add_argument("--coordinator", default="", help="host:port,process,count")
     parser.add_argument("--wait", type=int, default=300, help="seconds, for the others at the start")
     parser.add_argument("--heartbeat", type=int, default=100, help="seconds")
@@ -223,6 +224,8 @@ def main() -> int:
     if options.stall:
         process, batch = map(int, options.stall.split(","))
         task.stream("train").stall = batch if process == jax.process_index() else None
+    if options.full:
+        fill(*map(int, options.full.split(",")))
     workdir._VISIBLE_WITHIN = options.visible
     if options.kill_at:
         arm(options.kill_at)
@@ -254,6 +257,22 @@ def arm(where: str) -> None:
         checkpoint.orbax.save_checkpointables_async = lethal(save, after=lambda path, *_: path.name == detail)
     else:
         raise ValueError(where)
+
+
+def fill(process: int, step: int) -> None:
+    """ENOSPC for one process at the end of one save."""
+    from wavlm_jax.training import checkpoint
+
+    save = checkpoint.orbax.save_checkpointables_async
+
+    def full(path: Path, *arguments, **named):
+        response = save(path, *arguments, **named)
+        if (jax.process_index(), path.name) != (process, str(step)):
+            return response
+        response.result()
+        return checkpoint._Failed(OSError(28, "No space left on device"))
+
+    checkpoint.orbax.save_checkpointables_async = full
 
 
 def lethal(function, before=lambda *_: False, after=lambda *_: False):

@@ -38,7 +38,12 @@ from wavlm_jax.training.start import (
 )
 from wavlm_jax.training.state import Report, root_key
 from wavlm_jax.training.stream import BatchSpec, BatchStream
+<<<<<<< HEAD
 from wavlm_jax.training.task import Score, Task
+=======
+from wavlm_jax.training.task import Task
+from wavlm_jax.training.waiting import meet
+>>>>>>> 28d1886 (Hosts meet before their first collective: gloo waits for 30 s and names nobody; full disks, kills and pods as tests)
 from wavlm_jax.training.watchdog import Watchdog
 from wavlm_jax.training.workdir import claim
 from wavlm_jax.training.writers import Jsonl, Metrics, say
@@ -261,6 +266,7 @@ def run(
             _introduce(task, layout, start, workdir)
         with clock.bucket("compile"):
             programs = _compile(task, settings, layout, streams)
+            meet("programs compiled")  # gloo waits 30 s for the first collective of the slowest host, and says less
         with clock.bucket("init"):
             metrics = open_metrics(settings.metrics, workdir, start, settings.train.num_steps)
             stack.callback(metrics.close)

@@ -1,5 +1,6 @@
 """The workdir before anything is computed: room for a checkpoint, and one folder that all hosts see."""
 
+import contextlib
 import secrets
 import time
 from collections.abc import Callable
@@ -33,7 +34,8 @@ def claim(workdir: Path, num_bytes: int) -> None:
         _all("a workdir that all hosts share", lambda: _find(mark))
     finally:
         if first:
-            mark.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                mark.unlink()
 
 
 def _all(name: str, do: Callable[[], None]) -> None:
