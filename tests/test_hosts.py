@@ -137,8 +137,9 @@ def test_alone_nobody_waits() -> None:
     assert from_first("word", "said") == "said"
 
 
-def test_nothing_that_training_imports_looks_at_a_device() -> None:
+@pytest.mark.parametrize("programme", ["train", "pretrain.make_labels"])
+def test_nothing_that_a_programme_imports_looks_at_a_device(programme: str) -> None:
     """Devices are found at the first look, and after it no other host can join."""
-    code = "import train, pretrain.make_labels, jax; print(jax._src.xla_bridge.backends_are_initialized())"
+    code = f"import {programme}, jax; print(jax._src.xla_bridge.backends_are_initialized())"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.split() == ["False"]
