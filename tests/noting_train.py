@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import jax
 
 import train
-from wavlm_jax import command_line
+import wavlm_jax.command_line
 from wavlm_jax.training import loop
 
 AFTER_THE_SIGNAL = 1.0
@@ -46,4 +46,4 @@ if __name__ == "__main__":
     del sys.argv[1:3]
     process, _, step = where.partition(",")
     note(Path(folder), (int(process), int(step)) if where else None)
-    command_line.run(train.main, required=["config", "workdir"])
+    wavlm_jax.command_line.run(train.main, required=["config", "workdir"])

@@ -38,12 +38,8 @@ from wavlm_jax.training.start import (
 )
 from wavlm_jax.training.state import Report, root_key
 from wavlm_jax.training.stream import BatchSpec, BatchStream
-<<<<<<< HEAD
 from wavlm_jax.training.task import Score, Task
-=======
-from wavlm_jax.training.task import Task
 from wavlm_jax.training.waiting import meet
->>>>>>> 28d1886 (Hosts meet before their first collective: gloo waits for 30 s and names nobody; full disks, kills and pods as tests)
 from wavlm_jax.training.watchdog import Watchdog
 from wavlm_jax.training.workdir import claim
 from wavlm_jax.training.writers import Jsonl, Metrics, say
