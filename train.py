@@ -24,7 +24,7 @@ import wavlm_jax.command_line
 from pretrain import task as pretraining
 from wavlm_jax.command_line import EXIT_WRONG
 from wavlm_jax.settings import read_sections
-from wavlm_jax.tasks import classification, ctc, frame_classification
+from wavlm_jax.tasks import classification, ctc, frame_classification, speaker
 from wavlm_jax.training import host_flags, hosts, loop
 from wavlm_jax.training.compilation import OutOfMemory
 from wavlm_jax.training.mesh import make_mesh
@@ -37,6 +37,8 @@ TASKS = {
     "ctc": ctc.build,
     "classification": classification.build,
     "frame_classification": frame_classification.build,
+    "speaker_xvector": speaker.build_xvector,
+    "speaker_ecapa": speaker.build_ecapa,
 }
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "What to train and how; see configs/.", lock_config=True)

@@ -113,7 +113,7 @@ def test_transformers_recognises_speech_as_we_do(exported, tmp_path):
     np.testing.assert_allclose(output.last_hidden_state, states.numpy(), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["WavLMModel", *KINDS])
+@pytest.mark.parametrize("name", ["WavLMModel", *(name for name in KINDS if hasattr(transformers, name))])
 def test_all_five_classes_load_without_a_warning(name, tmp_path, caplog, plain):
     if name == "WavLMModel":
         model = plain

@@ -97,13 +97,18 @@ def _task_head(config: Mapping[str, Any], params: Mapping[str, Any]) -> TaskHead
     if kind == "WavLMForCTC":
         sizes["vocab_size"] = params["lm_head"]["kernel"].shape[-1]
     else:
-        last = params["objective"]["weight"] if kind == "WavLMForXVector" else params["classifier"]["kernel"]
+        last = params["objective"]["weight"] if "objective" in params else params["classifier"]["kernel"]
         sizes["num_labels"] = last.shape[-1]
     labels = tuple(config["classes"]) if "classes" in config else None
     return TaskHead(kind, read({**config["head"], **sizes}, HeadConfig, "head"), params, labels)
 
 
-_MARKS = {"WavLMForCTC": "lm_head", "WavLMForXVector": "objective", "WavLMForSequenceClassification": "projector"}
+_MARKS = {
+    "WavLMForCTC": "lm_head",
+    "WavLMForECAPA": "ecapa",
+    "WavLMForXVector": "objective",
+    "WavLMForSequenceClassification": "projector",
+}
 """Kind -> a module that only this kind has, the first that fits counts; the frame classifier has none of its own."""
 
 

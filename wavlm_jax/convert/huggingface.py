@@ -143,6 +143,8 @@ def _check_place(kind: str | None, head: HeadConfig | None, config: WavLMConfig)
     """Whether transformers has a class that computes this."""
     if kind is None or head is None:
         return
+    if kind == "WavLMForECAPA":
+        raise ConversionError("transformers has no class with an ECAPA-TDNN; a run of ours is read as it is")
     if kind == "WavLMForCTC" and head.use_weighted_layer_sum and head.compat != "huggingface":
         raise ConversionError("head.use_weighted_layer_sum: transformers' WavLMForCTC has no layer weights")
     hubert = ("WavLMForCTC", "WavLMForSequenceClassification")

@@ -21,6 +21,8 @@ FORMAT = 1
 _CTC = "WavLMForCTC"
 _OURS = ("compat", "layer_sum_states")
 """Fields of HeadConfig that transformers does not have."""
+_UNKNOWN_THERE = ("ecapa_dim", "ecapa_output_dim", "ecapa_global_context")
+"""Fields of a head that transformers has no class for."""
 _HEAD_DEFAULTS: Mapping[str, Any] = {"compat": "huggingface", "ctc_loss_reduction": "mean"}
 """What transformers assumes, where that is not our own default."""
 
@@ -99,7 +101,8 @@ def read_head(folder: Path, num_labels: int | None, conventions: Conventions | N
 
     """
     path = folder / CONFIG
-    stored = {key: value for key, value in read_json(path).items() if key not in (*_OURS, "num_labels")}
+    ignored = (*_OURS, *_UNKNOWN_THERE, "num_labels")
+    stored = {key: value for key, value in read_json(path).items() if key not in ignored}
     values = {**_HEAD_DEFAULTS, **typed(stored, HeadConfig, path)}
     if num_labels is not None:
         values["num_labels"] = num_labels
@@ -169,7 +172,8 @@ def conventions_json(config: WavLMConfig, task: TaskHead | None, source: str, no
 
 
 def _head_values(task: TaskHead, config: WavLMConfig) -> dict[str, Any]:
-    head = {key: value for key, value in dataclasses.asdict(task.config).items() if key not in (*_OURS, "num_labels")}
+    ignored = (*_OURS, *_UNKNOWN_THERE, "num_labels")
+    head = {key: value for key, value in dataclasses.asdict(task.config).items() if key not in ignored}
     head["output_hidden_size"] = head["output_hidden_size"] or config.hidden_size
     if not config.position_bias:  # transformers' HuBERT has neither
         head = {key: value for key, value in head.items() if "adapter" not in key and key != "output_hidden_size"}

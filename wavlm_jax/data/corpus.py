@@ -108,6 +108,12 @@ class Corpus:
         return StringColumn(self._table["text"])
 
     @functools.cached_property
+    def paths(self) -> Sequence[str]:
+        """Where each utterance came from, as its source called it; pieces of a cut file share one."""
+        audio = self._table["audio"]
+        return StringColumn(pa.chunked_array([chunk.field("path") for chunk in audio.chunks], pa.string()))
+
+    @functools.cached_property
     def lengths(self) -> Int64[np.ndarray, "utterances"]:
         """Samples of each utterance."""
         return np.asarray(self._table["samples"])

@@ -15,7 +15,7 @@ from wavlm_jax.audio.recordings import Recording, open_recordings
 from wavlm_jax.inference import recognition, utterances
 from wavlm_jax.inference.diarization import TurnSettings
 from wavlm_jax.inference.diarization import diarize as turns_of
-from wavlm_jax.inference.models import Opened, labels_of, opened, vocabulary_of
+from wavlm_jax.inference.models import SPEAKERS, Opened, labels_of, opened, vocabulary_of
 from wavlm_jax.inference.recognition import Heard, Recognizer
 from wavlm_jax.inference.running import RunSettings, geometry_of
 from wavlm_jax.inference.utterances import Answer
@@ -66,8 +66,8 @@ def align(model: Model, texts: Mapping[File, str], running: RunSettings = _DEFAU
 def embed(
     model: Model, files: Sequence[File], running: RunSettings = _DEFAULT
 ) -> Float32[np.ndarray, "files embedding"]:
-    """The speaker embedding of each file, of length 1; `model` is a `WavLMForXVector`."""
-    ready, recordings = _opened(model, "WavLMForXVector"), _recordings(model, files)
+    """The speaker embedding of each file, of length 1; `model` is a `WavLMForXVector` or a `WavLMForECAPA`."""
+    ready, recordings = _opened(model, *SPEAKERS), _recordings(model, files)
     found = utterances.embed(ready.module, ready.params, recordings, running)
     return np.stack([found[recording] for recording in recordings]).astype(np.float32)
 
@@ -100,8 +100,8 @@ def _recognizer(model: Model) -> Recognizer:
     return Recognizer(ready.module, ready.params, vocabulary_of(ready))
 
 
-def _opened(model: Model, kind: str) -> Opened:
-    return opened(model.current, kind)
+def _opened(model: Model, *kinds: str) -> Opened:
+    return opened(model.current, *kinds)
 
 
 def _recordings(model: Model, files: Sequence[File]) -> list[Recording]:

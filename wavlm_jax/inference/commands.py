@@ -10,7 +10,7 @@ import numpy as np
 from wavlm_jax.audio.recordings import Recording, open_recordings
 from wavlm_jax.inference import recognition
 from wavlm_jax.inference.diarization import TurnSettings, diarize
-from wavlm_jax.inference.models import labels_of, open_model, vocabulary_of
+from wavlm_jax.inference.models import SPEAKERS, labels_of, open_model, vocabulary_of
 from wavlm_jax.inference.options import (
     UsageError,
     add_shared,
@@ -148,7 +148,7 @@ def _texts(options: argparse.Namespace, recordings: list[Recording]) -> dict[Rec
 
 def _embed(options: argparse.Namespace) -> None:
     choose_device(options)
-    running, opened = run_settings(options), open_model(options, "WavLMForXVector")
+    running, opened = run_settings(options), open_model(options, *SPEAKERS)
     recordings = recordings_of(options, geometry_of(opened.module.config))
     found = embed(opened.module, opened.params, recordings, running, progress_bar(recordings, options))
     if options.out is not None and options.out.suffix == ".npy":
@@ -164,7 +164,7 @@ def _verify(options: argparse.Namespace) -> None:
     pair = 2
     if len(options.files) not in (1, pair):
         raise UsageError(f"FILES: found {len(options.files)}, expected two recordings or one trial list")
-    running, opened = run_settings(options), open_model(options, "WavLMForXVector")
+    running, opened = run_settings(options), open_model(options, *SPEAKERS)
     trials = read_trials(Path(options.files[0])) if len(options.files) == 1 else []
     paths = files_of(trials, options.root) if trials else {name: Path(name) for name in options.files}
     recordings = open_recordings(

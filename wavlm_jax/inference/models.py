@@ -14,9 +14,12 @@ from wavlm_jax.text.vocabulary import Vocabulary
 from wavlm_jax.text.vocabulary_files import VOCABULARY, parse_vocabulary
 from wavlm_jax.weights import Weights
 
+SPEAKERS = ("WavLMForXVector", "WavLMForECAPA")
+"""Models whose answer is a speaker embedding."""
 _DOES = {
     "WavLMForCTC": "transcribe, align",
     "WavLMForXVector": "embed, verify",
+    "WavLMForECAPA": "embed, verify",
     "WavLMForSequenceClassification": "classify",
     "WavLMForAudioFrameClassification": "diarize",
 }
@@ -30,7 +33,7 @@ class Opened(NamedTuple):
     weights: Weights
 
 
-def open_model(options: argparse.Namespace, kind: str) -> Opened:
+def open_model(options: argparse.Namespace, *kinds: str) -> Opened:
     """The model of `--model`.
 
     Raises:
@@ -38,10 +41,10 @@ def open_model(options: argparse.Namespace, kind: str) -> Opened:
         ValueError: see `loading.load_weights`, which the command line hands down (`options.load`).
 
     """
-    return opened(options.load(options.model, options.step), kind)
+    return opened(options.load(options.model, options.step), *kinds)
 
 
-def opened(weights: Weights, kind: str) -> Opened:
+def opened(weights: Weights, *kinds: str) -> Opened:
     """The model of these weights; padding never changes its answers.
 
     Raises:
@@ -50,9 +53,9 @@ def opened(weights: Weights, kind: str) -> Opened:
     """
     task, where = weights.task, weights.origin.path
     if task is None:
-        raise UsageError(f"{where}: an encoder without a head, which does `features`; expected a {kind}")
-    if task.kind != kind:
-        raise UsageError(f"{where}: a {task.kind}, which does {_DOES[task.kind]}; expected a {kind}")
+        raise UsageError(f"{where}: an encoder without a head, which does `features`; expected a {kinds[0]}")
+    if task.kind not in kinds:
+        raise UsageError(f"{where}: a {task.kind}, which does {_DOES[task.kind]}; expected a {kinds[0]}")
     config = dataclasses.replace(weights.config, padding="exact")
     params = jax.tree.map(jax.device_put, dict(weights.tree))
     return Opened(module_of(config, task.kind, task.config), params, weights)

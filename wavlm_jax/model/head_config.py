@@ -43,6 +43,13 @@ class HeadConfig:
     xvector_output_dim: int = 512
     """X-vector: width of the embedding, and of what the margin loss takes."""
 
+    ecapa_dim: int = 512
+    """ECAPA-TDNN: width of its layers, a multiple of 8."""
+    ecapa_output_dim: int = 256
+    """ECAPA-TDNN: width of the embedding."""
+    ecapa_global_context: bool = False
+    """ECAPA-TDNN: whether the weights of the pooling know mean and deviation of the whole utterance."""
+
     add_adapter: bool = False
     """Whether convolutions shorten the sequence between encoder and head (CTC and x-vector)."""
     adapter_kernel_size: int = 3
@@ -55,6 +62,11 @@ class HeadConfig:
         for name in ("vocab_size", "num_labels", "classifier_proj_size", "xvector_output_dim", "num_adapter_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: found {getattr(self, name)}, expected 1 or more")
+        if self.ecapa_dim < 1 or self.ecapa_dim % 8 or self.ecapa_output_dim < 1:
+            raise ValueError(
+                f"ecapa_dim {self.ecapa_dim}, ecapa_output_dim {self.ecapa_output_dim}: expected a multiple of 8, and "
+                "1 or more"
+            )
         if not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(
                 f"pad_token_id (the CTC blank): found {self.pad_token_id}, expected one of the vocab_size "

@@ -16,21 +16,31 @@ from jaxtyping import Array, Float
 
 from wavlm_jax.config import Compute, WavLMConfig
 from wavlm_jax.model.adapter import Adapter
+from wavlm_jax.model.ecapa import ECAPA
 from wavlm_jax.model.elements import Site, dropout, keep_where, linear
 from wavlm_jax.model.frontend import prefix_mask
 from wavlm_jax.model.head_config import HeadConfig
+from wavlm_jax.model.head_outputs import ClassOutput, CTCOutput, FrameOutput
 from wavlm_jax.model.randomness import Keys, Masks
 from wavlm_jax.model.wavlm import WavLM, WavLMOutput
 from wavlm_jax.model.xvector import SpeakerVectors, TDNNLayer, XVectorOutput, pooled_frames, statistics_pooling
-from wavlm_jax.shapes import (
-    FrameMask,
-    Geometry,
-    Hidden,
-    NumSamples,
-    Params,
-    Waveform,
-    samples_for,
-)
+from wavlm_jax.shapes import FrameMask, Geometry, Hidden, NumSamples, Params, Waveform, samples_for
+
+__all__ = [
+    "KINDS",
+    "CTCOutput",
+    "ClassOutput",
+    "FrameOutput",
+    "Headed",
+    "WavLMForAudioFrameClassification",
+    "WavLMForCTC",
+    "WavLMForECAPA",
+    "WavLMForSequenceClassification",
+    "WavLMForXVector",
+    "XVectorOutput",
+    "module_of",
+    "tree_shapes",
+]
 
 
 class Encoded(NamedTuple):
@@ -42,29 +52,6 @@ class Encoded(NamedTuple):
     """Frames of each row that are speech; they come first."""
     frame_mask: FrameMask
     """True at those frames."""
-
-
-class CTCOutput(NamedTuple):
-    """Scores of every character in every frame."""
-
-    logits: Float[Array, "rows frames vocabulary"]
-    """float32, before the softmax."""
-    num_frames: NumSamples
-    """Frames of each row that count, adapter included."""
-
-
-class ClassOutput(NamedTuple):
-    """Scores of every class for each row."""
-
-    logits: Float[Array, "rows classes"]
-
-
-class FrameOutput(NamedTuple):
-    """Scores of every label in every frame."""
-
-    logits: Float[Array, "rows frames labels"]
-    """float32; of independent labels (speakers), before the logistic function."""
-    frame_mask: FrameMask
 
 
 class Headed(nn.Module):
@@ -252,11 +239,40 @@ class WavLMForXVector(Headed):
             )
 
 
+class WavLMForECAPA(Headed):
+    """Speaker embeddings by a small ECAPA-TDNN, for a margin loss over speakers (FACTS D4). Not in transformers."""
+
+    def setup(self) -> None:
+        """Encoder, `ecapa` and `objective`."""
+        super().setup()
+        head = self.head
+        self.ecapa = ECAPA(head.ecapa_dim, head.ecapa_output_dim, head.ecapa_global_context)
+        self.objective = SpeakerVectors(self.head.num_labels)
+
+    def __call__(
+        self,
+        waveform: Waveform,
+        num_samples: NumSamples | None = None,
+        masks: Masks | None = None,
+        keys: Keys | None = None,
+    ) -> XVectorOutput:
+        """Embeddings, and their cosines with the training speakers; with `keys` batch norms look at this batch."""
+        encoded = self.encode(waveform, num_samples, masks, keys)
+        embeddings = self.ecapa(encoded.hidden, encoded.frame_mask, keys is not None)
+        return XVectorOutput(embeddings, embeddings, self.objective(embeddings))
+
+
 KINDS: Mapping[str, type[Headed]] = {
     kind.__name__: kind
-    for kind in (WavLMForCTC, WavLMForSequenceClassification, WavLMForAudioFrameClassification, WavLMForXVector)
+    for kind in (
+        WavLMForCTC,
+        WavLMForSequenceClassification,
+        WavLMForAudioFrameClassification,
+        WavLMForXVector,
+        WavLMForECAPA,
+    )
 }
-"""Every model with a head by its name, which is transformers' too."""
+"""Every model with a head by its name, which is transformers' too but for ECAPA's."""
 
 
 def module_of(config: WavLMConfig, kind: str | None, head: HeadConfig | None) -> WavLM | Headed:

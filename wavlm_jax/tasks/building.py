@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,15 +16,27 @@ from wavlm_jax.data.plan import BatchSettings
 from wavlm_jax.data.reader import Annotate, Host
 from wavlm_jax.model import heads
 from wavlm_jax.model.head_config import HeadConfig
-from wavlm_jax.settings import SettingsError, read
+from wavlm_jax.settings import SettingsError, read, read_sections, refuse_unknown_sections
 from wavlm_jax.shapes import Batch, Params, StepKey, samples_for
 from wavlm_jax.starting import Load, fitting_weights
 from wavlm_jax.training.freeze import Freeze
 from wavlm_jax.training.loss_sums import LossSums
+from wavlm_jax.training.run_settings import RunSettings
 from wavlm_jax.training.task import Score, Task, no_score
 from wavlm_jax.training.topology import Topology
 
-__all__ = ["LossSums", "Parts", "Split", "Task", "TaskSettings", "assemble", "head_config", "heads", "open_corpora"]
+__all__ = [
+    "LossSums",
+    "Parts",
+    "Split",
+    "Task",
+    "TaskSettings",
+    "assemble",
+    "head_config",
+    "heads",
+    "open_corpora",
+    "read_task",
+]
 """Whoever writes a task finds here what every task is made of."""
 
 _SHORTEST_INIT = 32
@@ -62,6 +74,9 @@ class TaskSettings:
     init: InitSettings
 
 
+Sections = TypeVar("Sections", bound=TaskSettings)
+
+
 class Split(NamedTuple):
     """What is shown of a corpus."""
 
@@ -94,6 +109,17 @@ class Parts:
     score: Score = no_score
     """See `training.task.Task`; as the next."""
     freeze: Mapping[str, Freeze] = field(default_factory=dict)
+
+
+def read_task(config: Mapping[str, Any], kind: type[Sections]) -> Sections:
+    """The sections of a task; all others have to be the training tower's.
+
+    Raises:
+        SettingsError: a section or key that is missing, unknown or mistyped.
+
+    """
+    refuse_unknown_sections(config, kind, RunSettings)
+    return read_sections(config, kind)
 
 
 def head_config(section: Mapping[str, Any], **derived: int) -> HeadConfig:

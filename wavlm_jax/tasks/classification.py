@@ -9,7 +9,6 @@ import numpy as np
 
 from wavlm_jax.loading import load_weights
 from wavlm_jax.metrics.classification import classification_score
-from wavlm_jax.settings import read_sections, refuse_unknown_sections
 from wavlm_jax.shapes import Batch, Params, StepKey
 from wavlm_jax.tasks.building import (
     LossSums,
@@ -21,11 +20,11 @@ from wavlm_jax.tasks.building import (
     head_config,
     heads,
     open_corpora,
+    read_task,
 )
 from wavlm_jax.tasks.forward import arguments
 from wavlm_jax.tasks.losses import cross_entropy
 from wavlm_jax.tasks.targets import ClassNumber, TargetSettings, chosen, describe, training_classes
-from wavlm_jax.training.run_settings import RunSettings
 from wavlm_jax.training.topology import Topology
 
 
@@ -48,8 +47,7 @@ def build(config: Mapping[str, Any], topology: Topology) -> Task:
         FileNotFoundError: a corpus that is not there.
 
     """
-    refuse_unknown_sections(config, ClassificationSettings, RunSettings)
-    settings = read_sections(config, ClassificationSettings)
+    settings = read_task(config, ClassificationSettings)
     corpora = open_corpora(settings.data)
     classes = training_classes(settings.target, corpora["train"])
     head = head_config(settings.head, num_labels=len(classes.names))

@@ -10,7 +10,6 @@ import numpy as np
 
 from wavlm_jax.loading import load_weights
 from wavlm_jax.model.adapter import head_num_frames
-from wavlm_jax.settings import read_sections, refuse_unknown_sections
 from wavlm_jax.shapes import Batch, Params, StepKey
 from wavlm_jax.tasks.building import (
     LossSums,
@@ -22,12 +21,12 @@ from wavlm_jax.tasks.building import (
     head_config,
     heads,
     open_corpora,
+    read_task,
 )
 from wavlm_jax.tasks.ctc_loss import ctc_loss, has_alignment
 from wavlm_jax.tasks.edits import Sequences, edit_distance, greedy, tidy, words
 from wavlm_jax.tasks.forward import arguments
 from wavlm_jax.tasks.texts import TextLabels, TextSettings, make_vocabulary, most_labels, survey
-from wavlm_jax.training.run_settings import RunSettings
 from wavlm_jax.training.topology import Topology
 
 
@@ -50,8 +49,7 @@ def build(config: Mapping[str, Any], topology: Topology) -> Task:
         FileNotFoundError: a corpus or vocabulary that is not there.
 
     """
-    refuse_unknown_sections(config, CTCSettings, RunSettings)
-    settings = read_sections(config, CTCSettings)
+    settings = read_task(config, CTCSettings)
     corpora = open_corpora(settings.data)
     vocabulary = make_vocabulary(settings.text, corpora["train"])
     head = head_config(settings.head, vocab_size=len(vocabulary), pad_token_id=vocabulary.blank_id)

@@ -9,7 +9,7 @@ import numpy as np
 
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.loading import load_weights
-from wavlm_jax.settings import SettingsError, read_sections, refuse_unknown_sections
+from wavlm_jax.settings import SettingsError
 from wavlm_jax.shapes import STANDARD, Batch, Params, StepKey
 from wavlm_jax.tasks.activity import ActivityLabels, crops_an_epoch, recorded
 from wavlm_jax.tasks.activity_errors import activity_errors
@@ -23,10 +23,10 @@ from wavlm_jax.tasks.building import (
     head_config,
     heads,
     open_corpora,
+    read_task,
 )
 from wavlm_jax.tasks.forward import arguments
 from wavlm_jax.tasks.losses import MOST_SPEAKERS, one_speaker_a_frame, speakers_in_any_order
-from wavlm_jax.training.run_settings import RunSettings
 from wavlm_jax.training.topology import Topology
 
 
@@ -58,8 +58,7 @@ def build(config: Mapping[str, Any], topology: Topology) -> Task:
         FileNotFoundError: a corpus that is not there, or has no turns.
 
     """
-    refuse_unknown_sections(config, FrameClassificationSettings, RunSettings)
-    settings = read_sections(config, FrameClassificationSettings)
+    settings = read_task(config, FrameClassificationSettings)
     head = head_config(settings.head)
     _check(settings.model, head.num_labels)
     model = heads.WavLMForAudioFrameClassification(settings.model, head, settings.compute)

@@ -46,5 +46,9 @@ WAVLM_AXES: AxesTable = (
     (r"(lm_head|projector|classifier|feature_extractor|tdnn_\d+/kernel)/kernel", ("embed", None)),
     (r"(lm_head|projector|classifier|feature_extractor|tdnn_\d+/kernel)/bias", (None,)),
     (r"objective/weight", ("embed", None)),
+    (r"ecapa/(.*/)?(conv|attend[12])/kernel", (None, "embed", None)),
+    (r"ecapa/(.*/)?(linear|up|down)/kernel", ("embed", None)),
+    (r"ecapa/(.*/)?(conv|attend[12]|linear|up|down)/bias", (None,)),
+    (r"ecapa/(.*/)?bn/(scale|bias|mean|variance)", (None,)),
 )
 """An encoder alone, with the masked-prediction head, or with any head of `wavlm_jax.model.heads`."""

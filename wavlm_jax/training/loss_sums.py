@@ -21,6 +21,9 @@ class LossSums:
     """name -> (sum, count), float32: reported as sum / count."""
     histograms: dict[str, Any] = field(default_factory=dict)
     """name -> counts, float32 (bins,): reported as the entropy of the normalised counts, in nats."""
+    averages: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    """Of training: path of a parameter -> (sum, count) of what the batch says about it. Such parameters are not learned
+    but follow these means from step to step (running statistics of batch norms)."""
     answers: dict[str, Any] = field(default_factory=dict)
     """Of an evaluation: name -> a value or vector a row (rows, ...), in the order of the batch. Those of a whole
     evaluation reach `Task.score`, which makes of them what is no sum (F1, equal error rate)."""

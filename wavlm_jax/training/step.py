@@ -22,6 +22,7 @@ from wavlm_jax.training.optim import clip
 from wavlm_jax.training.state import Report, TrainState
 from wavlm_jax.training.stream import BatchSpec
 from wavlm_jax.training.task import Task
+from wavlm_jax.training.trees import path_name
 
 
 def check_spec(spec: BatchSpec, row_group: int, shards: int) -> None:
@@ -109,7 +110,7 @@ def train_step(
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
     updates, opt_state = optimizer.update(clip(grads, norm, max_grad_norm), state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params = _follow(optax.apply_updates(state.params, updates), sums.averages)
 
     def keep(new: Any, old: Any) -> Any:
         return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
@@ -123,7 +124,22 @@ def train_step(
         skipped_in_a_row=(state.skipped_in_a_row + 1) * failed,
     )
     values = {"grad_norm": norm, "learning_rate": schedule(state.opt_state.updates)}
-    return new, Report(sums, values, finite, new.skipped, new.skipped_in_a_row)
+    return new, Report(replace(sums, averages={}), values, finite, new.skipped, new.skipped_in_a_row)
+
+
+def _follow(params: Params, averages: dict[str, tuple[Any, Any]]) -> Params:
+    """Parameters that are averages, moved a tenth of the way to what this batch says, as torch's batch norms do."""
+
+    def of(path: Any, leaf: Array) -> Array:
+        if (name := path_name(path)) not in averages:
+            return leaf
+        total, count = averages[name]
+        return leaf + _PACE * (total / count - leaf)
+
+    return jax.tree_util.tree_map_with_path(of, params) if averages else params
+
+
+_PACE = 0.1
 
 
 def eval_step(params: Params, batch: Batch, *, task: Task, microbatches: int) -> LossSums:

@@ -1,0 +1,171 @@
+"""A small ECAPA-TDNN: speaker embeddings from frames, as the authors verify speakers (FACTS D4, UniSpeech).
+
+Batch norms keep their running mean and variance among the parameters (`mean`, `variance`), which are not learned: in
+training they follow what each batch says (collection `averages`, `LossSums.averages`). Padding changes nothing: padded
+frames are 0 before every convolution and count in no statistic. Names: ours, transformers has no such head.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from wavlm_jax.shapes import FrameMask, Hidden
+
+AVERAGES = "averages"
+"""Flax collection: path of a parameter -> (sum, count) of what a training batch says about it."""
+_SCALE = 8
+_BOTTLENECK = 128
+_BLOCKS = (2, 3, 4)
+"""Dilations of the three blocks."""
+_EPSILON = 1e-5
+_LEAST_VARIANCE = 1e-9
+
+
+class Frames(NamedTuple):
+    """Frames and which of them are speech."""
+
+    hidden: Hidden
+    mask: FrameMask
+
+
+class ECAPA(nn.Module):
+    """Frames to one vector a row. The authors add 1e-6 to the frames first, which the normalisation takes off again."""
+
+    width: int
+    """A multiple of 8."""
+    embedding: int
+    global_context: bool
+    """See `AttentivePooling`."""
+
+    @nn.compact
+    def __call__(self, hidden: Hidden, frame_mask: FrameMask, training: bool) -> Float[Array, "rows embedding"]:
+        """Embeddings.
+
+        Args:
+            hidden: of the encoder, float32.
+            frame_mask: True where a frame is speech; the first is taken in any case.
+            training: whether batch norms take the statistics of this batch, and report them.
+
+        """
+        mask = frame_mask.at[:, 0].set(True)
+        x = Unit(self.width, taps=5, name="layer1")(instance_norm(Frames(hidden, mask)), mask, training)
+        outputs = []
+        for number, dilation in enumerate(_BLOCKS, start=2):
+            x = Block(self.width, dilation, name=f"layer{number}")(x, mask, training)
+            outputs.append(x)
+        x = jax.nn.relu(_conv(3 * self.width, name="conv")(jnp.concatenate(outputs, axis=-1)))
+        pooled = AttentivePooling(self.global_context, name="pooling")(Frames(x, mask))
+        everywhere = jnp.ones((len(pooled), 1), bool)
+        normed = BatchNorm(name="bn")(pooled[:, None, :], everywhere, training)[:, 0]
+        return nn.Dense(self.embedding, name="linear")(normed)
+
+
+class BatchNorm(nn.Module):
+    """Normalises each feature by its mean and variance over all frames of all rows, or by the running ones."""
+
+    @nn.compact
+    def __call__(self, x: Hidden, mask: FrameMask, training: bool) -> Hidden:
+        """As torch's BatchNorm1d, over the frames of the mask alone."""
+        shape = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape)
+        mean = self.param("mean", nn.initializers.zeros, shape)
+        variance = self.param("variance", nn.initializers.ones, shape)
+        if training:
+            count = jnp.maximum(mask.sum(), 1).astype(jnp.float32)
+            mean = _speech(mask, x).sum(axis=(0, 1)) / count
+            squares = jnp.square(_speech(mask, x - mean[None, None, :])).sum(axis=(0, 1))
+            variance = squares / count
+            self._report("mean", mean * count, count)
+            self._report("variance", squares * count / jnp.maximum(count - 1, 1), count)
+        factor = jax.lax.rsqrt(variance + _EPSILON) * scale
+        return (x - mean[None, None, :]) * factor[None, None, :] + bias[None, None, :]
+
+    def _report(self, name: str, total: Array, count: Array) -> None:
+        value = jax.lax.stop_gradient((total, count))
+        self.sow(AVERAGES, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+
+
+class Unit(nn.Module):
+    """Convolution, ReLU, batch norm; as many frames as before."""
+
+    width: int
+    taps: int = 1
+    dilation: int = 1
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "rows frames inputs"], mask: FrameMask, training: bool
+    ) -> Float[Array, "rows frames outputs"]:
+        """Frames, of which the padded ones are anything."""
+        convolved = _conv(self.width, self.taps, self.dilation, name="conv")(_speech(mask, x))
+        return BatchNorm(name="bn")(jax.nn.relu(convolved), mask, training)
+
+
+class Block(nn.Module):
+    """A Res2 block with squeeze and excitation, plus its input: of the 8 parts each is heard with the one before it."""
+
+    width: int
+    dilation: int
+
+    @nn.compact
+    def __call__(self, x: Hidden, mask: FrameMask, training: bool) -> Hidden:
+        """Frames, of which the padded ones are anything."""
+        entered = Unit(self.width, name="unit1")(x, mask, training)
+        parts = jnp.split(entered, _SCALE, axis=-1)
+        heard = [Unit(self.width // _SCALE, 3, self.dilation, name="res2_0")(parts[0], mask, training)]
+        for number, part in enumerate(parts[1:-1], start=1):
+            unit = Unit(self.width // _SCALE, 3, self.dilation, name=f"res2_{number}")
+            heard.append(unit(heard[-1] + part, mask, training))
+        left = Unit(self.width, name="unit2")(jnp.concatenate([*heard, parts[-1]], axis=-1), mask, training)
+        squeezed = _speech(mask, left).sum(axis=1) / mask.sum(axis=1)[:, None]
+        excited = jax.nn.sigmoid(
+            nn.Dense(self.width, name="up")(jax.nn.relu(nn.Dense(_BOTTLENECK, name="down")(squeezed)))
+        )
+        return x + left * excited[:, None, :]
+
+
+class AttentivePooling(nn.Module):
+    """Mean and standard deviation over frames, each feature with its own weights."""
+
+    global_context: bool
+    """Whether the weights know mean and deviation of the whole row."""
+
+    @nn.compact
+    def __call__(self, frames: Frames) -> Float[Array, "rows statistics"]:
+        """Means and deviations side by side."""
+        x, mask = frames
+        seen = x
+        if self.global_context:
+            count = mask.sum(axis=1)[:, None, None]
+            mean = _speech(mask, x).sum(axis=1, keepdims=True) / count
+            squares = jnp.square(_speech(mask, x - mean)).sum(axis=1, keepdims=True)
+            deviation = jnp.sqrt(squares / jnp.maximum(count - 1, 1) + 1e-10)
+            seen = jnp.concatenate([x, *(jnp.broadcast_to(part, x.shape) for part in (mean, deviation))], axis=-1)
+        logits = _conv(x.shape[-1], name="attend2")(jnp.tanh(_conv(_BOTTLENECK, name="attend1")(seen)))
+        weights = jax.nn.softmax(jnp.where(mask[:, :, None], logits, -jnp.inf), axis=1)
+        mean = (weights * x).sum(axis=1)
+        variance = (weights * jnp.square(x - mean[:, None, :])).sum(axis=1)  # the authors' difference of squares rounds
+        return jnp.concatenate([mean, jnp.sqrt(jnp.maximum(variance, _LEAST_VARIANCE))], axis=-1)
+
+
+def instance_norm(frames: Frames) -> Hidden:
+    """Each feature of each row with mean 0 and variance 1 over the row's frames; nothing is learned."""
+    x, mask = frames
+    count = mask.sum(axis=1)[:, None, None]
+    centred = x - _speech(mask, x).sum(axis=1, keepdims=True) / count
+    variance = jnp.square(_speech(mask, centred)).sum(axis=1, keepdims=True) / count
+    return centred * jax.lax.rsqrt(variance + _EPSILON)
+
+
+def _speech(mask: FrameMask, x: Hidden) -> Hidden:
+    return jnp.where(mask[:, :, None], x, 0.0)
+
+
+def _conv(width: int, taps: int = 1, dilation: int = 1, *, name: str) -> nn.Conv:
+    """A convolution that keeps the number of frames; a linear map where it has one tap."""
+    spread = nn.initializers.he_normal()
+    return nn.Conv(width, (taps,), kernel_dilation=(dilation,), padding="SAME", kernel_init=spread, name=name)

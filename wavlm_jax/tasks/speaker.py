@@ -1,0 +1,148 @@
+"""Speaker embeddings by a margin loss over the training speakers: x-vectors (FACTS B4) and ECAPA-TDNN (FACTS D4)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from wavlm_jax.loading import load_weights
+from wavlm_jax.model.ecapa import AVERAGES
+from wavlm_jax.shapes import Batch, Params, StepKey
+from wavlm_jax.tasks.building import (
+    LossSums,
+    Parts,
+    Split,
+    Task,
+    TaskSettings,
+    assemble,
+    head_config,
+    heads,
+    open_corpora,
+    read_task,
+)
+from wavlm_jax.tasks.forward import arguments
+from wavlm_jax.tasks.losses import Margin, margin_loss
+from wavlm_jax.tasks.targets import ClassNumber, TargetSettings, describe, training_classes
+from wavlm_jax.tasks.verification import VerificationScores, place_trials
+from wavlm_jax.training.freeze import Freeze
+from wavlm_jax.training.topology import Topology
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarginSettings:
+    """The config section `margin`."""
+
+    kind: Margin
+    """"additive": AM-softmax. "angular": AAM-softmax, or ArcFace."""
+    scale: float
+    """Of all cosines (30)."""
+    margin: float
+    """In cosine (0.4) or radians (0.2; 0.4 or 0.5 in the large-margin stage)."""
+
+    def __post_init__(self) -> None:
+        if self.scale <= 0 or not 0 <= self.margin < 1:
+            raise ValueError(f"scale {self.scale}, margin {self.margin}: expected more than 0, and 0 to below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeakerSettings(TaskSettings):
+    """The sections of the config that belong to this task."""
+
+    target: TargetSettings
+    margin: MarginSettings
+    trials: tuple[str, ...]
+    """Trial lists (`1|0 path path` or Kaldi's); each is scored on the evaluation split that has all its recordings."""
+
+
+def build_xvector(config: Mapping[str, Any], topology: Topology) -> Task:
+    """The task of an x-vector config; see `build`."""
+    return build(config, topology, heads.WavLMForXVector)
+
+
+def build_ecapa(config: Mapping[str, Any], topology: Topology) -> Task:
+    """The task of an ECAPA-TDNN config; see `build`."""
+    return build(config, topology, heads.WavLMForECAPA)
+
+
+def build(config: Mapping[str, Any], topology: Topology, kind: type[heads.Headed]) -> Task:
+    """The task of a speaker config. Speakers and trials are looked at before anything is compiled.
+
+    Args:
+        config: resolved, as JSON values.
+        topology: the devices that share the rows of a batch.
+        kind: of the head.
+
+    Raises:
+        SettingsError: a section or key that is missing, unknown or mistyped; trials of recordings that are not there.
+        FileNotFoundError: a corpus that is not there.
+
+    """
+    settings = read_task(config, SpeakerSettings)
+    corpora = open_corpora(settings.data)
+    classes = training_classes(settings.target, corpora["train"])
+    head = head_config(settings.head, num_labels=len(classes.names))
+    model = kind(settings.model, head, settings.compute)
+    numbers = {name: classes.numbers(corpus) for name, corpus in corpora.items()}
+    splits = {name: Split(corpus, None, ClassNumber(numbers[name])) for name, corpus in corpora.items()}
+    splits["train"] = splits["train"]._replace(chosen=(numbers["train"] >= 0).nonzero()[0])
+    trials = place_trials(settings.trials, corpora)
+    if topology.process_index == 0:
+        print(describe(corpora["train"], classes, "train"), flush=True)
+    parts = Parts(
+        model=model,
+        head=head,
+        loss=SpeakerLoss(model, settings.margin),
+        splits=splits,
+        resolved={"classes": list(classes.names)},
+        fingerprints={"classes": classes.fingerprint},
+        crop=settings.target.shown == "crops",
+        names=classes.names,
+        score=VerificationScores(trials),
+        freeze={"running statistics": Freeze(pattern="^ecapa/.*bn/(mean|variance)$", updates=None)}
+        if kind is heads.WavLMForECAPA
+        else {},
+    )
+    return assemble(settings, parts, topology, load_weights)
+
+
+@dataclass(frozen=True)
+class SpeakerLoss:
+    """The loss of a batch: a pure function of (params, batch, key), the same on any number of devices.
+
+    Batch norms of an ECAPA-TDNN normalise over a micro-batch, all its devices together.
+    """
+
+    model: heads.Headed
+    margin: MarginSettings
+
+    def __call__(self, params: Params, batch: Batch, key: StepKey | None) -> LossSums:
+        """Sums over utterances of training speakers; in evaluation the embeddings of all.
+
+        Args:
+            params: of `model`.
+            batch: as for `forward.arguments`, and `labels` (rows,), -1 for strangers, `id`, `weight`.
+            key: of the step; None: evaluation.
+
+        """
+        output: heads.XVectorOutput
+        given = arguments(self.model.config, batch, key)
+        applied: Any = self.model.apply({"params": params}, *given, mutable=[] if key is None else [AVERAGES])
+        output, state = applied
+        labels = batch["labels"]
+        counts = (batch["weight"] > 0) & (labels >= 0)
+        margin = self.margin
+        losses = margin_loss(output.cosines, labels, margin.kind, scale=margin.scale, margin=margin.margin)
+        rows = jnp.sum(counts.astype(jnp.float32))
+        right = jnp.sum((counts & (jnp.argmax(output.cosines, axis=-1) == labels)).astype(jnp.float32))
+        answers = {} if key is not None else {"id": batch["id"], "embedding": output.embeddings}
+        averages = _by_path(state[AVERAGES]) if AVERAGES in state else {}
+        loss = jnp.sum(jnp.where(counts, losses, 0.0))
+        return LossSums(loss, rows, {"accuracy": (right, rows)}, averages=averages, answers=answers)
+
+
+def _by_path(averages: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Path of a parameter -> (sum, count)."""
+    pairs = jax.tree_util.tree_leaves_with_path(averages, is_leaf=lambda value: isinstance(value, tuple))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): pair for path, pair in pairs}
