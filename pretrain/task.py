@@ -23,9 +23,9 @@ from wavlm_jax.config import Compute, WavLMConfig
 from wavlm_jax.data.corpora import DataSettings, open_corpora
 from wavlm_jax.data.corpus import Corpus
 from wavlm_jax.data.loader import CropStream, LoaderSettings, PaddedStream
-from wavlm_jax.data.plan import BatchSettings, describe, rows_per_bucket
+from wavlm_jax.data.plan import BatchSettings, describe
 from wavlm_jax.data.reader import Host
-from wavlm_jax.data.specs import SpecStream, batch_specs
+from wavlm_jax.data.specs import SpecStream, spec_stream
 from wavlm_jax.loading import load_weights
 from wavlm_jax.model.attention_choice import current_device
 from wavlm_jax.model.attention_choice import describe as describe_attention
@@ -100,10 +100,8 @@ def outline(config: Mapping[str, Any], topology: Topology) -> Task:
             batch, group = dataclasses.replace(batch, buckets=settings.data.evaluation_buckets), 1
         elif _wants_noise(settings.mixing):
             shapes = _with_noise
-        rows = rows_per_bucket(batch)
-        for count in rows.values():
-            Host(topology.process_index, topology.process_count).rows(count)
-        return SpecStream(batch_specs(rows, batch, shapes, topology.num_devices, group))
+        host = Host(topology.process_index, topology.process_count)
+        return spec_stream(batch, shapes, topology.num_devices, group, host)
 
     return _assemble(settings, stream, {})
 

@@ -18,7 +18,7 @@ from wavlm_jax.plan import targets
 from wavlm_jax.plan.cures import changed, find_cures
 from wavlm_jax.plan.flops import loop_outputs, matrix_flops
 from wavlm_jax.plan.hlo import Module
-from wavlm_jax.plan.program import Memory
+from wavlm_jax.plan.program import Memory, program_text
 from wavlm_jax.plan.targets import PlanTargetError, open_target
 from wavlm_jax.plan.traffic import executed, memory_traffic
 from wavlm_jax.settings import read_sections
@@ -252,9 +252,23 @@ def test_the_nearest_settings_that_fit_are_one_change_each():
     cures = find_cures(config, attempt, devices_a_slice=8)
     assert [cure.flags() for cure in cures] == ["--config.compute.remat=full", "--config.batch.seconds_per_device=40.0"]
     limit = 10
-    assert [cure.changes for cure in find_cures(config, attempt, devices_a_slice=8)] == []
+    (both,) = find_cures(config, attempt, devices_a_slice=8)
+    assert both.flags() == "--config.compute.remat=full --config.batch.seconds_per_device=40.0"
+    limit = 5
+    assert find_cures(config, attempt, devices_a_slice=8) == []
     assert changed(config, {"mesh.fsdp": 4})["mesh"] == {"fsdp": 4}
     assert config["mesh"] == {"fsdp": 1}
+
+
+def test_a_program_that_jaxlib_cannot_read_is_read_from_the_dump(tmp_path):
+    """So Large on v5p: libtpu puts a scatter onto the sparse cores, by instructions that jaxlib does not know."""
+
+    class Unreadable:
+        def as_text(self) -> str:
+            raise jax.errors.JaxRuntimeError("INTERNAL: async-update instruction should have 1 operands but sees 3")
+
+    (tmp_path / "module_0000.jit_step.cl_1.after_optimizations.txt").write_text("HloModule step")
+    assert program_text(Unreadable(), tmp_path) == "HloModule step"
 
 
 def test_gpus_need_the_plugin_and_say_so(monkeypatch):

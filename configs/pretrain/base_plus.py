@@ -13,8 +13,9 @@ from ml_collections import ConfigDict
 from configs.pretrain import base
 from configs.pretrain.machines import place
 
+_UPDATES = 356_000  # on 256 chips; see base.py
 PRESETS = base.PRESETS | {
-    "v5e-256": base.PRESETS["v5e-256"] | {"train.num_steps": 356_000},
+    machine: base.PRESETS[machine] | {"train.num_steps": _UPDATES} for machine in ("v5e-256", "v6e-256")
 }
 
 

@@ -21,6 +21,7 @@ PRESETS = {
     "v5p-128": {"batch.row_multiple": 256, "batch.seconds_per_device": 125.0},
     "h100-64": {"batch.row_multiple": 256, "batch.seconds_per_device": 125.0},
     "v5e-256": {"batch.row_multiple": 512, "mixing.group": 2},
+    "v6e-256": {"batch.row_multiple": 512, "mixing.group": 2},
 }
 """How the batch is cut on each machine (all chosen); 448 or 512 rows of 15.4 s an update."""
 

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 MACHINES = {
     "v5e-16": {"platform": "tpu", "hosts": 4, "devices": 16},
     "v5e-256": {"platform": "tpu", "hosts": 64, "devices": 256},
+    "v6e-256": {"platform": "tpu", "hosts": 64, "devices": 256},
     "v4-32": {"platform": "tpu", "hosts": 4, "devices": 16},
     "v5p-128": {"platform": "tpu", "hosts": 16, "devices": 64},
     "h100-8": {"platform": "gpu", "hosts": 1, "devices": 8},

@@ -2,10 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from wavlm_jax.data.corpus import Corpus
 
-__all__ = ["Corpus", "DataSettings", "open_corpora"]
+__all__ = ["Corpora", "Corpus", "DataSettings", "open_corpora"]
+
+Corpora: TypeAlias = dict[str, Corpus]
+"""By split, `train` first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +36,7 @@ class DataSettings:
         return {"train": Path(self.train), **{Path(path).name: Path(path) for path in self.evaluation}}
 
 
-def open_corpora(settings: DataSettings) -> dict[str, Corpus]:
+def open_corpora(settings: DataSettings) -> Corpora:
     """The corpus of each split, `train` first.
 
     Raises:

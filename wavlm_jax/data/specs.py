@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from wavlm_jax.data.plan import BatchSettings, microbatches, seconds_of
+from wavlm_jax.data.plan import BatchSettings, microbatches, rows_per_bucket, seconds_of
+from wavlm_jax.data.reader import Host
 from wavlm_jax.shapes import samples_for
 from wavlm_jax.training.stream import BatchSpec
 
@@ -62,3 +63,29 @@ class SpecStream:
     def name(self, index: int) -> str:
         """There are none here either."""
         raise NotImplementedError(f"utterance {index}: this task was made for planning and has no data")
+
+
+def spec_stream(
+    batch: BatchSettings,
+    annotations: Callable[[int], Mapping[str, Any]],
+    devices: int,
+    group: int,
+    host: Host,
+) -> SpecStream:
+    """The stream of a run that has no data yet: every bucket counts as used, and every batch as full.
+
+    Args:
+        batch: buckets and seconds.
+        annotations: as for `batch_specs`.
+        devices: that share the rows.
+        group: as for `batch_specs`.
+        host: one of those that are to make the rows.
+
+    Raises:
+        ValueError: rows that hosts or devices cannot share, or too much audio for one device.
+
+    """
+    rows = rows_per_bucket(batch)
+    for count in rows.values():
+        host.rows(count)
+    return SpecStream(batch_specs(rows, batch, annotations, devices, group))

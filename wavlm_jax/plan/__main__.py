@@ -21,10 +21,11 @@ from wavlm_jax.command_line import EXIT_WRONG
 from wavlm_jax.plan.cures import Cure, find_cures
 from wavlm_jax.plan.program import Memory
 from wavlm_jax.plan.report import as_json, as_text
-from wavlm_jax.plan.run import LabelStep, Outline, Plan, plan_run
-from wavlm_jax.plan.targets import Target, open_target
+from wavlm_jax.plan.run import LabelStep, Outline, Plan, plan_run, same_programs
+from wavlm_jax.plan.targets import Target, open_target, with_memory
+from wavlm_jax.tasks import ctc
 
-OUTLINES: dict[str, Outline] = {"masked_prediction": pretraining.outline}
+OUTLINES: dict[str, Outline] = {"masked_prediction": pretraining.outline, "ctc": ctc.outline}
 """The tasks of train.py that can be planned without their data."""
 LABEL_STEPS: dict[str, LabelStep] = {"masked_prediction": pretraining.label_step}
 """Of those that make labels first."""
@@ -32,6 +33,7 @@ LABEL_STEPS: dict[str, LabelStep] = {"masked_prediction": pretraining.label_step
 _CONFIG = config_flags.DEFINE_config_file("config", None, "What is to be trained; see configs/.", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:16x16, v4:2x2x4, v5p:4x4x4, v6e:16x16, h100:8, ...")
 _SLICES = flags.DEFINE_integer("slices", 1, "TPU slices of that topology.")
+_MEMORY = flags.DEFINE_float("memory_gib", None, "Of a device, where it is to be less than the compiler allows.")
 _JSON = flags.DEFINE_bool("json", False, "One JSON object instead of a table.")
 _EVERY = flags.DEFINE_bool("every_bucket", False, "Compile every batch shape, not only the longest of each split.")
 _CURES = flags.DEFINE_bool("cures", True, "Where it does not fit, look for settings that do.")
@@ -42,8 +44,15 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def plan(config: Mapping[str, Any], target: Target) -> tuple[Plan, list[Cure]]:
-    """The plan of a config, and what helps where it does not fit."""
+def plan(
+    config: Mapping[str, Any], target: Target, *, every_bucket: bool = False, cures: bool = True
+) -> tuple[Plan, list[Cure]]:
+    """The plan of a config, and what helps where it does not fit; the arguments are those of the command line.
+
+    Raises:
+        ValueError: a task that cannot be planned, or as `plan_run`.
+
+    """
     if config["task"] not in OUTLINES:
         raise ValueError(f"config.task: found {config['task']!r}; what can be planned: {', '.join(OUTLINES)}")
     outline, label_step = OUTLINES[config["task"]], None
@@ -53,14 +62,21 @@ def plan(config: Mapping[str, Any], target: Target) -> tuple[Plan, list[Cure]]:
     def compiling(name: str) -> None:
         say(f"compiling {name} for {target.topology} ...")
 
-    made = plan_run(config, outline, target, every_bucket=_EVERY.value, label_step=label_step, on_program=compiling)
-    if made.fits or not _CURES.value:
+    made = plan_run(config, outline, target, every_bucket=every_bucket, label_step=label_step, on_program=compiling)
+    too_large = tuple(dict.fromkeys(name.split()[0] for name in made.programs if not made.memory_of(name).fits))
+    if not too_large or not cures:
         return made, []
-    worst = max(made.programs, key=lambda name: made.memory_of(name).peak)
+    steps = tuple(split for split in too_large if split != "labels")
+    remaking = label_step if "labels" in too_large else None
+    known: dict[str, Memory] = {}
 
     def attempt(changed: Mapping[str, Any]) -> Memory:
-        tried = plan_run(changed, outline, target, splits=(worst.split()[0],), on_program=compiling)
-        return max((tried.memory_of(name) for name in tried.programs), key=lambda memory: memory.peak)
+        key = same_programs(changed, outline, target, steps)
+        if key not in known:
+            tried = plan_run(changed, outline, target, splits=steps, label_step=remaking, on_program=compiling)
+            found = [tried.memory_of(name) for name in tried.programs]
+            known[key] = max(found, key=lambda memory: (not memory.fits, memory.peak))
+        return known[key]
 
     return made, find_cures(config, attempt, len(target.devices) // target.slices)
 
@@ -70,7 +86,10 @@ def main(_: Sequence[str]) -> None:
     name = str(config_flags.get_config_filename(flags.FLAGS["config"]))
     try:
         target = open_target(str(_TOPOLOGY.value), _SLICES.value)
-        made, cures = plan(json.loads(_CONFIG.value.to_json()), target)
+        if _MEMORY.value is not None:
+            target = with_memory(target, _MEMORY.value)
+        config = json.loads(_CONFIG.value.to_json())
+        made, cures = plan(config, target, every_bucket=_EVERY.value, cures=_CURES.value)
     except ValueError as error:
         say(f"plan: {error}")
         sys.exit(EXIT_WRONG)

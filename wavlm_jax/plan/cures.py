@@ -9,10 +9,13 @@ from wavlm_jax.plan.program import Memory
 
 REMAT = ("none", "dots", "full")
 """From the fastest to the smallest."""
-HALVINGS = 4
+SHARES = (0.75, 0.5, 0.375, 0.25, 0.125, 0.0625)
+"""Of the audio in a micro-batch."""
 LEAST_ROWS = 16
 """Rows of a kernel that a shard keeps: fewer are below a tile, and XLA sends the whole kernel instead."""
 
+Ladder = list[dict[str, Any]]
+"""Changes of one knob, the smallest first."""
 Attempt = Callable[[Mapping[str, Any]], Memory]
 """From a config to the memory of its largest program."""
 
@@ -31,7 +34,7 @@ class Cure:
 
 
 def find_cures(config: Mapping[str, Any], attempt: Attempt, devices_a_slice: int) -> list[Cure]:
-    """One change a knob, the smallest of it that fits: recomputation, rows a device, fsdp; all together if none does.
+    """One change a knob, the smallest of it that fits: recomputation, rows a device, fsdp; where none does, several.
 
     Args:
         config: the one that does not fit.
@@ -43,12 +46,18 @@ def find_cures(config: Mapping[str, Any], attempt: Attempt, devices_a_slice: int
     found = [cure for ladder in ladders if (cure := _first(config, ladder, attempt)) is not None]
     if found:
         return found
-    everything = {key: value for ladder in ladders if ladder for key, value in ladder[-1].items()}
-    together = _first(config, [everything], attempt) if everything else None
+    together = _first(config, _combined(*ladders), attempt)
     return [together] if together is not None else []
 
 
-def _first(config: Mapping[str, Any], ladder: list[dict[str, Any]], attempt: Attempt) -> Cure | None:
+def _combined(remat: Ladder, rows: Ladder, fsdp: Ladder) -> Ladder:
+    """The most recomputation with fewer and fewer rows, then the same with the most fsdp."""
+    most, spread = (remat or [{}])[-1], (fsdp or [{}])[-1]
+    bases = [most, *([most | spread] if spread else [])]
+    return [base | fewer for base in bases for fewer in ({}, *rows) if len(base | fewer) > 1]
+
+
+def _first(config: Mapping[str, Any], ladder: Ladder, attempt: Attempt) -> Cure | None:
     for changes in ladder:
         try:
             memory = attempt(changed(config, changes))
@@ -79,8 +88,13 @@ def _remat(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _rows(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    for halving in range(1, HALVINGS + 1):
-        yield {"batch.seconds_per_device": config["batch"]["seconds_per_device"] / 2**halving}
+    """Less and less audio in a micro-batch; groups of mixing partners shrink with it where they have to fit in."""
+    now = config["batch"]["seconds_per_device"]
+    group = config["mixing"]["group"] if "mixing" in config else 1
+    for share in SHARES:
+        yield {"batch.seconds_per_device": share * now}
+        if group % 2 == 0 and group > 2:  # noqa: PLR2004 a mixture takes two
+            yield {"batch.seconds_per_device": share * now, "mixing.group": group // 2}
 
 
 def _fsdp(config: Mapping[str, Any], devices_a_slice: int) -> Iterator[dict[str, Any]]:

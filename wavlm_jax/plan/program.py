@@ -1,9 +1,11 @@
 """One program of a run, compiled for a target and counted."""
 
 import re
+import tempfile
 import time
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jax.sharding import Mesh
@@ -88,24 +90,49 @@ def count(
     started = time.monotonic()
     kept = loop_outputs(traced.jaxpr) // mesh.size
     flops = matrix_flops(traced.jaxpr) / mesh.size
-    try:
-        compiled = traced.lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return Memory(target.chip.memory, _needed(str(error)), False, 0, 0, 0, kept)
-    memory = _memory(compiled.memory_analysis(), target.chip.memory, kept)
-    if not memory.fits:
-        return memory
-    module = Module.parse(compiled.as_text() or "")
+    with tempfile.TemporaryDirectory(prefix="wavlm-plan-") as folder:
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if target.platform == "tpu" else {}
+        try:
+            compiled = traced.lower().compile(compiler_options=dump)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return Memory(target.chip.memory, _needed(str(error)), False, 0, 0, 0, kept)
+        memory = _memory(compiled.memory_analysis(), target.chip.memory, kept)
+        if not memory.fits:
+            return memory
+        module = Module.parse(program_text(compiled, Path(folder)))
     found = tuple(collectives(module, mesh, target))
     traffic = memory_traffic(module)
     roofline = Roofline(
-        flops / target.chip.peak_flops, traffic / target.chip.bandwidth, sum(row.seconds for row in found)
+        flops / target.chip.peak_flops, traffic / target.chip.bandwidth, sum((row.seconds for row in found), 0.0)
     )
     seconds = time.monotonic() - started
     rate = audio_seconds / roofline.seconds / mesh.size
     return Counted(name, audio_seconds, microbatches, memory, flops, traffic, found, roofline, rate, seconds)
+
+
+@runtime_checkable
+class Printable(Protocol):
+    """What is asked of a `jax.stages.Compiled`."""
+
+    def as_text(self) -> str | None:
+        """The optimized HLO."""
+
+
+def program_text(compiled: Printable, dumped: Path) -> str:
+    """The optimized program.
+
+    Args:
+        compiled: says it itself, unless jaxlib cannot read what a newer libtpu wrote (so with v5p's `async-update`).
+        dumped: where the compiler has put its own text then.
+
+    """
+    try:
+        return compiled.as_text() or ""
+    except jax.errors.JaxRuntimeError:
+        (text,) = dumped.glob("*.after_optimizations.txt")
+        return text.read_text()
 
 
 def _memory(stats: Any, limit: int, kept: int) -> Memory:

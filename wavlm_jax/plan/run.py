@@ -1,5 +1,6 @@
 """From a config to its counted programs on a target, and to the cost of the whole run."""
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 from jax.stages import Traced
 
 from wavlm_jax.plan.program import Counted, Memory, count
-from wavlm_jax.plan.targets import Target
+from wavlm_jax.plan.targets import Target, one_host
 from wavlm_jax.settings import read_sections
 from wavlm_jax.training.axes import WAVLM_AXES, AxesTable
 from wavlm_jax.training.mesh import make_mesh, row_shards
@@ -121,10 +122,10 @@ def plan_run(
                 )
     if label_step is not None:
         on_program("labels")
-        local = [device for device in target.devices if device.process_index == target.devices[0].process_index]
-        name, traced, seconds = label_step(config, local)
-        beside = Mesh(np.array(local), ("rows",))
-        programs[name] = count(name, traced, target, beside, audio_seconds=seconds, microbatches=1)
+        host = one_host(target)
+        name, traced, seconds = label_step(config, host.devices)
+        beside = Mesh(np.array(host.devices), ("rows",))
+        programs[name] = count(name, traced, host, beside, audio_seconds=seconds, microbatches=1)
     return Plan(
         mesh=dict(mesh.shape),
         devices=mesh.size,
@@ -134,6 +135,21 @@ def plan_run(
         num_steps=settings.train.num_steps,
         programs=programs,
     )
+
+
+def same_programs(config: Mapping[str, Any], outline: Outline, target: Target, splits: tuple[str, ...]) -> str:
+    """A key that two configs share if their steps are the same programs, however their batches come about.
+
+    Raises:
+        ValueError: as `plan_run`.
+
+    """
+    settings = read_sections(dict(config), RunSettings)
+    mesh = make_mesh(settings.mesh, target.devices)
+    task = outline(config, Topology(row_shards(mesh), 0, target.num_processes))
+    shapes = [[(spec.name, spec.microbatches) for spec in task.stream(split).specs] for split in splits]
+    batch = {name: value for name, value in config["batch"].items() if name != "seconds_per_device"}
+    return json.dumps([{**config, "batch": batch}, shapes])
 
 
 def _chosen(specs: tuple[BatchSpec, ...], every_bucket: bool) -> tuple[BatchSpec, ...]:

@@ -5,7 +5,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -145,6 +145,36 @@ def open_target(topology: str, slices: int = 1) -> Target:
     if slices != 1 or len(sizes) != 1:
         raise PlanTargetError(f"--topology: found {topology!r} and --slices {slices}; expected for GPUs just {kind}:N")
     return Target(topology, chip, -(-sizes[0] // GPUS_A_HOST), "cuda", tuple(_gpu_devices(sizes[0])))
+
+
+def with_memory(target: Target, gib: float) -> Target:
+    """The same machine with less memory for a program: what else is to live on it, or how near the edge it may be.
+
+    Raises:
+        PlanTargetError: none, or more than there is.
+
+    """
+    limit = target.chip.memory / GIB
+    if not 0 < gib <= limit:
+        raise PlanTargetError(f"--memory_gib: found {gib:g}, expected more than 0 and up to {limit:.2f}")
+    return replace(target, chip=replace(target.chip, memory=int(gib * GIB)))
+
+
+def one_host(target: Target) -> Target:
+    """A host of `target` and its devices as a machine of its own, which is how labels are made.
+
+    On v5e and v6e the compiler takes no program for a host's chips inside a larger slice ("device assignment should
+    include all slice devices"): there each host has to be started as a slice of one (docs/pods.md).
+    """
+    first = target.devices[0].process_index
+    local = tuple(device for device in target.devices if device.process_index == first)
+    if target.num_processes == 1:
+        return target
+    if target.platform == "cuda":
+        return replace(target, slices=1, devices=local)
+    lengths = [len({device.coords[axis] for device in local}) for axis in range(target.chip.axes)]
+    alone = open_target(f"{target.topology.partition(':')[0]}:{'x'.join(map(str, lengths))}")
+    return replace(alone, chip=target.chip)
 
 
 def installed(module: str) -> bool:

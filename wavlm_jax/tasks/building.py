@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -14,6 +15,7 @@ from wavlm_jax.data.corpora import Corpus, DataSettings, open_corpora
 from wavlm_jax.data.loader import CropStream, LoaderSettings, PaddedStream
 from wavlm_jax.data.plan import BatchSettings
 from wavlm_jax.data.reader import Annotate, Host
+from wavlm_jax.data.specs import SpecStream, spec_stream
 from wavlm_jax.model import heads
 from wavlm_jax.model.head_config import HeadConfig
 from wavlm_jax.settings import SettingsError, read, read_sections, refuse_unknown_sections
@@ -151,6 +153,28 @@ def assemble(settings: TaskSettings, parts: Parts, topology: Topology, load: Loa
         fingerprints={**corpora, **parts.fingerprints},
         resolved={**parts.resolved, "head": dataclasses.asdict(parts.head)},
     )
+
+
+def outlined(
+    task: Task, settings: TaskSettings, shapes: Callable[[int], Mapping[str, jax.ShapeDtypeStruct]], topology: Topology
+) -> Task:
+    """A task of parts without splits, with streams that know their shapes only: what `wavlm_jax.plan` compiles.
+
+    Args:
+        task: of `assemble`.
+        settings: of the config.
+        shapes: bucket -> labels of one of its rows.
+        topology: the devices that it is planned for.
+
+    """
+
+    def stream(split: str) -> SpecStream:
+        buckets = settings.batch.buckets if split == "train" else settings.data.evaluation_buckets
+        batch = dataclasses.replace(settings.batch, buckets=buckets)
+        host = Host(topology.process_index, topology.process_count)
+        return spec_stream(batch, shapes, topology.num_devices, 1, host)
+
+    return dataclasses.replace(task, stream=stream)
 
 
 def _initialiser(model: nn.Module, settings: TaskSettings) -> Callable[[StepKey], Params]:

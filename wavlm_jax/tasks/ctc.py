@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from wavlm_jax.data.corpora import Corpora
 from wavlm_jax.loading import load_weights
 from wavlm_jax.model.adapter import head_num_frames
 from wavlm_jax.shapes import Batch, Params, StepKey
@@ -21,6 +22,7 @@ from wavlm_jax.tasks.building import (
     head_config,
     heads,
     open_corpora,
+    outlined,
     read_task,
 )
 from wavlm_jax.tasks.ctc_loss import ctc_loss, has_alignment
@@ -50,8 +52,23 @@ def build(config: Mapping[str, Any], topology: Topology) -> Task:
 
     """
     settings = read_task(config, CTCSettings)
-    corpora = open_corpora(settings.data)
-    vocabulary = make_vocabulary(settings.text, corpora["train"])
+    return _assembled(settings, open_corpora(settings.data), topology)
+
+
+def outline(config: Mapping[str, Any], topology: Topology) -> Task:
+    """The same task without corpora, for `wavlm_jax.plan`: English letters, as many as anybody can say.
+
+    Raises:
+        SettingsError: as `build`.
+        ValueError: batches that cannot be cut.
+
+    """
+    settings = read_task(config, CTCSettings)
+    return outlined(_assembled(settings, {}, topology), settings, TextLabels.shapes, topology)
+
+
+def _assembled(settings: CTCSettings, corpora: Corpora, topology: Topology) -> Task:
+    vocabulary = make_vocabulary(settings.text, corpora["train"] if corpora else None)
     head = head_config(settings.head, vocab_size=len(vocabulary), pad_token_id=vocabulary.blank_id)
     model = heads.WavLMForCTC(settings.model, head, settings.compute)
     replace_unknown, splits = settings.text.replace_unknown, {}

@@ -1,0 +1,128 @@
+"""Runs planned with the CPU's compiler: tasks, cures that were compiled, messages that do not grow with the mesh."""
+
+import json
+
+import jax
+import pytest
+
+from configs.finetune import ctc as recipes
+from configs.pretrain import demo
+from wavlm_jax.plan.__main__ import OUTLINES, plan
+from wavlm_jax.plan.run import plan_run
+from wavlm_jax.plan.targets import CHIPS, PlanTargetError, Target, one_host, open_target, with_memory
+from wavlm_jax.tasks import ctc
+from wavlm_jax.training.topology import Topology
+
+SMALL = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "conv_dim": (16,) * 7,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+}
+
+
+def machine(devices: int = 8) -> Target:
+    """CPU devices in the place of GPUs: another compiler, the same partitioner."""
+    return Target(f"h100:{devices}", CHIPS["h100"], 1, "cuda", tuple(jax.devices()[:devices]))
+
+
+def small(config, rows: int, seconds_per_device: float = 1000.0, **batch) -> dict:
+    config.model.update(SMALL)
+    config.batch.update({"buckets": (64,), "row_multiple": rows, "seconds_per_update": 1.0} | batch)
+    config.batch.seconds_per_device = seconds_per_device
+    config.data.evaluation_buckets = (64,)
+    return json.loads(config.to_json())
+
+
+def test_fine_tuning_is_planned_from_its_config_alone():
+    """CTC, of which neither corpus nor vocabulary exists."""
+    config = small(recipes.get_config("digits"), 16)
+    config["train"]["eval_splits"] = []
+    made, cures = plan(config, machine())
+    assert made.fits
+    assert cures == []
+    (train,) = made.train
+    assert train.name == "train 16x64"
+    assert train.memory.aliased >= made.state_bytes - 64  # the state is updated in place
+    assert made.hours > 0
+
+
+def test_an_outline_has_the_arrays_of_the_real_stream():
+    """A planned batch is what the loader will make: the same arrays, with room for every text that it may meet."""
+    config = small(recipes.get_config("digits"), 8)
+    (spec,) = ctc.outline(config, Topology(8, 0, 1)).stream("train").specs
+    assert {name: (array.shape, str(array.dtype)) for name, array in spec.arrays.items()} == {
+        "waveform": ((8, 20_560), "int16"),
+        "num_samples": ((8,), "int32"),
+        "id": ((8,), "int32"),
+        "weight": ((8,), "float32"),
+        "mean": ((8,), "float32"),
+        "variance": ((8,), "float32"),
+        "labels": ((8, 32), "int32"),
+        "num_labels": ((8,), "int32"),
+    }
+
+
+@pytest.mark.parametrize("devices", [1, 4, 8, 16, 32, 64])
+@pytest.mark.parametrize("preset", ["base_1h", "base_100h", "large_100h", "large_960h"])
+def test_recipes_of_fine_tuning_cut_their_batches_on_machines_up_to_64_devices(preset, devices):
+    config = json.loads(recipes.get_config(preset).to_json())
+    task = OUTLINES[config["task"]](config, Topology(devices, 0, max(devices // 8, 1)))
+    for split in ("train", "valid"):
+        assert len(task.stream(split).specs) > 1
+
+
+def test_messages_of_data_parallel_training_do_not_grow_with_the_devices():
+    """The same rows a device on 2 and on 8: the same arrays are reduced, none is gathered."""
+    payloads = {}
+    for devices in (2, 8):
+        config = small(demo.get_config(), 2 * devices)
+        config["mixing"]["group"] = 2
+        made = plan_run(config, OUTLINES["masked_prediction"], machine(devices), splits=("train",))
+        (train,) = made.train
+        assert {row.kind for row in train.collectives} == {"all-reduce"}
+        assert {row.group for row in train.collectives} == {devices}
+        payloads[devices] = sum(row.payload for row in train.collectives)
+    assert payloads[8] == pytest.approx(payloads[2], rel=0.01)
+    assert payloads[8] == pytest.approx(4 * made.parameters, rel=0.5)  # gradients, once
+
+
+@pytest.mark.slow
+def test_what_is_said_to_fit_was_compiled():
+    """Less memory than the step takes: fewer rows at a time are found, with the compiler's own figure for them."""
+    config = small(demo.get_config(), 32, seconds_per_device=4 * 1.285)
+    config["mixing"]["group"] = 2
+    whole = plan_run(config, OUTLINES["masked_prediction"], machine(), splits=("train",))
+    gib = 0.9 * whole.memory_of("train 32x64").peak / 2**30
+    config["train"]["eval_splits"] = []
+    target = with_memory(machine(), gib)
+    made, cures = plan(config, target)
+    assert not made.fits
+    assert not made.memory_of("train 32x64").fits
+    (fewer,) = [cure for cure in cures if "batch.seconds_per_device" in cure.changes]
+    assert fewer.flags() == f"--config.batch.seconds_per_device={0.75 * 4 * 1.285}"
+    again = plan_run(
+        json.loads(json.dumps(config)) | {"batch": config["batch"] | {"seconds_per_device": 0.75 * 4 * 1.285}},
+        OUTLINES["masked_prediction"],
+        target,
+        splits=("train",),
+    )
+    assert again.fits
+    assert again.memory_of("train 32x64").peak == fewer.memory.peak <= gib * 2**30
+
+
+def test_memory_that_is_not_there_is_refused():
+    with pytest.raises(PlanTargetError, match=r"--memory_gib: found 99, expected more than 0 and up to 72\.78"):
+        with_memory(machine(), 99.0)
+
+
+def test_the_next_smaller_machine_is_a_host():
+    alone = one_host(machine())
+    assert alone.devices == tuple(jax.devices())
+    two = Target("h100:16", CHIPS["h100"], 2, "cuda", tuple(jax.devices()))
+    assert one_host(two).devices == tuple(jax.devices())
+    with pytest.raises(PlanTargetError):
+        open_target("h100:2x2")
