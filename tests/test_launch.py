@@ -14,7 +14,8 @@ from ml_collections import ConfigDict, config_flags
 from configs.pretrain import base, base_plus, large, xlarge
 from configs.pretrain.machines import MACHINES
 from pretrain.task import outline
-from wavlm_jax.training.mesh import MeshSettings
+from wavlm_jax.plan.targets import open_target
+from wavlm_jax.training.mesh import MeshSettings, make_mesh
 from wavlm_jax.training.topology import Topology
 
 ROOT = Path(__file__).parents[1]
@@ -78,6 +79,14 @@ def test_every_preset_cuts_its_batches(module, machine):
     for spec in task.stream("train").specs:
         assert 0.6 * wanted < spec.seconds < 1.4 * wanted
     assert task.stream("valid").specs
+
+
+def test_fsdp_may_be_any_divisor_of_the_chips():
+    """8 is no product of whole axes of a v5p-128, which JAX's own arrangement refuses."""
+    mesh = make_mesh(MeshSettings.anywhere(data=-1, fsdp=8, tensor=1), open_target("v5p:4x4x4").devices)
+    assert dict(mesh.shape) == {"data": 8, "fsdp": 8, "tensor": 1}
+    owners = [device.process_index for device in mesh.devices.flat]
+    assert owners == sorted(owners)
 
 
 def test_an_unknown_machine_lists_those_that_there_are():

@@ -17,7 +17,7 @@ PRESETS = {
     "v5e-16": {"batch.seconds_per_device": 62.0},
     "v4-32": {"batch.seconds_per_device": 62.0},
     "h100-8": {"batch.seconds_per_device": 62.0},
-    "v5p-128": {"batch.row_multiple": 256, "batch.seconds_per_device": 125.0},
+    "v5p-128": {"batch.row_multiple": 256, "batch.seconds_per_device": 125.0, "mesh.fsdp": 4},  # along one axis
     "h100-64": {"batch.row_multiple": 256, "batch.seconds_per_device": 125.0},
     "v5e-256": {"batch.row_multiple": 512, "mixing.group": 2},
     "v6e-256": {"batch.row_multiple": 512, "mixing.group": 2},

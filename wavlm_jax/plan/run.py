@@ -131,7 +131,7 @@ def plan_run(
         devices=mesh.size,
         processes=target.num_processes,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(builder.state.params)),
-        state_bytes=_held(builder.state),
+        state_bytes=held(builder.state),
         num_steps=settings.train.num_steps,
         programs=programs,
     )
@@ -156,7 +156,7 @@ def _chosen(specs: tuple[BatchSpec, ...], every_bucket: bool) -> tuple[BatchSpec
     return specs if every_bucket else (max(specs, key=lambda spec: spec.arrays["waveform"].shape[1]),)
 
 
-def _held(state: Any) -> int:
+def held(state: Any) -> int:
     """Bytes of a sharded tree on one device."""
     return sum(
         leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state)

@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 
 from wavlm_jax.config import Compute, WavLMConfig
-from wavlm_jax.data.corpora import Corpus, DataSettings, open_corpora
+from wavlm_jax.data.corpora import Corpora, Corpus, DataSettings, open_corpora
 from wavlm_jax.data.loader import CropStream, LoaderSettings, PaddedStream
 from wavlm_jax.data.plan import BatchSettings
 from wavlm_jax.data.reader import Annotate, Host
@@ -28,6 +28,7 @@ from wavlm_jax.training.task import Score, Task, no_score
 from wavlm_jax.training.topology import Topology
 
 __all__ = [
+    "Corpora",
     "LossSums",
     "Parts",
     "Split",
@@ -37,6 +38,7 @@ __all__ = [
     "head_config",
     "heads",
     "open_corpora",
+    "outlined",
     "read_task",
 ]
 """Whoever writes a task finds here what every task is made of."""

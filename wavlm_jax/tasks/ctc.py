@@ -8,11 +8,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from wavlm_jax.data.corpora import Corpora
 from wavlm_jax.loading import load_weights
 from wavlm_jax.model.adapter import head_num_frames
 from wavlm_jax.shapes import Batch, Params, StepKey
 from wavlm_jax.tasks.building import (
+    Corpora,
     LossSums,
     Parts,
     Split,

@@ -1,0 +1,208 @@
+"""The table of docs/pods.md: every pre-training preset on its TPUs, by libtpu's own optimized program; nothing is run.
+
+    python -m bench.plan_table compile            # a process a cell, about 15 s of CPU each; finished cells are kept
+    python -m bench.plan_table print              # the rows of the table, from docs/plans/
+
+A cell waits for the optimized program and the assignment of its buffers, and not for machine code, which takes ten
+times as long and changes none of these figures. `python -m wavlm_jax.plan` compiles to the end.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parents[1] / "docs" / "plans"
+MODELS = ("base", "base_plus", "large", "xlarge")
+TOPOLOGIES = {
+    "v5e-16": "v5e:4x4",
+    "v5e-256": "v5e:16x16",
+    "v4-32": "v4:2x2x4",
+    "v5p-128": "v5p:4x4x4",
+    "v6e-256": "v6e:16x16",
+}
+GIB = 2**30
+COLUMNS = (
+    *(
+        "config",
+        "chips",
+        "fits",
+        "training GiB",
+        "evaluation GiB",
+        "of",
+        "TFLOP",
+        "HBM GB",
+        "sent MB",
+        "bound by",
+        "ms",
+    ),
+    *("audio s/s/chip", "chip-hours"),
+)
+
+
+def main() -> None:
+    """Compile what is not there yet, or print what is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("compile", "print", "cell"))
+    parser.add_argument("cell", nargs="*", help="of `cell`: model, machine, split, file")
+    arguments = parser.parse_args()
+    if arguments.action == "print":
+        print("\n".join(rows(FOLDER)))
+    elif arguments.action == "cell":
+        compile_cell(*arguments.cell)
+    else:
+        compile_all()
+
+
+def compile_all() -> None:
+    """Every cell in a process of its own: only the end of the process stops the compiler."""
+    for machine in TOPOLOGIES:
+        for model in MODELS:
+            for split in ("train", "valid"):
+                file = FOLDER / f"{model}_{machine}_{split}.json"
+                if not file.exists():
+                    print(file.name, flush=True)
+                    command = [sys.executable, "-m", "bench.plan_table", "cell", model, machine, split, str(file)]
+                    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+
+
+def compile_cell(model: str, machine: str, split: str, file: str) -> None:
+    """Writes the figures of one program, and ends the process."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from wavlm_jax.plan.flops import matrix_flops
+    from wavlm_jax.plan.targets import open_target
+
+    config = json.loads(importlib.import_module(f"configs.pretrain.{model}").get_config(machine).to_json())
+    target = open_target(TOPOLOGIES[machine])
+    traced, spec, mesh, state = traced_step(config, target, split)
+    found: dict[str, Any] = {
+        "config": f"{model}:{machine}",
+        "topology": TOPOLOGIES[machine],
+        "program": f"{split} {spec.name}",
+        "chip": asdict(target.chip),
+        "mesh": dict(mesh.shape),
+        "microbatches": spec.microbatches,
+        "audio_seconds": spec.seconds,
+        "num_steps": config["train"]["num_steps"],
+        "state_bytes": state,
+        "flops": matrix_flops(traced.jaxpr) / mesh.size,
+    }
+    with tempfile.TemporaryDirectory(prefix="wavlm-plan-") as dumped:
+        outcome = optimized(traced.lower(), Path(dumped))
+        found |= {"failed": outcome} if isinstance(outcome, str) else counted(*outcome, mesh, target)
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    Path(file).write_text(json.dumps(found, indent=1) + "\n")
+    os._exit(0)  # the compiler is still at work
+
+
+def traced_step(config: dict[str, Any], target: Any, split: str) -> tuple[Any, Any, Any, int]:
+    """(traced program of the longest batch, its spec, mesh, bytes of the state on a device)."""
+    import flax.linen as nn
+    import jax
+
+    from pretrain.task import outline
+    from wavlm_jax.plan.run import held
+    from wavlm_jax.settings import read_sections
+    from wavlm_jax.training.axes import WAVLM_AXES
+    from wavlm_jax.training.mesh import make_mesh, row_shards
+    from wavlm_jax.training.run_settings import RunSettings
+    from wavlm_jax.training.sharding import RULES
+    from wavlm_jax.training.start import lay_out, make_builder
+    from wavlm_jax.training.state import root_key
+    from wavlm_jax.training.topology import Topology
+
+    settings = read_sections(config, RunSettings)
+    mesh = make_mesh(settings.mesh, target.devices)
+    task = outline(config, Topology(row_shards(mesh), 0, target.num_processes))
+    spec = max(task.stream(split).specs, key=lambda spec: spec.arrays["waveform"].shape[1])
+    key = root_key(settings.seed)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        builder = make_builder(task, settings, lay_out(task, settings, mesh, WAVLM_AXES), key)
+        traced = builder.update(spec) if split == "train" else builder.evaluation(spec)
+    return traced, spec, mesh, held(builder.state)
+
+
+def optimized(lowered: Any, dumped: Path) -> tuple[str, int] | str:
+    """(optimized program, bytes of its buffers in HBM), as soon as the compiler has written them; or why not."""
+    failed: list[str] = []
+
+    def compiling() -> None:
+        try:
+            lowered.compile(compiler_options={"xla_dump_to": str(dumped), "xla_dump_hlo_as_text": True})
+        except Exception as error:  # noqa: BLE001 all that a compiler says
+            failed.append(str(error)[:2000])
+
+    threading.Thread(target=compiling, daemon=True).start()
+    while not failed:
+        time.sleep(1)
+        reports = list(dumped.glob("*memory-usage-report.txt"))
+        if reports and (total := re.search(r"Total bytes: (\d+)", reports[0].read_text())):
+            time.sleep(1)  # the report is the last of them
+            return next(dumped.glob("*.after_optimizations.txt")).read_text(), int(total.group(1))
+    return failed[0]
+
+
+def counted(text: str, buffers: int, mesh: Any, target: Any) -> dict[str, Any]:
+    """Traffic, messages and memory."""
+    from wavlm_jax.plan.collectives import collectives
+    from wavlm_jax.plan.hlo import Module
+    from wavlm_jax.plan.traffic import memory_traffic
+
+    module = Module.parse(text)
+    found = [asdict(row) for row in collectives(module, mesh, target)]
+    return {"buffers": buffers, "traffic": memory_traffic(module), "collectives": found}
+
+
+def rows(folder: Path) -> list[str]:
+    """The table in Markdown."""
+    lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
+    for machine in TOPOLOGIES:
+        for model in MODELS:
+            file = folder / f"{model}_{machine}_train.json"
+            if file.exists():
+                evaluation = folder / f"{model}_{machine}_valid.json"
+                lines.append(row(json.loads(file.read_text()), json.loads(evaluation.read_text())))
+    return lines
+
+
+def row(train: dict[str, Any], evaluation: dict[str, Any]) -> str:
+    """One config on one machine."""
+    chip, chips = train["chip"], 1
+    for size in train["mesh"].values():
+        chips *= size
+    memory = [found["buffers"] / GIB if "buffers" in found else float("inf") for found in (train, evaluation)]
+    limit = chip["memory"] / GIB
+    seconds = {
+        "arithmetic": train["flops"] / chip["peak_flops"],
+        "memory": train["traffic"] / chip["bandwidth"],
+        "network": sum(found["seconds"] for found in train["collectives"]),
+    }
+    bound = max(seconds, key=lambda name: seconds[name])
+    rate = train["audio_seconds"] / seconds[bound] / chips
+    cells = [
+        train["config"],
+        f"{chips} {chip['name'].removeprefix('TPU ')}",
+        "yes" if max(memory) <= limit else "NO",
+        *(f"{value:.2f}" for value in (*memory, limit)),
+        f"{train['flops'] / 1e12:.2f}",
+        f"{train['traffic'] / 1e9:.1f}",
+        f"{sum(found['sent'] for found in train['collectives']) / 1e6:,.0f}",
+        bound,
+        f"{seconds[bound] * 1e3:.1f}",
+        f"{rate:,.0f}",
+        f"{train['num_steps'] * seconds[bound] / 3600 * chips:,.0f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()
