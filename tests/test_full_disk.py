@@ -1,5 +1,6 @@
 """The disk fills up while a real process trains: that checkpoint is lost, the ones before it stay, training goes on."""
 
+import contextlib
 import re
 import resource
 import subprocess
@@ -30,7 +31,7 @@ def small_disk(folder: Path) -> Disk:
     def fill(_: subprocess.Popen) -> None:
         with ballast.open("wb", buffering=0) as file:
             for size in (2**16, 512, 1):
-                with pytest.raises(OSError, match="No space left"):
+                with contextlib.suppress(OSError):
                     while True:
                         file.write(b"x" * size)
 
