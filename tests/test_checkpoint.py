@@ -2,23 +2,27 @@
 
 import gc
 import json
+import re
 import resource
 import shutil
 import tarfile
+import threading
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_task
 
 from wavlm_jax.training import checkpoint, disk, manifest, stored
 from wavlm_jax.training.checkpoint import Checkpoints, CheckpointSettings, RunRecord
+from wavlm_jax.training.host_memory import resident
 from wavlm_jax.training.manifest import CheckpointError
 from wavlm_jax.training.mesh import MeshSettings, make_mesh
 from wavlm_jax.training.optim import adam
 from wavlm_jax.training.start import Layout, plan_layout
-from wavlm_jax.training.state import init_key, shard_state
+from wavlm_jax.training.state import TrainState, init_key, shard_state
 
 RECORD = RunRecord(run_id="abc", config={"optim": {"learning_rate": 1.0}}, fingerprints={"corpus": "1f"})
 
@@ -279,6 +283,34 @@ def test_a_file_size_limit_in_the_middle_of_a_save_is_survived(workdir: Path, pl
         gc.collect()
     assert "checkpoint 3 was not written" in complaint
     assert keeper(workdir).latest().step == 2
+
+
+def test_a_save_takes_bounded_host_memory_and_says_so(tmp_path: Path, monkeypatch) -> None:
+    """256 MiB of state: one copy of it, and while it is written what the bound allows."""
+    monkeypatch.setattr(checkpoint, "_WRITE_AHEAD", 64 * 2**20)
+    zero, lines = jnp.zeros((), jnp.int32), []
+    params = {f"part{index}": jnp.full((2**20, 4), index, jnp.float32) for index in range(16)}
+    state = TrainState(zero, params, {"count": zero}, zero, zero)
+    checkpoints = Checkpoints(tmp_path, CheckpointSettings(every=1, keep_last=1, keep_every=None), lines.append)
+    before, peak, done = resident(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    checkpoints.save(state, 1, RECORD, 0.0)
+    assert checkpoints.wait() is None
+    done.set()
+    watcher.join()
+    checkpoints.close()
+    assert peak - before < (256 + 64 + 64) * 2**20  # the last 64 for Orbax's threads
+    (line,) = lines
+    assert re.fullmatch(
+        r"checkpoint 1 is written; host memory in MiB: before [\d,]+, copied [\d,]+, written [\d,]+", line
+    )
 
 
 def test_room_is_asked_for_at_the_start(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from configs.pretrain.machines import MACHINES
 from pretrain.task import outline
 from wavlm_jax.plan.targets import open_target
 from wavlm_jax.training.mesh import MeshSettings, make_mesh
+from wavlm_jax.training.sharding import SMALLEST_SHARD
 from wavlm_jax.training.topology import Topology
 
 ROOT = Path(__file__).parents[1]
@@ -87,6 +88,13 @@ def test_fsdp_may_be_any_divisor_of_the_chips():
     assert dict(mesh.shape) == {"data": 8, "fsdp": 8, "tensor": 1}
     owners = [device.process_index for device in mesh.devices.flat]
     assert owners == sorted(owners)
+
+
+@pytest.mark.parametrize("module", [base, base_plus, large, xlarge], ids=lambda module: module.__name__.split(".")[-1])
+@pytest.mark.parametrize("machine", list(MACHINES))
+def test_no_preset_cuts_parameters_thinner_than_a_tile(module, machine):
+    config = json.loads(module.get_config(machine).to_json())
+    assert config["model"]["hidden_size"] // config["mesh"]["fsdp"] >= SMALLEST_SHARD
 
 
 def test_an_unknown_machine_lists_those_that_there_are():

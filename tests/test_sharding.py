@@ -82,6 +82,16 @@ def test_an_axis_that_does_not_divide_stays_whole_and_the_table_says_so() -> Non
     assert "whole" in sharding.describe(params, shardings)
 
 
+def test_shards_thinner_than_a_tile_are_said_to_be() -> None:
+    """STACK 1: 768 rows over 256 devices are rebuilt by all-reduce."""
+    params = {"a": jax.ShapeDtypeStruct((3, 128), jnp.float32), "b": jax.ShapeDtypeStruct((96,), jnp.float32)}
+    table = ((r"a", ("layers", "embed")), (r"b", ("embed",)))
+    enough = sharding.parameter_shardings(params, table, mesh(fsdp=4))
+    assert sharding.thin_shards(params, enough) is None
+    thin = sharding.thin_shards(params, sharding.parameter_shardings(params, table, mesh(fsdp=8)))
+    assert thin.startswith("config.mesh.fsdp: leaves 12 rows of b on a device (1 parameters have less than 16)")
+
+
 def test_optimizer_state_follows_its_parameter() -> None:
     params = jax.eval_shape(toy_task.init, init_key(0))
     shardings = sharding.parameter_shardings(params, toy_task.TABLE, mesh(fsdp=2, tensor=2))

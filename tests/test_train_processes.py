@@ -181,6 +181,9 @@ def test_what_a_person_got_wrong_is_one_message(runner: Runner, tmp_path: Path) 
         ): "no such key as learning_rat; did you mean learning_rate?",
         (demo, "--config.optin.adam.b1=1"): "--config.optin.adam.b1: no such key as optin; did you mean optim?",
         (demo, "--config.data.train=nowhere"): "nowhere",
+        (demo, "--platform=cuda"): "--platform cuda: no such device here (",
+        (demo, "--config.mesh.platform=tpu"): "config.mesh.platform: found cpu, expected tpu",
+        (demo, "--num_processes=2"): "--coordinator, --num_processes and --process_index: give all three or none",
         (demo, "--config.mesh.fsdp=3"): "config.mesh: data -1, fsdp 3, tensor 1 on 1 devices",
         ("configs/pretrain/none.py", "--config.seed=1"): "configs/pretrain/none.py",
     }

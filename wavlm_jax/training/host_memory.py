@@ -25,11 +25,6 @@ class Resident:
         """What is in memory now, under this name."""
         self.moments[moment] = resident()
 
-    @property
-    def growth(self) -> int:
-        """The most that any moment had more than the first."""
-        return max(self.moments.values()) - self.moments["before"]
-
     def describe(self) -> str:
         """For the log."""
         parts = ", ".join(f"{moment} {value / 2**20:,.0f}" for moment, value in self.moments.items())

@@ -29,6 +29,8 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("width", None),
 )
 """Logical axis -> mesh axes, for parameters and for activations (the model's `nn.with_logical_constraint`)."""
+SMALLEST_SHARD = 16
+"""Rows of a parameter on a device; less than a tile of a TPU."""
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -84,6 +86,25 @@ def parameter_shardings(params: Params, table: AxesTable, mesh: Mesh) -> dict[st
         ]
         result[name] = NamedSharding(mesh, PartitionSpec(*fits))
     return result
+
+
+def thin_shards(params: Params, shardings: Mapping[str, NamedSharding]) -> str | None:
+    """What to change where `fsdp` cuts a parameter into less than `SMALLEST_SHARD` rows a device; None: nothing."""
+    thin = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = path_name(path)
+        spec = shardings[name].spec
+        for axis, size in zip(spec, leaf.shape, strict=False):
+            shards = shardings[name].mesh.shape["fsdp"] if axis == "fsdp" else 1
+            if shards > 1 and size // shards < SMALLEST_SHARD:
+                thin[name] = size // shards
+    if not thin:
+        return None
+    first = min(thin, key=lambda name: thin[name])
+    return (
+        f"config.mesh.fsdp: leaves {thin[first]} rows of {first} on a device ({len(thin)} parameters have less than "
+        f"{SMALLEST_SHARD}); XLA then gathers weights by all-reduce, at twice the bytes. Take a smaller fsdp, more data"
+    )
 
 
 def tree_shardings(tree: Any, parameters: Mapping[str, NamedSharding], mesh: Mesh) -> Any:

@@ -21,7 +21,7 @@ from wavlm_jax.training.freeze import Rules, check_rules, joined, without_given
 from wavlm_jax.training.manifest import CheckpointError, Manifest, describe_arrays, difference
 from wavlm_jax.training.optim import adam, make_schedule
 from wavlm_jax.training.run_settings import RunSettings
-from wavlm_jax.training.sharding import parameter_shardings
+from wavlm_jax.training.sharding import parameter_shardings, thin_shards
 from wavlm_jax.training.state import TrainState, abstract_state, init_key, shard_state
 from wavlm_jax.training.task import Task
 from wavlm_jax.training.trees import path_name
@@ -207,6 +207,8 @@ def summarize(task: Task, layout: Layout, start: Start, workdir: Path) -> str:
         )
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(layout.abstract.params))
     lines.append(f"{count:,} parameters, train state {layout.num_bytes / 2**20:,.1f} MiB")
+    if complaint := thin_shards(layout.abstract.params, layout.shardings):
+        lines.append(f"warning: {complaint}")
     return "\n".join(lines)
 
 
