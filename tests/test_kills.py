@@ -19,7 +19,7 @@ ARMED = ("arrays", "describe_files", "write", "written", "push", "prune", "step"
 """Where a session kills itself; every fourth is killed from outside, at a random moment."""
 PHASES = {"arrays", "checksums", "manifest", "renamed", "pruning", "between saves"}
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
 
 
 def phase_of(workdir: Path) -> str:

@@ -95,6 +95,7 @@ def test_recognition_on_two_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_four_processes_then_two_then_one(alone: Run, config: dict, tmp_path: Path) -> None:
     """The mesh shrinks from 8 devices to 2 at checkpoints; twice the same way, so the bits can be compared."""
     runs = []
@@ -111,6 +112,7 @@ def test_four_processes_then_two_then_one(alone: Run, config: dict, tmp_path: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("processes", [2, 4])
 def test_the_same_processes_end_in_the_same_bits(config: dict, tmp_path: Path, processes: int) -> None:
     """Left alone, and stopped by one of them and gone on with."""
