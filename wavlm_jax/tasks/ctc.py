@@ -26,10 +26,14 @@ from wavlm_jax.tasks.building import (
     read_task,
 )
 from wavlm_jax.tasks.ctc_loss import ctc_loss, has_alignment
+from wavlm_jax.tasks.decodings import Decodings, listed
 from wavlm_jax.tasks.edits import Sequences, edit_distance, greedy, tidy, words
 from wavlm_jax.tasks.forward import arguments
 from wavlm_jax.tasks.texts import TextLabels, TextSettings, make_vocabulary, most_labels, survey
 from wavlm_jax.training.topology import Topology
+
+_SHOWN = 3
+"""Utterances of each split whose decodings are printed after every evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +85,10 @@ def _assembled(settings: CTCSettings, corpora: Corpora, topology: Topology) -> T
         buckets = settings.batch.buckets if training else settings.data.evaluation_buckets
         most = most_labels(corpus.lengths[found.chosen], found.num_labels[found.chosen], buckets)
         splits[name] = Split(corpus, found.chosen, TextLabels(corpus, vocabulary, most, replace_unknown))
+
+    def spoken(split: str, number: int) -> tuple[str, str]:
+        return corpora[split].ids[number], corpora[split].texts[number]
+
     parts = Parts(
         model=model,
         head=head,
@@ -88,6 +96,7 @@ def _assembled(settings: CTCSettings, corpora: Corpora, topology: Topology) -> T
         splits=splits,
         resolved={"vocabulary": dataclasses.asdict(vocabulary)},
         fingerprints={"vocabulary": vocabulary.fingerprint},
+        score=Decodings(vocabulary.spell, spoken, _SHOWN if topology.process_index == 0 else 0),
     )
     return assemble(settings, parts, topology, load_weights)
 
@@ -120,9 +129,12 @@ class CTCLoss:
         rows = _sum(counts)
         fits = has_alignment(output.num_frames, labels, num_labels)
         metrics = {"infeasible": (_sum(counts & ~fits), rows), "blank_rate": self._blank_rate(output, counts)}
+        answers = {}
         if key is None:
-            metrics |= self._errors(output, Sequences(labels, num_labels), counts)
-        return LossSums(jnp.sum(jnp.where(counts, loss, 0.0)), rows, metrics)
+            found = tidy(greedy(output.logits, output.num_frames, head.pad_token_id), self.delimiter_id)
+            metrics |= self._errors(found, Sequences(labels, num_labels), counts)
+            answers = listed(found, batch["id"])
+        return LossSums(jnp.sum(jnp.where(counts, loss, 0.0)), rows, metrics, answers=answers)
 
     def _blank_rate(self, output: heads.CTCOutput, counts: Any) -> tuple[Any, Any]:
         """Share of the frames whose most likely character is the blank: near 1 where training collapses (USERS #23)."""
@@ -130,9 +142,8 @@ class CTCLoss:
         blank = jnp.argmax(output.logits, axis=-1) == self.model.head.pad_token_id
         return _sum(blank & inside), _sum(inside)
 
-    def _errors(self, output: heads.CTCOutput, wanted: Sequences, counts: Any) -> dict[str, tuple[Any, Any]]:
+    def _errors(self, found: Sequences, wanted: Sequences, counts: Any) -> dict[str, tuple[Any, Any]]:
         """Greedy decoding against the transcript: `cer`, `wer`, and how many times as long the found texts are."""
-        found = tidy(greedy(output.logits, output.num_frames, self.model.head.pad_token_id), self.delimiter_id)
         letters = _sum(jnp.where(counts, wanted.length, 0))
         result = {
             "cer": (_sum(jnp.where(counts, edit_distance(found, wanted), 0)), letters),
