@@ -5,12 +5,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.convert.hub import fetch, is_hub_name
 from wavlm_jax.convert.huggingface import import_huggingface
 from wavlm_jax.convert.microsoft import import_microsoft
 from wavlm_jax.convert.torch_file import read_torch_file
 from wavlm_jax.convert.torchaudio import import_torchaudio, is_torchaudio
+from wavlm_jax.lora import BRANCH, LoRASettings, merged
 from wavlm_jax.model.head_config import HeadConfig, TaskHead
 from wavlm_jax.model.heads import tree_shapes
 from wavlm_jax.settings import read
@@ -27,9 +30,9 @@ def load_weights(path: Path, step: int | None = None) -> Weights:
     """What is in `path`, as numpy arrays on the host.
 
     Args:
-        path: the workdir of a run of ours, or one checkpoint in it; a Hugging Face folder (safetensors or
-            pytorch_model.bin, whole or in shards; WavLM or HuBERT, with or without a head); a `.pt` of the authors', of
-            fairseq or UniSpeech; a torchaudio state dict; or the name of a model on the Hugging Face hub.
+        path: the workdir of a run of ours, or one checkpoint in it (adapters are folded in); a Hugging Face folder
+            (safetensors or pytorch_model.bin, whole or in shards; WavLM or HuBERT, with or without a head); a `.pt` of
+            the authors', of fairseq or UniSpeech; a torchaudio state dict; or the name of a model on the hub.
         step: checkpoint of the run; None: the newest that verifies.
 
     Raises:
@@ -78,6 +81,8 @@ def _from_file(path: Path) -> Weights:
 
 def _from_run(workdir: Path, step: int | None) -> Weights:
     manifest, params = load_stored(workdir, step)
+    if BRANCH in params:
+        params = merged(params, read(manifest.config["lora"], LoRASettings, "lora"), np.matmul)
     config = read(manifest.config["model"], WavLMConfig, "model")
     beside = {name: part for name, part in params.items() if name not in ("wavlm", _PRETRAINING_HEAD)}
     task = _task_head(manifest.config, beside) if beside else None

@@ -15,6 +15,13 @@ def fine_tuning(config: ConfigDict) -> ConfigDict:
             "head": False,  # True: the head comes from there too, for a further stage of the same task
         }
     )
+    config.lora = ConfigDict(
+        {
+            "pattern": placeholder(str),  # None, the whole model; "attention/(q|v)_proj": adapters there and the head
+            "rank": 8,
+            "alpha": 16.0,
+        }
+    )
     return config
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from wavlm_jax.data.loader import CropStream, LoaderSettings, PaddedStream
 from wavlm_jax.data.plan import BatchSettings
 from wavlm_jax.data.reader import Annotate, Host
 from wavlm_jax.data.specs import SpecStream, spec_stream
+from wavlm_jax.lora import BRANCH, LoRASettings, exact_product, fresh_adapters, merged
 from wavlm_jax.model import heads
 from wavlm_jax.model.head_config import HeadConfig
 from wavlm_jax.settings import SettingsError, read, read_sections, refuse_unknown_sections
@@ -43,6 +44,12 @@ __all__ = [
 ]
 """Whoever writes a task finds here what every task is made of."""
 
+Loss: TypeAlias = Callable[[Params, Batch, StepKey | None], LossSums]
+
+_WITHOUT_ADAPTERS = {"lora": Freeze(pattern="^wavlm/", updates=None)}
+"""What stands still where there are adapters; the head is trained as always."""
+_ADAPTERS = 7
+"""Folded into the key of fresh parameters for those of the adapters."""
 _SHORTEST_INIT = 32
 """Frames of the row that parameters are made with; enough for every head."""
 
@@ -76,6 +83,7 @@ class TaskSettings:
     batch: BatchSettings
     loader: LoaderSettings
     init: InitSettings
+    lora: LoRASettings
 
 
 Sections = TypeVar("Sections", bound=TaskSettings)
@@ -99,7 +107,7 @@ class Parts:
     """One of `wavlm_jax.model.heads`."""
     head: HeadConfig
     """Its head, complete."""
-    loss: Callable[[Params, Batch, StepKey | None], LossSums]
+    loss: Loss
     splits: Mapping[str, Split]
     """`train` and the evaluation splits."""
     resolved: Mapping[str, Any]
@@ -147,10 +155,10 @@ def assemble(settings: TaskSettings, parts: Parts, topology: Topology, load: Loa
     corpora = {f"corpus.{split}": parts.splits[split].corpus.fingerprint for split in parts.splits}
     return Task(
         init=_initialiser(parts.model, settings),
-        loss=parts.loss,
+        loss=parts.loss if settings.lora.pattern is None else _adapted_loss(parts.loss, settings.lora),
         stream=_streams(settings, parts, topology),
         initial_params=lambda fresh: _initial_params(settings, fresh, load, parts.names),
-        freeze=parts.freeze,
+        freeze=parts.freeze if settings.lora.pattern is None else {**parts.freeze, **_WITHOUT_ADAPTERS},
         score=parts.score,
         fingerprints={**corpora, **parts.fingerprints},
         resolved={**parts.resolved, "head": dataclasses.asdict(parts.head)},
@@ -184,9 +192,20 @@ def _initialiser(model: nn.Module, settings: TaskSettings) -> Callable[[StepKey]
 
     def init(key: StepKey) -> Params:
         params: Params = model.init(key, jnp.zeros((1, samples)), jnp.full((1,), samples, jnp.int32))["params"]
-        return params
+        if settings.lora.pattern is None:
+            return params
+        return {**params, BRANCH: fresh_adapters(params["wavlm"], settings.lora, jax.random.fold_in(key, _ADAPTERS))}
 
     return init
+
+
+def _adapted_loss(loss: Loss, settings: LoRASettings) -> Loss:
+    """The loss of the model whose kernels have their adapters folded in."""
+
+    def of(params: Params, batch: Batch, key: StepKey | None) -> LossSums:
+        return loss(merged(params, settings, exact_product), batch, key)
+
+    return of
 
 
 def _initial_params(settings: TaskSettings, fresh: Params, load: Load, names: tuple[str, ...] | None) -> Params:
@@ -197,7 +216,7 @@ def _initial_params(settings: TaskSettings, fresh: Params, load: Load, names: tu
     weights = fitting_weights(init.path, init.step, settings.model, fresh["wavlm"], load)
     if not init.head:
         return {**fresh, "wavlm": weights.params}
-    task, wanted = weights.task, sorted({*fresh} - {"wavlm"})
+    task, wanted = weights.task, sorted({*fresh} - {"wavlm", BRANCH})
     found = sorted(task.params) if task is not None else []
     if task is None or found != wanted:
         raise SettingsError(
@@ -209,7 +228,7 @@ def _initial_params(settings: TaskSettings, fresh: Params, load: Load, names: tu
             f"config.init.head: the classes of {init.path} are not those of config.data.train "
             f"({len(task.labels)} there, {len(names)} here); train on the same, or with config.init.head = False"
         )
-    return {**task.params, "wavlm": weights.params}
+    return {**fresh, **task.params, "wavlm": weights.params}
 
 
 def _streams(settings: TaskSettings, parts: Parts, topology: Topology) -> Callable[[str], CropStream | PaddedStream]:

@@ -33,8 +33,22 @@ ENCODER_AXES: AxesTable = (
 )
 """A WavLM or HuBERT encoder, under any prefix."""
 
+ADAPTER_AXES: AxesTable = (
+    (r"lora/wavlm/feature_projection/projection/kernel/a", (None, None)),
+    (r"lora/wavlm/feature_projection/projection/kernel/b", (None, "embed")),
+    (r"lora/wavlm/encoder/layers/attention/gru_rel_pos_linear/kernel/[ab]", ("layers", None, None)),
+    (r"lora/.*/(attention/[qkv]_proj|feed_forward/intermediate_dense)/kernel/a", ("layers", "embed", None)),
+    (r"lora/.*/attention/[qkv]_proj/kernel/b", ("layers", None, "heads")),
+    (r"lora/.*/feed_forward/intermediate_dense/kernel/b", ("layers", None, "mlp")),
+    (r"lora/.*/attention/out_proj/kernel/a", ("layers", "heads", None)),
+    (r"lora/.*/feed_forward/output_dense/kernel/a", ("layers", "mlp", None)),
+    (r"lora/.*/(attention/out_proj|feed_forward/output_dense)/kernel/b", ("layers", None, "embed")),
+)
+"""Low-rank adapters (`wavlm_jax.lora`): inputs and outputs are split as those of their kernel, the rank never is."""
+
 WAVLM_AXES: AxesTable = (
     *ENCODER_AXES,
+    *ADAPTER_AXES,
     (r"(.*/)?final_proj/kernel", ("embed", None)),
     (r"(.*/)?final_proj/bias", (None,)),
     (r"(.*/)?label_embeddings", (None, "embed")),
