@@ -32,8 +32,9 @@ def free_port() -> int:
 
 
 def environment(devices: int) -> dict[str, str]:
-    """For a process with so many CPU devices."""
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONUNBUFFERED": "1"}
+    """For a process with so many CPU devices, whose programs run too seldom to be worth XLA's whole effort."""
+    fixed = {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    return {**os.environ, **fixed, "JAX_NUM_CPU_DEVICES": str(devices)}
 
 
 def joined(processes: int) -> list[list[str]]:

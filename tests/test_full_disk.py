@@ -91,7 +91,7 @@ def test_training_survives_a_full_disk(
     assert int(match[1]) not in stored.steps(disk.folder)
 
 
-@pytest.mark.parametrize("process", [0, 1])
+@pytest.mark.parametrize("process", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_what_one_host_cannot_write_is_no_checkpoint_on_any(runner: Runner, tmp_path: Path, process: int) -> None:
     port, expected = free_port(), tmp_path / "expected"
     options = {"devices": 1, "full": f"{process},6"}

@@ -92,7 +92,8 @@ def test_when_one_host_is_frozen_the_other_ends(runner: Runner, tmp_path: Path) 
     ("killed", "said"),
     [
         (1, r"unhealthy \(stopped sending heartbeats\):\n1\n"),
-        (0, r"coordination service"),  # process 0 is the one that would say who is missing
+        # Process 0 is the one that would say who is missing.
+        pytest.param(0, r"coordination service", marks=pytest.mark.slow),
     ],
 )
 def test_when_one_host_is_killed_the_other_names_it_and_ends(
