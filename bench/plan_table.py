@@ -65,9 +65,9 @@ def main() -> None:
 
 def compile_all() -> None:
     """Every cell in a process of its own: only the end of the process stops the compiler."""
-    for machine in TOPOLOGIES:
-        for model in MODELS:
-            for split in ("train", "valid"):
+    for split in ("train", "valid"):
+        for machine in TOPOLOGIES:
+            for model in MODELS:
                 file = FOLDER / f"{model}_{machine}_{split}.json"
                 if not file.exists():
                     print(file.name, flush=True)
@@ -170,16 +170,18 @@ def rows(folder: Path) -> list[str]:
             file = folder / f"{model}_{machine}_train.json"
             if file.exists():
                 evaluation = folder / f"{model}_{machine}_valid.json"
-                lines.append(row(json.loads(file.read_text()), json.loads(evaluation.read_text())))
+                later = json.loads(evaluation.read_text()) if evaluation.exists() else None
+                lines.append(row(json.loads(file.read_text()), later))
     return lines
 
 
-def row(train: dict[str, Any], evaluation: dict[str, Any]) -> str:
-    """One config on one machine."""
+def row(train: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
+    """One config on one machine; a dash where evaluation was not compiled yet."""
     chip, chips = train["chip"], 1
     for size in train["mesh"].values():
         chips *= size
-    memory = [found["buffers"] / GIB if "buffers" in found else float("inf") for found in (train, evaluation)]
+    done = [train, evaluation] if evaluation is not None else [train]
+    memory = [found["buffers"] / GIB if "buffers" in found else float("inf") for found in done]
     limit = chip["memory"] / GIB
     seconds = {
         "arithmetic": train["flops"] / chip["peak_flops"],
@@ -192,7 +194,9 @@ def row(train: dict[str, Any], evaluation: dict[str, Any]) -> str:
         train["config"],
         f"{chips} {chip['name'].removeprefix('TPU ')}",
         "yes" if max(memory) <= limit else "NO",
-        *(f"{value:.2f}" for value in (*memory, limit)),
+        *(f"{value:.2f}" for value in memory),
+        *(["-"] if evaluation is None else []),
+        f"{limit:.2f}",
         f"{train['flops'] / 1e12:.2f}",
         f"{train['traffic'] / 1e9:.1f}",
         f"{sum(found['sent'] for found in train['collectives']) / 1e6:,.0f}",

@@ -11,6 +11,7 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from bench import plan_table
 from configs.pretrain import base, base_plus, large, xlarge
 from configs.pretrain.machines import MACHINES
 from pretrain.task import outline
@@ -95,6 +96,28 @@ def test_fsdp_may_be_any_divisor_of_the_chips():
 def test_no_preset_cuts_parameters_thinner_than_a_tile(module, machine):
     config = json.loads(module.get_config(machine).to_json())
     assert config["model"]["hidden_size"] // config["mesh"]["fsdp"] >= SMALLEST_SHARD
+
+
+def test_the_table_of_the_docs_is_that_of_the_figures():
+    """Of every model on v5e, v4 and v5p, and all of them fit."""
+    printed = plan_table.rows(plan_table.FOLDER)
+    assert "\n".join(printed) in (ROOT / "docs" / "pods.md").read_text()
+    for machine in ("v5e-256", "v4-32", "v5p-128"):
+        for name in plan_table.MODELS:
+            (line,) = [line for line in printed if line.startswith(f"| {name}:{machine} |")]
+            assert line.split(" | ")[2] == "yes"
+
+
+@pytest.mark.parametrize("name", ["base", "base_plus"])
+def test_messages_are_flat_from_16_to_256_chips_and_in_the_dtype_of_the_config(name):
+    """As compiled for docs/pods.md: the gradients, once, in bfloat16; nothing is gathered."""
+    payloads = {}
+    for machine in ("v5e-16", "v5e-256"):
+        found = json.loads((plan_table.FOLDER / f"{name}_{machine}_train.json").read_text())["collectives"]
+        assert {row["kind"] for row in found} == {"all-reduce"}
+        assert max(found, key=lambda row: row["payload"])["dtype"] == "bf16"
+        payloads[machine] = sum(row["payload"] for row in found)
+    assert payloads["v5e-256"] == pytest.approx(payloads["v5e-16"], rel=0.01)
 
 
 def test_an_unknown_machine_lists_those_that_there_are():

@@ -8,7 +8,6 @@ import pytest
 from configs.finetune import ctc as recipes
 from configs.pretrain import demo
 from wavlm_jax.plan.__main__ import OUTLINES, plan
-from wavlm_jax.plan.cures import changed
 from wavlm_jax.plan.run import plan_run
 from wavlm_jax.plan.targets import CHIPS, PlanTargetError, Target, one_host, open_target, with_memory
 from wavlm_jax.tasks import ctc
@@ -89,28 +88,6 @@ def test_messages_of_data_parallel_training_do_not_grow_with_the_devices():
         payloads[devices] = sum(row.payload for row in train.collectives)
     assert payloads[8] == pytest.approx(payloads[2], rel=0.01)
     assert payloads[8] == pytest.approx(4 * made.parameters, rel=0.5)  # gradients, once
-
-
-@pytest.mark.slow
-def test_what_is_said_to_fit_was_compiled():
-    """Less memory than the step takes: fewer rows at a time are found, with the compiler's own figure for them."""
-    row = 5.125  # seconds of 256 frames
-    config = small(demo.get_config(), 64, seconds_per_device=8.1 * row, buckets=(256,))
-    config["mixing"]["group"] = 2
-    config["train"]["eval_splits"] = []
-    fewer = {"batch.seconds_per_device": 0.75 * 8.1 * row}
-    peaks = [
-        plan_run(tried, OUTLINES["masked_prediction"], machine(), splits=("train",)).memory_of("train 64x256").peak
-        for tried in (config, changed(config, fewer))
-    ]
-    assert peaks[1] < 0.9 * peaks[0]
-    target = with_memory(machine(), (peaks[0] + peaks[1]) / 2 / 2**30)
-    made, cures = plan(config, target)
-    assert not made.memory_of("train 64x256").fits
-    (found,) = [cure for cure in cures if "batch.seconds_per_device" in cure.changes]
-    assert found.changes == fewer
-    assert found.memory.peak == peaks[1]
-    assert all(cure.memory.peak <= target.chip.memory for cure in cures)
 
 
 def test_memory_that_is_not_there_is_refused():

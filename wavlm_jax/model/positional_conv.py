@@ -6,16 +6,19 @@ products; elsewhere it is XLA's own. Both give the same numbers up to rounding (
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from wavlm_jax.config import Compute, WavLMConfig
 from wavlm_jax.model.elements import gelu
+from wavlm_jax.model.placement import mesh_axes
 from wavlm_jax.shapes import Hidden
 
 TapWeights = Float[Array, "width group_width taps"]
@@ -26,9 +29,19 @@ def grouped_convolution(x: Hidden, weight: TapWeights, groups: int) -> Hidden:
 
     As many frames come out as go in (FACTS A3: 64 before and 63 after for 128 taps).
     """
+    direct = partial(direct_convolution, groups=groups)
     return jax.lax.platform_dependent(
-        x, weight, cpu=partial(spectral_convolution, groups=groups), default=partial(direct_convolution, groups=groups)
+        x, weight, cpu=partial(spectral_convolution, groups=groups), cuda=partial(on_own_rows, direct), default=direct
     )
+
+
+def on_own_rows(convolve: Callable[[Hidden, TapWeights], Hidden], x: Hidden, weight: TapWeights) -> Hidden:
+    """`convolve` on each device's own rows: for GPUs, XLA would bring all rows of a grouped convolution everywhere."""
+    rows = mesh_axes({"rows": x.shape[0]})["rows"]
+    if not rows:
+        return convolve(x, weight)
+    spread = PartitionSpec(rows)
+    return jax.shard_map(convolve, in_specs=(spread, PartitionSpec()), out_specs=spread)(x, weight)
 
 
 def direct_convolution(x: Hidden, weight: TapWeights, groups: int) -> Hidden:

@@ -12,13 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.linen.spmd import logical_to_mesh_axes
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from wavlm_jax.model.attention_rules import EXCLUDED, AttentionDropout
+from wavlm_jax.model.placement import mesh_axes
 from wavlm_jax.model.position import Bias
 from wavlm_jax.model.tpu_kernels import (
     BLOCK,
@@ -100,9 +100,7 @@ def _on_each_device(plan: Plan, call: Callable[..., Any], results: tuple[str, ..
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return call(_grouped(plan, plan.num_heads), *arguments)
-    sizes = {"rows": arguments[0].shape[0], "heads": plan.num_heads}
-    lying = dict(zip(sizes, logical_to_mesh_axes(tuple(sizes)) or (), strict=False))
-    axes = {name: _dividing(lying.get(name), size, mesh) for name, size in sizes.items()}
+    axes = mesh_axes({"rows": arguments[0].shape[0], "heads": plan.num_heads})
     local = _grouped(plan, plan.num_heads // math.prod(mesh.shape[axis] for axis in axes["heads"]))
 
     def spec(name: str) -> PartitionSpec:
@@ -116,12 +114,6 @@ def _on_each_device(plan: Plan, call: Callable[..., Any], results: tuple[str, ..
 
     given = tuple(spec(name) for name in list(_AXES)[: len(arguments)])
     return jax.shard_map(body, in_specs=given, out_specs=tuple(map(spec, results)), check_vma=False)(*arguments)
-
-
-def _dividing(axes: Any, size: int, mesh: Any) -> tuple[str, ...]:
-    """Mesh axes that `size` can be spread over; none where they do not divide it."""
-    names = (axes,) if isinstance(axes, str) else tuple(axes or ())
-    return names if size % math.prod(mesh.shape[name] for name in names) == 0 else ()
 
 
 def _grouped(plan: Plan, num_heads: int) -> Plan:

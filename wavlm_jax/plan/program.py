@@ -19,6 +19,10 @@ from wavlm_jax.plan.traffic import memory_traffic
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 
+_UNTUNED = {"xla_gpu_enable_triton_gemm": False}
+"""Triton's matrix products take tile sizes that were measured, and there is no GPU to measure on: without this the
+compiler ends in "Couldn't find output tile sizes". cuBLAS stands in for them."""
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -91,9 +95,9 @@ def count(
     kept = loop_outputs(traced.jaxpr) // mesh.size
     flops = matrix_flops(traced.jaxpr) / mesh.size
     with tempfile.TemporaryDirectory(prefix="wavlm-plan-") as folder:
-        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if target.platform == "tpu" else {}
+        dump: dict[str, Any] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         try:
-            compiled = traced.lower().compile(compiler_options=dump)
+            compiled = traced.lower().compile(compiler_options=dump if target.platform == "tpu" else _UNTUNED)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
