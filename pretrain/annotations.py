@@ -57,10 +57,9 @@ class NoiseClips:
         dealt, which, where = np.random.Generator(np.random.Philox(bits)).random(3)
         noise, count = np.zeros(size, np.int16), 0
         if dealt < self.share:
-            clip = int(which * len(self.corpus.lengths))
-            length = int(self.corpus.lengths[clip])
-            count = min(length, size)
-            noise[:count] = self.corpus.wave(clip, int(where * (length - count + 1)), count)
+            clip = self.corpus.random_piece(which, where, size)
+            count = len(clip)
+            noise[:count] = clip
         return {"noise": noise, "num_noise_samples": np.asarray(count, np.int32)}
 
     @staticmethod

@@ -275,6 +275,8 @@ def test_wrong_uses_get_an_answer(root, folders, capsys):
         frame_classification.build(tiny_frames(folders, head={"num_labels": 7}), ONE)
     with pytest.raises(SettingsError, match=r"config\.model\.conv_kernel"):
         frame_classification.build(tiny_frames(folders, model={"conv_kernel": (10, 3, 3, 3, 3, 2, 3)}), ONE)
+    with pytest.raises(SettingsError, match=r"config\.augmentation\.speeds.*its labels belong to frames"):
+        frame_classification.build(tiny_frames(folders, augmentation={"speeds": (0.9, 1.0, 1.1)}), ONE)
     with pytest.raises(ValueError, match=r"frame_classification\.py:large: no such preset"):
         recipes.get_config("large")
     silent = make_corpus(root, "silent", [("AB", 0, "AB")])

@@ -22,6 +22,17 @@ def fine_tuning(config: ConfigDict) -> ConfigDict:
             "alpha": 16.0,
         }
     )
+    config.augmentation = ConfigDict(
+        {
+            "noise_corpus": placeholder(str),  # prepared by python -m wavlm_jax.data, like any other
+            "noise_prob": 0.0,
+            "noise_snr_db": (0.0, 15.0),
+            "room_corpus": placeholder(str),  # of impulse responses
+            "room_prob": 0.0,
+            "speeds": (),  # (0.9, 1.0, 1.1)
+            "speed_makes_speakers": False,  # of the speaker tasks
+        }
+    )
     return config
 
 

@@ -140,6 +140,23 @@ class Corpus:
         except AudioFault as error:
             raise AudioFault(error.fault, f"{self.path}: utterance {self.ids[index]}: {error.detail}") from error
 
+    def random_piece(self, which: float, where: float, size: int) -> Int16[np.ndarray, "samples"]:
+        """At most `size` samples of an utterance of a corpus of noise: what is laid over speech.
+
+        Args:
+            which: in [0, 1), chooses the utterance.
+            where: in [0, 1), chooses the start among all that leave as much as possible.
+            size: samples that are wanted; fewer where the utterance has fewer.
+
+        Raises:
+            AudioFault: as `wave`.
+
+        """
+        index = int(which * len(self))
+        length = int(self.lengths[index])
+        count = min(length, size)
+        return self.wave(index, int(where * (length - count + 1)), count)
+
     def phones(self, index: int) -> Phones | None:
         """The phone alignment of utterance `index`, None where the corpus has none."""
         value = self._table["phones"][index].as_py()

@@ -22,7 +22,7 @@ from wavlm_jax.data.plan import (
     evaluation_plan,
     of_corpus,
 )
-from wavlm_jax.data.reader import Alignment, Annotate, Arrays, EpochPlans, Host, LoaderError, Reader
+from wavlm_jax.data.reader import Alignment, Annotate, Arrays, Augmenter, EpochPlans, Host, LoaderError, Reader
 from wavlm_jax.data.specs import batch_specs
 from wavlm_jax.training.stream import BatchSpec
 
@@ -53,6 +53,7 @@ class CropStream:
 
     Arrays of a batch (this host's rows): waveform int16 (rows, samples), num_samples, id int32, weight, mean, variance
     float32 (rows,), and those of `annotate`. `chosen` are the numbers of the utterances that take part; None: all.
+    Only `augment` pads: where a faster utterance is too short for its bucket.
     """
 
     num_batches: None = None
@@ -69,10 +70,11 @@ class CropStream:
         devices: int = 1,
         group: int = 1,
         host: Host | None = None,
+        augment: Augmenter | None = None,
     ) -> None:
         self.census = census(corpus.lengths if chosen is None else corpus.lengths[chosen], batch, "crop")
         plans = EpochPlans(corpus, batch, seed, "crop", self.census.num_batches, chosen)
-        self._reader = Reader(corpus, plans, annotate, seed, loader.crop_alignment, host or Host())
+        self._reader = Reader(corpus, plans, annotate, seed, loader.crop_alignment, host or Host(), augment)
         self._loader = loader
         self.specs = _specs(self._reader, self.census, batch, devices, group)
 
@@ -106,6 +108,7 @@ class PaddedStream:
         devices: int = 1,
         group: int = 1,
         host: Host | None = None,
+        augment: Augmenter | None = None,
     ) -> None:
         plans: Callable[[int], PlannedBatch]
         lengths = corpus.lengths if chosen is None else corpus.lengths[chosen]
@@ -117,7 +120,7 @@ class PaddedStream:
             self.census = census(lengths, batch, "pad")
             self.num_batches = None
             plans = EpochPlans(corpus, batch, seed, "pad", self.census.num_batches, chosen)
-        self._reader = Reader(corpus, plans, annotate, seed, None, host or Host())
+        self._reader = Reader(corpus, plans, annotate, seed, None, host or Host(), augment)
         self._loader = loader
         self.specs = _specs(self._reader, self.census, batch, devices, group)
 

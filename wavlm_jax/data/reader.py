@@ -6,11 +6,13 @@ A batch is a function of its number alone, so it does not matter which process m
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
+from jaxtyping import Float32, Int16
 
-from wavlm_jax.audio.wave import AudioFault
+from wavlm_jax.audio.acoustics import after_speed, before_speed
+from wavlm_jax.audio.wave import FULL_SCALE, AudioFault, to_int16
 from wavlm_jax.data.corpus import Corpus
 from wavlm_jax.data.plan import FILLER, BatchSettings, Fit, PlannedBatch, of_corpus, plan, random_bits
 from wavlm_jax.shapes import STANDARD, samples_for
@@ -23,6 +25,19 @@ bucket. `bits` are 64 random ones that belong to (seed, batch, row), 0 in evalua
 Picklable where there are worker processes."""
 
 _CROP_STREAM = 2
+
+
+@runtime_checkable
+class Augmenter(Protocol):
+    """What is done to the rows of training (`data.augment.Augment`): a function of the row's bits."""
+
+    def speed(self, bits: int) -> float:
+        """How much faster the row is than it was recorded."""
+        ...
+
+    def __call__(self, wave: Float32[np.ndarray, "source"], speed: float, bits: int) -> Float32[np.ndarray, "samples"]:
+        """The row as it is heard."""
+        ...
 
 
 class LoaderError(RuntimeError):
@@ -100,6 +115,8 @@ class Reader:
     alignment: Alignment | None
     """None: from the start of the utterance, padded."""
     host: Host
+    augment: Augmenter | None = None
+    """What is done to the rows of training."""
 
     def __call__(self, number: int) -> Loaded:
         """Decode the rows of batch `number`."""
@@ -119,18 +136,29 @@ class Reader:
 
         """
         samples, length = samples_for(bucket), int(self.corpus.lengths[index])
-        start, first_frame = _crop(length, samples, bits, self.alignment)
-        num_samples = min(length, samples)
-        waveform = self.corpus.wave(index, start, num_samples)
+        speed = self._speed(length, samples, bits)
+        wanted = min(length, before_speed(samples, speed))
+        start, first_frame = _crop(length, wanted, bits, self.alignment)
+        waveform = self.corpus.wave(index, start, wanted)
+        mean, variance = self.corpus.means[index], self.corpus.variances[index]
+        if self.augment is not None:
+            waveform = to_int16(self.augment(waveform.astype(np.float32) / FULL_SCALE, speed, bits))
+            mean, variance = _statistics(waveform)
+        num_samples = len(waveform)
         return {
             "waveform": np.pad(waveform, (0, samples - num_samples)) if num_samples < samples else waveform,
             "num_samples": np.array(num_samples, np.int32),
             "id": np.array(index, np.int32),
             "weight": np.array(1, np.float32),
-            "mean": np.array(self.corpus.means[index]),
-            "variance": np.array(self.corpus.variances[index]),
+            "mean": np.array(mean),
+            "variance": np.array(variance),
             **self.annotate(index, first_frame, bucket, bits),
         }
+
+    def _speed(self, length: int, samples: int, bits: int) -> float:
+        """Of a row. A whole utterance that would be slowed down beyond its bucket keeps its own: nothing is cut off."""
+        speed = 1.0 if self.augment is None else self.augment.speed(bits)
+        return 1.0 if self.alignment is None and length <= samples < after_speed(length, speed) else speed
 
     def _row(self, planned: PlannedBatch, row: int, bits: int, faults: list[str]) -> Arrays:
         """The planned utterance, or what stands in for it: the next of the batch that can be decoded."""
@@ -159,6 +187,12 @@ class Reader:
             "variance": np.array(0, np.float32),
             **{name: np.zeros_like(array) for name, array in self.annotate(0, 0, bucket, 0).items()},
         }
+
+
+def _statistics(waveform: Int16[np.ndarray, "samples"]) -> tuple[np.float32, np.float32]:
+    """Mean and variance of an augmented row, in [-1, 1] scale: those of the utterance are of what it was before."""
+    values = waveform.astype(np.float64) / FULL_SCALE
+    return np.float32(values.mean()), np.float32(values.var())
 
 
 def _crop(length: int, samples: int, bits: int, alignment: Alignment | None) -> tuple[int, int]:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32, Int64
-from scipy.signal import fftconvolve
 
+from wavlm_jax.audio.acoustics import noise_below, with_echoes
 from wavlm_jax.audio.wave import FULL_SCALE, encode_flac, to_int16
 from wavlm_jax.data.conversations import ConversationSettings, Draws, Placed, Speech, lay_out, on_grid, speech_spans
 from wavlm_jax.data.corpora import Corpus
@@ -114,9 +114,7 @@ class Mixer:
         clip = self.room.noise.wave(draws.below(len(self.room.noise))).astype(np.float32) / FULL_SCALE
         noise = np.resize(np.roll(clip, -draws.below(len(clip))), len(mixed))
         low, high = self.room.snr_db
-        ratio = 10 ** ((low + (high - low) * draws.uniform()) / 20)
-        powers = [float(np.sqrt(np.mean(np.square(wave, dtype=np.float64)))) for wave in (mixed, noise)]
-        return noise * np.float32(powers[0] / ratio / max(powers[1], 1e-9))
+        return noise_below(mixed, noise, low + (high - low) * draws.uniform())
 
 
 def open_mixer(corpus: Path, settings: ConversationSettings, room: Room, seed: int, workers: int) -> Mixer:
@@ -215,10 +213,7 @@ def _spans(corpus: Corpus, indices: Sequence[int]) -> list[tuple[int, Int64[np.n
 
 def _in_room(wave: Wave, response: Float32[np.ndarray, "response"] | None) -> Float32[np.ndarray, "heard"]:
     """`wave` with its echoes, the direct sound where it was."""
-    if response is None:
-        return wave
-    direct = int(np.abs(response).argmax())
-    return fftconvolve(wave, response)[direct:].astype(np.float32)
+    return wave if response is None else with_echoes(wave, response)
 
 
 def _recipe(mixer: Mixer) -> str:

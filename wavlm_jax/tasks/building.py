@@ -11,6 +11,7 @@ import numpy as np
 from flax import linen as nn
 
 from wavlm_jax.config import Compute, WavLMConfig
+from wavlm_jax.data.augment import Augment, AugmentationSettings, augment_for
 from wavlm_jax.data.corpora import Corpora, Corpus, DataSettings, open_corpora
 from wavlm_jax.data.loader import CropStream, LoaderSettings, PaddedStream
 from wavlm_jax.data.plan import BatchSettings
@@ -82,6 +83,7 @@ class TaskSettings:
     data: DataSettings
     batch: BatchSettings
     loader: LoaderSettings
+    augmentation: AugmentationSettings
     init: InitSettings
     lora: LoRASettings
 
@@ -121,6 +123,10 @@ class Parts:
     score: Score = no_score
     """See `training.task.Task`; as the next."""
     freeze: Mapping[str, Freeze] = field(default_factory=dict)
+    speeds_are_classes: bool = False
+    """Whether the labels know `augmentation.speed_makes_speakers`."""
+    by_frame: bool = False
+    """Whether labels belong to frames, so that another speed would shift them."""
 
 
 def read_task(config: Mapping[str, Any], kind: type[Sections]) -> Sections:
@@ -153,10 +159,13 @@ def head_config(section: Mapping[str, Any], **derived: int) -> HeadConfig:
 def assemble(settings: TaskSettings, parts: Parts, topology: Topology, load: Load) -> Task:
     """The task of these parts; `load` reads what `init.path` names."""
     corpora = {f"corpus.{split}": parts.splits[split].corpus.fingerprint for split in parts.splits}
+    augment = augment_for(settings.augmentation, by_frame=parts.by_frame, own_classes=parts.speeds_are_classes)
+    if augment is not None:
+        corpora |= augment.fingerprints()
     return Task(
         init=_initialiser(parts.model, settings),
         loss=parts.loss if settings.lora.pattern is None else _adapted_loss(parts.loss, settings.lora),
-        stream=_streams(settings, parts, topology),
+        stream=_streams(settings, parts, topology, augment),
         initial_params=lambda fresh: _initial_params(settings, fresh, load, parts.names),
         freeze=parts.freeze if settings.lora.pattern is None else {**parts.freeze, **_WITHOUT_ADAPTERS},
         score=parts.score,
@@ -231,13 +240,15 @@ def _initial_params(settings: TaskSettings, fresh: Params, load: Load, names: tu
     return {**fresh, **task.params, "wavlm": weights.params}
 
 
-def _streams(settings: TaskSettings, parts: Parts, topology: Topology) -> Callable[[str], CropStream | PaddedStream]:
+def _streams(
+    settings: TaskSettings, parts: Parts, topology: Topology, augment: Augment | None
+) -> Callable[[str], CropStream | PaddedStream]:
     told: set[str] = set()
 
     def stream(name: str) -> CropStream | PaddedStream:
         if name not in parts.splits:
             raise SettingsError(f"config.train.eval_splits: {name!r} is no folder of config.data.evaluation")
-        made = _stream(settings, parts, name, topology)
+        made = _stream(settings, parts, name, topology, augment if name == "train" else None)
         if topology.process_index == 0 and name not in told:
             told.add(name)
             print(f"{name}: {made.census.describe()}", flush=True)
@@ -246,7 +257,9 @@ def _streams(settings: TaskSettings, parts: Parts, topology: Topology) -> Callab
     return stream
 
 
-def _stream(settings: TaskSettings, parts: Parts, name: str, topology: Topology) -> CropStream | PaddedStream:
+def _stream(
+    settings: TaskSettings, parts: Parts, name: str, topology: Topology, augment: Augment | None
+) -> CropStream | PaddedStream:
     corpus, chosen, annotate = parts.splits[name]
     host = Host(topology.process_index, topology.process_count)
     if name == "train" and parts.crop:
@@ -259,6 +272,7 @@ def _stream(settings: TaskSettings, parts: Parts, name: str, topology: Topology)
             chosen=chosen,
             devices=topology.num_devices,
             host=host,
+            augment=augment,
         )
     batch = settings.batch
     if name != "train":
@@ -272,4 +286,5 @@ def _stream(settings: TaskSettings, parts: Parts, name: str, topology: Topology)
         chosen=chosen,
         devices=topology.num_devices,
         host=host,
+        augment=augment,
     )

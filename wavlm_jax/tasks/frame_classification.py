@@ -80,6 +80,7 @@ def build(config: Mapping[str, Any], topology: Topology) -> Task:
         resolved={},
         fingerprints=fingerprints,
         crop=True,
+        by_frame=True,
     )
     return assemble(settings, parts, topology, load_weights)
 

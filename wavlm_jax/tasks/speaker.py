@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from wavlm_jax.data.augment import Augment
 from wavlm_jax.loading import load_weights
 from wavlm_jax.model.ecapa import AVERAGES
+from wavlm_jax.settings import SettingsError
 from wavlm_jax.shapes import Batch, Params, StepKey
 from wavlm_jax.tasks.building import (
     LossSums,
@@ -24,7 +26,7 @@ from wavlm_jax.tasks.building import (
 )
 from wavlm_jax.tasks.forward import arguments
 from wavlm_jax.tasks.losses import Margin, margin_loss
-from wavlm_jax.tasks.targets import ClassNumber, TargetSettings, describe, training_classes
+from wavlm_jax.tasks.targets import ClassesBySpeed, ClassNumber, TargetSettings, describe, training_classes
 from wavlm_jax.tasks.verification import VerificationScores, place_trials
 from wavlm_jax.training.freeze import Freeze
 from wavlm_jax.training.topology import Topology
@@ -82,11 +84,14 @@ def build(config: Mapping[str, Any], topology: Topology, kind: type[heads.Headed
     settings = read_task(config, SpeakerSettings)
     corpora = open_corpora(settings.data)
     classes = training_classes(settings.target, corpora["train"])
-    head = head_config(settings.head, num_labels=len(classes.names))
+    speeds = _classes_by_speed(settings, len(classes.names))
+    names = classes.names if speeds is None else speeds.names(classes.names)
+    head = head_config(settings.head, num_labels=len(names))
     model = kind(settings.model, head, settings.compute)
     numbers = {name: classes.numbers(corpus) for name, corpus in corpora.items()}
     splits = {name: Split(corpus, None, ClassNumber(numbers[name])) for name, corpus in corpora.items()}
-    splits["train"] = splits["train"]._replace(chosen=(numbers["train"] >= 0).nonzero()[0])
+    taken = (numbers["train"] >= 0).nonzero()[0]
+    splits["train"] = Split(corpora["train"], taken, ClassNumber(numbers["train"], speeds))
     trials = place_trials(settings.trials, corpora)
     if topology.process_index == 0:
         print(describe(corpora["train"], classes, "train"), flush=True)
@@ -95,16 +100,29 @@ def build(config: Mapping[str, Any], topology: Topology, kind: type[heads.Headed
         head=head,
         loss=SpeakerLoss(model, settings.margin),
         splits=splits,
-        resolved={"classes": list(classes.names)},
+        resolved={"classes": list(names)},
         fingerprints={"classes": classes.fingerprint},
         crop=settings.target.shown == "crops",
-        names=classes.names,
+        names=names,
+        speeds_are_classes=speeds is not None,
         score=VerificationScores(trials),
-        freeze={"running statistics": Freeze(pattern="^ecapa/.*bn/(mean|variance)$", updates=None)}
-        if kind is heads.WavLMForECAPA
-        else {},
+        freeze=_RUNNING_STATISTICS if kind is heads.WavLMForECAPA else {},
     )
     return assemble(settings, parts, topology, load_weights)
+
+
+_RUNNING_STATISTICS = {"running statistics": Freeze(pattern="^ecapa/.*bn/(mean|variance)$", updates=None)}
+
+
+def _classes_by_speed(settings: SpeakerSettings, num_classes: int) -> ClassesBySpeed | None:
+    if not settings.augmentation.speed_makes_speakers:
+        return None
+    if settings.target.shown != "crops":
+        raise SettingsError(
+            "config.augmentation.speed_makes_speakers: found True with target.shown 'utterances', expected 'crops': a "
+            "whole utterance keeps its speed where its bucket is too small for a slower one"
+        )
+    return ClassesBySpeed(Augment(settings.augmentation), num_classes)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Int32, Int64
 
+from wavlm_jax.data.augment import Augment
 from wavlm_jax.data.corpora import Corpus
 from wavlm_jax.settings import SettingsError
 from wavlm_jax.text.lines import RecordError, read_lines
@@ -65,11 +66,37 @@ class ClassNumber:
     """The class of a row. Travels to worker processes."""
 
     numbers: Int32[np.ndarray, "utterances"]
+    speeds: "ClassesBySpeed | None" = None
 
     def __call__(self, index: int, first_frame: int, frames: int, bits: int) -> Mapping[str, np.ndarray]:
         """`labels` int32 ()."""
-        del first_frame, frames, bits  # a class is one of the whole utterance
-        return {"labels": np.asarray(self.numbers[index], np.int32)}
+        del first_frame, frames  # a class is one of the whole utterance
+        number = int(self.numbers[index])
+        if self.speeds is not None:
+            number = self.speeds.number(number, bits)
+        return {"labels": np.asarray(number, np.int32)}
+
+
+@dataclass(frozen=True)
+class ClassesBySpeed:
+    """A speaker at another speed as another class: the classes themselves first, then those of each other speed."""
+
+    augment: Augment
+    num_classes: int
+
+    @property
+    def others(self) -> tuple[float, ...]:
+        """Speeds that make new classes."""
+        return tuple(speed for speed in self.augment.settings.speeds if speed != 1)
+
+    def number(self, number: int, bits: int) -> int:
+        """The class of a row."""
+        speed = self.augment.speed(bits)
+        return number if speed == 1 else number + (1 + self.others.index(speed)) * self.num_classes
+
+    def names(self, names: Sequence[str]) -> tuple[str, ...]:
+        """All classes: `speaker`, and `speaker @0.9`."""
+        return (*names, *(f"{name} @{speed:g}" for speed in self.others for name in names))
 
 
 def training_classes(settings: TargetSettings, train: Corpus) -> Classes:
