@@ -4,7 +4,7 @@
     python -m bench.plan_table print              # the rows of the table, from docs/plans/
 
 A cell waits for the optimized program and the assignment of its buffers, and not for machine code, which takes ten
-times as long. Memory and traffic are upper bounds therefore: the last stage moves more arrays into fast memory.
+times as long. Memory and traffic seem to be upper bounds (docs/LOG.md).
 `python -m wavlm_jax.plan` compiles to the end.
 """
 
