@@ -19,6 +19,10 @@ WITHOUT_DOCSTRING = {
     "LICENSE": "Apache-2.0",
     "Makefile": "setup, demo, test, check, bench",
     "constraints.txt": "one exact, tested set of versions for Python 3.11",
+    "docs/demo-curves.png": "curves of make demo",
+    "docs/diarisation-curves.png": "curves of docs/results.md, diarisation",
+    "docs/real-curves.png": "curves of docs/results.md, real speech",
+    "docs/speaker-curves.png": "curves of docs/results.md, speakers",
     "docs/LOG.md": "dated experiments, the failed ones too",
     "pyproject.toml": "package, extras, ruff, mypy, pytest, import contracts",
     "requirements-test.txt": "what tests, checks and the demo need on top",
@@ -26,6 +30,8 @@ WITHOUT_DOCSTRING = {
     "wavlm_jax/py.typed": "the package is typed",
 }
 """One line for files that cannot hold it themselves; documents say it in their title."""
+FOLDERS = {"docs/plans": "figures of docs/pods.md's table, one file a cell: python -m bench.plan_table"}
+"""Folders of one kind of file, told in one line."""
 HIDDEN = {".gitignore", "README.md"}
 COLUMN = 44
 
@@ -48,15 +54,21 @@ def line_of(name: str) -> str:
     if path.suffix == ".md":
         return path.read_text().partition("\n")[0].lstrip("# ")
     if path.suffix == ".sh":
-        return path.read_text().split("\n")[1].lstrip("# ")
+        comments = (line for line in path.read_text().split("\n")[1:] if not line.startswith("#SBATCH"))
+        return next(comments).lstrip("# ")
     return ""
 
 
 def tree() -> str:
     """The block between the markers."""
     lines, folder = [], ""
-    for name in sorted(files(), key=lambda name: ("/" in name, name)):
+    for name in sorted(files(), key=lambda name: ("/" in name, *name.rpartition("/"))):
         parent, _, base = name.rpartition("/")
+        if parent in FOLDERS:
+            if parent != folder:
+                lines.append(f"{parent + '/':{COLUMN}}{FOLDERS[parent]}")
+                folder = parent
+            continue
         if parent != folder:
             lines.append(f"{parent}/")
             folder = parent
