@@ -71,8 +71,9 @@ def use(where: Use) -> dict[str, Any]:
         found |= recognise(where)
     split = "unseen_voices" if (where.corpus / "unseen_voices").is_dir() else "valid"
     voices = where.column(split, "speaker")
-    if len(set(where.column("train", "speaker"))) > 1 and triple(voices) is not None:
-        found |= verify(where, split, voices)
+    chosen = triple(voices)
+    if len(set(where.column("train", "speaker"))) > 1 and chosen is not None:
+        found |= verify(where, split, voices, chosen)
     return found
 
 
@@ -89,10 +90,9 @@ def recognise(where: Use) -> dict[str, Any]:
     return {"cer": last["valid/cer"], "wer": last["valid/wer"], "said": list(said.values()), "heard": heard}
 
 
-def verify(where: Use, split: str, voices: Sequence[str]) -> dict[str, Any]:
+def verify(where: Use, split: str, voices: Sequence[str], chosen: tuple[int, int, int]) -> dict[str, Any]:
     """Fine-tunes for speakers and compares voices: the same one twice, and two different ones."""
     run, all_trials, trials = where.out / "speakers", where.out / "all_trials.txt", where.out / "trials.txt"
-    chosen = triple(voices) or ()
     some = sorted({*chosen, *np.random.default_rng(0).permutation(len(voices))[:MOST_TRIED].tolist()})
     ids = where.column(split, "id")
     pairs = ((int(voices[i] == voices[j]), ids[i], ids[j]) for i, j in itertools.combinations(some, 2))

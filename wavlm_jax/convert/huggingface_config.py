@@ -23,6 +23,8 @@ _OURS = ("compat", "layer_sum_states")
 """Fields of HeadConfig that transformers does not have."""
 _UNKNOWN_THERE = ("ecapa_dim", "ecapa_output_dim", "ecapa_global_context")
 """Fields of a head that transformers has no class for."""
+_NOT_STORED = (*_OURS, *_UNKNOWN_THERE, "num_labels")
+"""Fields of HeadConfig that are neither written to a config.json nor read from one; the labels tell their number."""
 _HEAD_DEFAULTS: Mapping[str, Any] = {"compat": "huggingface", "ctc_loss_reduction": "mean"}
 """What transformers assumes, where that is not our own default."""
 
@@ -101,8 +103,7 @@ def read_head(folder: Path, num_labels: int | None, conventions: Conventions | N
 
     """
     path = folder / CONFIG
-    ignored = (*_OURS, *_UNKNOWN_THERE, "num_labels")
-    stored = {key: value for key, value in read_json(path).items() if key not in ignored}
+    stored = {key: value for key, value in read_json(path).items() if key not in _NOT_STORED}
     values = {**_HEAD_DEFAULTS, **typed(stored, HeadConfig, path)}
     if num_labels is not None:
         values["num_labels"] = num_labels
@@ -172,8 +173,7 @@ def conventions_json(config: WavLMConfig, task: TaskHead | None, source: str, no
 
 
 def _head_values(task: TaskHead, config: WavLMConfig) -> dict[str, Any]:
-    ignored = (*_OURS, *_UNKNOWN_THERE, "num_labels")
-    head = {key: value for key, value in dataclasses.asdict(task.config).items() if key not in ignored}
+    head = {key: value for key, value in dataclasses.asdict(task.config).items() if key not in _NOT_STORED}
     head["output_hidden_size"] = head["output_hidden_size"] or config.hidden_size
     if not config.position_bias:  # transformers' HuBERT has neither
         head = {key: value for key, value in head.items() if "adapter" not in key and key != "output_hidden_size"}
