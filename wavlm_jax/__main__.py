@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from wavlm_jax.inference import commands
+from wavlm_jax.inference.diarize_command import add_diarize
 from wavlm_jax.inference.features_command import add_features
 from wavlm_jax.loading import load_weights
 
@@ -14,7 +15,7 @@ COMMANDS = {
     "align": (commands.add_align, "when the words of a given text are said"),
     "embed": (commands.add_embed, "speaker embeddings"),
     "verify": (commands.add_verify, "whether two recordings are of one speaker; a whole trial list"),
-    "diarize": (commands.add_diarize, "who speaks when, as RTTM"),
+    "diarize": (add_diarize, "who speaks when, as RTTM"),
     "classify": (commands.add_classify, "which class a recording belongs to"),
     "features": (add_features, "hidden states of one layer or all, to npy shards"),
 }

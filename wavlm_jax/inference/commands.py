@@ -1,4 +1,4 @@
-"""`python -m wavlm_jax transcribe|align|embed|verify|diarize|classify`: options, files in, records out."""
+"""`python -m wavlm_jax transcribe|align|embed|verify|classify`: options, files in, records out."""
 
 import argparse
 import json
@@ -9,7 +9,6 @@ import numpy as np
 
 from wavlm_jax.audio.recordings import Recording, open_recordings
 from wavlm_jax.inference import recognition
-from wavlm_jax.inference.diarization import TurnSettings, diarize
 from wavlm_jax.inference.models import SPEAKERS, labels_of, open_model, vocabulary_of
 from wavlm_jax.inference.options import (
     UsageError,
@@ -23,13 +22,10 @@ from wavlm_jax.inference.options import (
 from wavlm_jax.inference.recognition import Heard, Recognizer
 from wavlm_jax.inference.running import geometry_of
 from wavlm_jax.inference.utterances import classify, embed, scores
-from wavlm_jax.metrics.diarization import DiarizationError, diarization_error
 from wavlm_jax.metrics.verification import equal_error_rate, minimum_detection_cost
-from wavlm_jax.shapes import SAMPLE_RATE
 from wavlm_jax.text.beam import BeamSearch, BeamSettings
 from wavlm_jax.text.lexicon import read_lexicon
 from wavlm_jax.text.lines import read_lines
-from wavlm_jax.text.rttm import Region, Turn, read_rttm, read_uem, write_rttm
 from wavlm_jax.text.trials import files_of, read_trials
 
 _FORMATS = {"json": recognition.as_json, "ctm": recognition.as_ctm, "tsv": recognition.as_tsv}
@@ -70,17 +66,6 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
     add_shared(parser, files="two audio files, or one trial list (`1|0 path path` a line)")
     parser.add_argument("--root", type=Path, default=Path(), help="folder that the list's paths are relative to")
     parser.set_defaults(command=_verify)
-
-
-def add_diarize(parser: argparse.ArgumentParser) -> None:
-    """Options of `diarize`."""
-    add_shared(parser)
-    add = parser.add_argument
-    add("--threshold", type=float, default=TurnSettings().threshold, help="default: 0.5")
-    add("--reference", type=Path, nargs="+", metavar="RTTM", help="the truth: the error rate goes to stderr")
-    add("--uem", type=Path, help="what is scored (default: whole files); with --reference")
-    add("--collar", type=float, default=0.0, help="seconds left out on each side of a boundary of the reference")
-    parser.set_defaults(command=_diarize)
 
 
 def add_classify(parser: argparse.ArgumentParser) -> None:
@@ -183,35 +168,6 @@ def _verify(options: argparse.Namespace) -> None:
     if 0 < same.sum() < len(same):
         equal, cost = equal_error_rate(values, same), minimum_detection_cost(values, same)
         print(f"EER {100 * equal.rate:.2f} % at {equal.threshold:.4f}, minDCF(0.01) {cost:.4f}", file=sys.stderr)
-
-
-def _diarize(options: argparse.Namespace) -> None:
-    choose_device(options)
-    running, opened = run_settings(options), open_model(options, "WavLMForAudioFrameClassification")
-    recordings = recordings_of(options, geometry_of(opened.module.config))
-    bar = progress_bar(recordings, options)
-    settings = TurnSettings(threshold=options.threshold)
-    found = dict(diarize(opened.module, opened.params, recordings, running, settings, bar))
-    write_text("".join(write_rttm(found[recording]) for recording in recordings), options)
-    if options.reference is not None:
-        hypothesis = [turn for turns in found.values() for turn in turns]
-        print(_scored(hypothesis, recordings, options).describe(), file=sys.stderr)
-
-
-def _scored(hypothesis: list[Turn], recordings: list[Recording], options: argparse.Namespace) -> DiarizationError:
-    """Found turns against those of `--reference`, over the named recordings."""
-    lengths = {recording.name: recording.num_samples / SAMPLE_RATE for recording in recordings}
-    regions = [Region(name, 0.0, length) for name, length in lengths.items()]
-    if options.uem is not None:
-        regions = [region for region in read_uem(options.uem) if region.recording in lengths]
-    names = {region.recording for region in regions}
-    truth = [turn for file in options.reference for turn in read_rttm(file) if turn.recording in names]
-    if silent := sorted(names - {turn.recording for turn in truth}):
-        raise UsageError(
-            f"--reference: has no turn of {silent[0]}; its second column is the file's name without ending"
-        )
-    heard = [turn for turn in hypothesis if turn.recording in names]
-    return diarization_error(truth, heard, regions, collar=options.collar)
 
 
 def _classify(options: argparse.Namespace) -> None:
