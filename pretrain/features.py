@@ -1,25 +1,27 @@
-"""Features to cluster, in blocks of static shape: MFCC from threads, or a layer of a teacher (layer_features.py).
+"""Features to cluster, in batches of static shape: MFCC from threads, or a layer of a teacher (layer_features.py).
 
-A block is a matrix of frames; its pieces say which rows belong to which utterance, the other rows are filler. Nobody
-holds more than a few blocks, however large the corpus is.
+Its pieces say which frames of a batch belong to which utterance, the others are filler. Nobody holds more than a few
+batches, however large the corpus is. Who makes them meet those of other hosts: rounds.py.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int16, Int64
 
+from pretrain.batches import Batch, Piece
 from pretrain.mfcc import MFCC_DIM, MFCC_GEOMETRY, mfcc
-from pretrain.row_shards import row_sharding
 from wavlm_jax.shapes import Geometry, num_frames
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Utterances = Int64[np.ndarray, " utterances"]
+MFCC_BLOCK = 2**14
+"""Frames of MFCC that a host labels at a time."""
 
 
 @runtime_checkable
@@ -60,27 +62,9 @@ class Corpus(Protocol):
         ...
 
 
-class Piece(NamedTuple):
-    """Some frames of one utterance, and where a block has them."""
-
-    utterance: int
-    start: int
-    """First frame, counted in the utterance."""
-    frames: int
-    row: int
-    """First row, counted in the block."""
-
-
-class Block(NamedTuple):
-    """Features of one shape, on the devices."""
-
-    features: Float[Array, "rows dim"]
-    pieces: tuple[Piece, ...]
-
-
 @runtime_checkable
 class FeatureSource(Protocol):
-    """Something that turns utterances into frames of features."""
+    """Something that turns utterances into frames of features, a part on the host and a part on the devices."""
 
     @property
     def geometry(self) -> Geometry:
@@ -97,13 +81,36 @@ class FeatureSource(Protocol):
         """What the features are, for the header of the labels."""
         ...
 
+    @property
+    def params(self) -> Any:
+        """What the devices compute with, on each of them."""
+        ...
+
+    @property
+    def compute(self) -> Callable[[Any, Any], Float[Array, "frames dim"]]:
+        """(params, arrays of a batch) -> its features; traced, with the rows over all devices."""
+        ...
+
     def counts(self, lengths: Utterances) -> Utterances:
         """Frames of utterances of `lengths` samples."""
         ...
 
-    def blocks(self, corpus: Corpus, utterances: Utterances) -> Iterator[Block]:
-        """All frames of the numbered utterances, each frame once, in any order."""
+    def sizes(self, lengths: Utterances) -> Counter[int]:
+        """How many batches of each size utterances of `lengths` samples make."""
         ...
+
+    def batches(self, corpus: Corpus, utterances: Utterances) -> Iterator[Batch]:
+        """All frames of the numbered utterances, each frame once, the smallest size first."""
+        ...
+
+    def empty(self, size: int) -> Batch:
+        """A batch of nobody's frames."""
+        ...
+
+
+def mfcc_frames(_params: Any, frames: Float[Array, "frames 39"]) -> Float[Array, "frames 39"]:
+    """The devices' part of MFCC: none."""
+    return frames
 
 
 class MfccFeatures:
@@ -112,17 +119,23 @@ class MfccFeatures:
     geometry = MFCC_GEOMETRY
     dim = MFCC_DIM
     description: Mapping[str, str | int] = {"kind": "mfcc"}
+    params = ()
+    compute = staticmethod(mfcc_frames)
 
-    def __init__(self, num_threads: int, block_frames: int = 2**14) -> None:
+    def __init__(self, num_threads: int, block_frames: int = MFCC_BLOCK) -> None:
         self._num_threads = num_threads
-        self._block_frames = block_frames
+        self._block_frames = block_frames - block_frames % jax.local_device_count()
 
     def counts(self, lengths: Utterances) -> Utterances:
         """1 + floor((samples - 400) / 160), 0 below 400 samples."""
         counts: Utterances = num_frames(lengths, MFCC_GEOMETRY)
         return counts
 
-    def blocks(self, corpus: Corpus, utterances: Utterances) -> Iterator[Block]:
+    def sizes(self, lengths: Utterances) -> Counter[int]:
+        """Blocks of one size, the last one perhaps not full."""
+        return Counter({self._block_frames: -(-int(self.counts(lengths).sum()) // self._block_frames)})
+
+    def batches(self, corpus: Corpus, utterances: Utterances) -> Iterator[Batch]:
         """The utterances in their order, one behind the other, cut into blocks."""
 
         def features(utterance: int) -> tuple[int, Float32[np.ndarray, "frames dim"]]:
@@ -130,8 +143,8 @@ class MfccFeatures:
 
         return self._packed(in_threads(features, (int(u) for u in utterances), self._num_threads))
 
-    def _packed(self, utterances: Iterable[tuple[int, Float32[np.ndarray, "frames dim"]]]) -> Iterator[Block]:
-        block, filled, pieces = self._empty(), 0, list[Piece]()
+    def _packed(self, utterances: Iterable[tuple[int, Float32[np.ndarray, "frames dim"]]]) -> Iterator[Batch]:
+        block, filled, pieces = self._filler(), 0, list[Piece]()
         for utterance, features in utterances:
             start = 0
             while start < len(features):
@@ -140,16 +153,17 @@ class MfccFeatures:
                 pieces.append(Piece(utterance, start, count, filled))
                 start, filled = start + count, filled + count
                 if filled == self._block_frames:
-                    yield self._placed(block, pieces)
-                    block, filled, pieces = self._empty(), 0, []
+                    yield Batch(self._block_frames, block, tuple(pieces))
+                    block, filled, pieces = self._filler(), 0, []
         if pieces:
-            yield self._placed(block, pieces)
+            yield Batch(self._block_frames, block, tuple(pieces))
 
-    def _empty(self) -> Float32[np.ndarray, "rows dim"]:
+    def empty(self, size: int) -> Batch:
+        """A block of zeros."""
+        return Batch(size, self._filler(), ())
+
+    def _filler(self) -> Float32[np.ndarray, "rows dim"]:
         return np.zeros((self._block_frames, self.dim), np.float32)
-
-    def _placed(self, block: Float32[np.ndarray, "rows dim"], pieces: Sequence[Piece]) -> Block:
-        return Block(jax.device_put(block, row_sharding(len(block))), tuple(pieces))
 
 
 def in_threads(function: Callable[[Item], Result], items: Iterable[Item], num_threads: int) -> Iterator[Result]:

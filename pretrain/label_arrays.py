@@ -5,13 +5,18 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt64
+from jaxtyping import Int64, UInt64
 
 _DIGEST_PIECE = 2**22
 
 
 class LabelError(ValueError):
     """Labels that cannot be right for the corpus or the config; the message names file, utterance and cause."""
+
+
+def offsets_of(counts: Int64[np.ndarray, " utterances"]) -> Int64[np.ndarray, " edges"]:
+    """Where each utterance's labels begin, and behind the last one the end of all."""
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
 def file_of(folder: Path, split: str, array: str) -> Path:

@@ -11,24 +11,28 @@ header.json                    written last
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from jaxtyping import Array, Float32
 from tqdm import tqdm
 
-from pretrain.assigning import label_part, part_end
-from pretrain.features import Block, Corpus, FeatureSource
+from pretrain.assigning import PartLabels, label_program, parts_of
+from pretrain.batches import Piece
+from pretrain.features import Corpus, FeatureSource
 from pretrain.files import read_json, write_json
 from pretrain.kmeans import KMeans, fit
-from pretrain.label_arrays import LabelError, utterance_keys
+from pretrain.label_arrays import LabelError, offsets_of, utterance_keys
 from pretrain.label_writer import SplitWriter
 from pretrain.labels import FORMAT, HEADER, LabelHeader, LabelSettings, SplitHeader
-from pretrain.sample import choose_utterances, draw
+from pretrain.rounds import Use, in_parts, in_rounds
+from pretrain.row_shards import put_everywhere, row_sharding
+from pretrain.sample import Drawing, choose_utterances
 from pretrain.shares import Share, together, total
 from wavlm_jax.shapes import SAMPLE_RATE
 from wavlm_jax.training.waiting import from_first
@@ -104,9 +108,8 @@ class LabelRequest:
         file = self.folder / CLUSTERS
         if from_first("whether the clusters are there", str(file.exists())) == str(True):
             return KMeans.load(file, self.digest)
-        sample = together("features to cluster", self._sample)
         made = fit(
-            total(sample),
+            total(self._sample()),
             self.settings.num_clusters,
             self.settings.kmeans,
             seed=self.settings.seed,
@@ -123,17 +126,25 @@ class LabelRequest:
         corpus = self.corpora[TRAIN]
         lengths = np.asarray(corpus.lengths)
         utterances = choose_utterances(lengths, self.settings.sample_seconds, self.settings.seed)
-        ours = utterances[slice(*Share.here().of(lengths[utterances]))]
-        seconds = float(lengths[ours].sum() / SAMPLE_RATE)
-        with _bar(seconds, "features to cluster") as bar:
-            return draw(
-                _watched(self.source.blocks(corpus, ours), bar, self.settings.rate_hz),
-                utterances,
-                self.source.counts(lengths[utterances]),
-                size=self.settings.kmeans.sample_frames,
-                dim=self.source.dim,
-                seed=self.settings.seed,
-            )
+        counts = self.source.counts(lengths[utterances])
+        first, end = Share.here().of(lengths[utterances])
+        drawing = Drawing(
+            utterances,
+            counts,
+            size=self.settings.kmeans.sample_frames,
+            dim=self.source.dim,
+            seed=self.settings.seed,
+        )
+        program = partial(jax.jit(self.source.compute, out_shardings=row_sharding()), self.source.params)
+        name, edges = "features to cluster", offsets_of(counts)
+        with _bar(float(lengths[utterances[first:end]].sum() / SAMPLE_RATE), name) as bar:
+            use = _watched(drawing.take, bar, self.settings.rate_hz)
+
+            def part(start: int, stop: int) -> None:
+                in_rounds(name, self.source, corpus, utterances[start:stop], program, use)
+
+            in_parts(name, parts_of(edges, first, end), part)
+        return drawing.kept
 
     def header(self, clusters: KMeans) -> LabelHeader:
         """The header of a store that has no split yet."""
@@ -159,8 +170,10 @@ class LabelRequest:
         lengths = np.asarray(corpus.lengths)
         made_from = f"{corpus.fingerprint} {clusters.fingerprint}"
         counts, share = self.source.counts(lengths), Share.here()
-        writer = SplitWriter(self.folder, split, counts, utterance_keys(corpus.ids), made_from, share)
-        together(f"labels of {split}", lambda: self._fill(writer, split, corpus, jnp.asarray(clusters.centroids)))
+        keys, name = utterance_keys(corpus.ids), f"labels of {split}"
+        writer = together(name, lambda: SplitWriter(self.folder, split, counts, keys, made_from, share))
+        self._fill(name, writer, corpus, clusters)
+        together(name, writer.finish)
         digest = together(f"joined labels of {split}", lambda: writer.join() if share.first else "")
         return SplitHeader(
             corpus=corpus.fingerprint,
@@ -171,14 +184,26 @@ class LabelRequest:
             quality={},
         )
 
-    def _fill(self, writer: SplitWriter, split: str, corpus: Corpus, centroids: Array) -> None:
+    def _fill(self, name: str, writer: SplitWriter, corpus: Corpus, clusters: KMeans) -> None:
+        rows, centroids = row_sharding(), put_everywhere(clusters.centroids)
+        label = label_program(self.source.compute, rows)
         seconds = np.asarray(corpus.lengths)[writer.done : writer.end].sum() / SAMPLE_RATE
-        with _bar(float(seconds), f"labels of {split}") as bar:
-            while writer.done < writer.end:
-                first, end = writer.done, min(part_end(writer.offsets, writer.done), writer.end)
-                blocks = _watched(self.source.blocks(corpus, np.arange(first, end)), bar, self.settings.rate_hz)
-                writer.write(first, end, label_part(blocks, centroids, writer.offsets[first : end + 1], first))
-        writer.finish()
+        with _bar(float(seconds), name) as bar:
+
+            def part(first: int, end: int) -> None:
+                made = PartLabels(writer.offsets[first : end + 1], first)
+                in_rounds(
+                    name,
+                    self.source,
+                    corpus,
+                    np.arange(first, end),
+                    lambda arrays: label(self.source.params, arrays, centroids),
+                    _watched(made.take, bar, self.settings.rate_hz),
+                )
+                if end > first:
+                    writer.write(first, end, made.whole())
+
+            in_parts(name, parts_of(writer.offsets, writer.done, writer.end), part)
 
 
 def _say_pass(number: int, inertia: float) -> None:
@@ -195,7 +220,9 @@ def _bar(seconds: float, name: str) -> Any:
     return tqdm(total=round(seconds), desc=name, unit="s", unit_scale=True, disable=disable)
 
 
-def _watched(blocks: Iterable[Block], bar: Any, rate_hz: int) -> Iterator[Block]:
-    for block in blocks:
-        bar.update(sum(piece.frames for piece in block.pieces) / rate_hz)
-        yield block
+def _watched(use: Use, bar: Any, rate_hz: int) -> Use:
+    def watched(result: Array, pieces: tuple[Piece, ...]) -> None:
+        bar.update(sum(piece.frames for piece in pieces) / rate_hz)
+        use(result, pieces)
+
+    return watched

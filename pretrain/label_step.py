@@ -3,26 +3,25 @@
 import dataclasses
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Traced
 
-from pretrain.kmeans import nearest
-from pretrain.layer_features import Padded, layer_output, rows_for, rows_over, samples_of
+from pretrain.assigning import label_program
+from pretrain.features import MFCC_BLOCK, mfcc_frames
+from pretrain.layer_features import Padded, layer_output, rows_for, samples_of
 from pretrain.mfcc import MFCC_DIM
+from pretrain.row_shards import ROWS, row_mesh, rows_over
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.model.wavlm import WavLM
 from wavlm_jax.settings import read
 from wavlm_jax.shapes import SAMPLE_RATE, Geometry, samples_for
-
-MFCC_BLOCK = 2**14
-"""Frames, as `features.MfccFeatures` packs them."""
-ROWS = PartitionSpec("rows")
 
 
 def trace_label_step(
@@ -34,44 +33,43 @@ def trace_label_step(
     layer: int | None,
     piece_seconds: float,
     batch_seconds: float,
-) -> tuple[str, Traced, float]:
-    """(name, program, seconds of audio) of the step that labels a batch; the arguments are those of `LabelSettings`.
+) -> tuple[str, Traced, float, Mesh]:
+    """(name, program, seconds of audio, mesh) of the step that labels a batch.
 
     Args:
-        devices: of one host: each host labels its own share.
+        devices: of all hosts, as many on each. The others are as in `LabelSettings`.
         num_clusters: centroids.
         rate_hz: of MFCC labels.
         run: the teacher's folder, which gives its shape; where nothing is there yet, it is taken for a HuBERT Base,
             whose layer 9 the paper clusters. None: MFCC.
         layer: of the teacher; None: MFCC.
         piece_seconds: the longest row.
-        batch_seconds: of all rows.
+        batch_seconds: of the rows of a host.
 
     """
-    mesh = Mesh(np.array(devices), ("rows",), axis_types=(AxisType.Auto,))
+    mesh = row_mesh(devices)
+    hosts = len({device.process_index for device in devices})
+    rows_of = NamedSharding(mesh, ROWS)
     if run is None or layer is None:
-        frames = _shape((MFCC_BLOCK, MFCC_DIM), np.float32, mesh, ROWS)
-        traced = jax.jit(nearest).trace(frames, _shape((num_clusters, MFCC_DIM), np.float32, mesh))
-        return f"labels mfcc {MFCC_BLOCK}", traced, MFCC_BLOCK / rate_hz
+        block = MFCC_BLOCK * hosts
+        frames, centroids = _shape((block, MFCC_DIM), mesh, ROWS), _shape((num_clusters, MFCC_DIM), mesh)
+        traced = label_program(mfcc_frames, rows_of).trace((), frames, centroids)
+        return f"labels mfcc {block}", traced, block / rate_hz, mesh
     teacher = dataclasses.replace(teacher_config(Path(run)), num_hidden_layers=layer, padding="exact")
     geometry = Geometry(teacher.conv_kernel, teacher.conv_stride)
     a_second = SAMPLE_RATE / geometry.hop
     bucket = int(piece_seconds * a_second)
-    rows = rows_for(bucket, int(batch_seconds * a_second), len(devices))
+    rows = rows_for(bucket, int(batch_seconds * a_second), len(devices) // hosts) * hosts
     fields: list[Any] = [
-        _shape((rows, samples_of(bucket, geometry)), np.int16, mesh, ROWS),
-        *(_shape((rows,), dtype, mesh, ROWS) for dtype in (np.int32, np.float32, np.float32)),
+        _shape((rows, samples_of(bucket, geometry)), mesh, ROWS, np.int16),
+        *(_shape((rows,), mesh, ROWS, dtype) for dtype in (np.int32, np.float32, np.float32)),
     ]
     batch: Any = Padded(*fields)
-
-    def label(params: Any, batch: Any, centroids: Any) -> Any:
-        return nearest(layer_output(teacher, params, batch), centroids)[0]
-
-    params = jax.tree.map(lambda leaf: _shape(leaf.shape, leaf.dtype, mesh), _abstract(teacher))
-    centroids = _shape((num_clusters, teacher.hidden_size), np.float32, mesh)
+    params = jax.tree.map(lambda leaf: _shape(leaf.shape, mesh, dtype=leaf.dtype), _abstract(teacher))
+    centroids = _shape((num_clusters, teacher.hidden_size), mesh)
     with rows_over(mesh):
-        traced = jax.jit(label).trace(params, batch, centroids)
-    return f"labels {rows}x{bucket}", traced, rows * piece_seconds
+        traced = label_program(partial(layer_output, teacher), rows_of).trace(params, batch, centroids)
+    return f"labels {rows}x{bucket}", traced, rows * piece_seconds, mesh
 
 
 def teacher_config(path: Path) -> WavLMConfig:
@@ -95,5 +93,7 @@ def _abstract(teacher: WavLMConfig) -> Any:
     return jax.eval_shape(init)["params"]
 
 
-def _shape(shape: Sequence[int], dtype: Any, mesh: Mesh, spec: PartitionSpec | None = None) -> jax.ShapeDtypeStruct:
+def _shape(
+    shape: Sequence[int], mesh: Mesh, spec: PartitionSpec | None = None, dtype: Any = np.float32
+) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=NamedSharding(mesh, spec or PartitionSpec()))

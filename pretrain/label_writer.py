@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int64, UInt16, UInt64
 
 from pretrain.files import read_json, write_json
-from pretrain.label_arrays import array_digest, file_of, map_array
+from pretrain.label_arrays import array_digest, file_of, map_array, offsets_of
 from pretrain.shares import Share
 
 _COPIED = 2**22
@@ -40,7 +40,7 @@ class SplitWriter:
         self._target = self._file(share.index)
         self._partial = self._target.with_name(self._target.name + ".partial")
         self._progress = folder / f"{split}.progress{_part(share, share.index)}.json"
-        self.offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        self.offsets = offsets_of(counts)
         self.start, self.end = share.of(counts)
         """Of this host's utterances."""
         if share.first:

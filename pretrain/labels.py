@@ -57,7 +57,7 @@ class LabelSettings:
     piece_seconds: float
     """"layer": longer utterances go through the teacher in pieces of this length (FACTS C9)."""
     batch_seconds: float
-    """"layer": audio in one batch of the teacher, over all devices."""
+    """"layer": audio in one batch of the teacher, over the devices of a host."""
     num_threads: int
     """Threads that decode audio and compute MFCC."""
     min_entropy: float

@@ -1,30 +1,27 @@
 """One layer of a teacher as features: padded batches of few static shapes, rows spread over the devices.
 
-The features stay on the devices; nothing but labels comes back when blocks are assigned to clusters.
+The features stay on the devices; nothing but labels comes back when frames are assigned to clusters.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int16, Int32, Int64
 
-from pretrain.features import Block, Corpus, Piece, Utterances, in_threads
-from pretrain.row_shards import row_sharding
+from pretrain.batches import Batch, Piece
+from pretrain.features import Corpus, Utterances, in_threads
+from pretrain.row_shards import put_everywhere
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.model.wavlm import WavLM
 from wavlm_jax.shapes import SAMPLE_RATE, Geometry, Params, num_frames, samples_for
 
-WINDOW = 1024
-"""Utterances that are sorted by length together."""
 SMALLEST_BUCKET = 32
 INT16_SCALE = 32_768.0
 Lengths = Int64[np.ndarray, " corpus"]
@@ -73,7 +70,7 @@ class LayerFeatures:
         teacher: the whole model; layers above are cut off.
         layer: which output; before the final norm where there is one.
         piece_seconds: longer utterances are cut into equal pieces not longer than this.
-        batch_seconds: audio in one batch over all devices.
+        batch_seconds: audio in one batch over the devices of this host.
         num_threads: threads that decode.
 
     """
@@ -94,42 +91,41 @@ class LayerFeatures:
         }
         self._batch_frames = int(batch_seconds * frames_a_second)
         self._num_threads = num_threads
-        self._devices = len(jax.local_devices())
-        everywhere = NamedSharding(row_sharding(self._devices).mesh, PartitionSpec())
-        self._params: Params = jax.device_put(teacher.up_to(layer).params, everywhere)
-        self._features = jax.jit(partial(layer_output, self._config))
+        self._devices = jax.local_device_count()
+        self.params: Params = put_everywhere(teacher.up_to(layer).params)
+        self.compute = partial(layer_output, self._config)
 
     def counts(self, lengths: Utterances) -> Utterances:
         """Frames of the conv encoder."""
         counts: Utterances = num_frames(lengths, self.geometry)
         return counts
 
-    def blocks(self, corpus: Corpus, utterances: Utterances) -> Iterator[Block]:
-        """The layer's frames of the utterances, by length within windows of `WINDOW` utterances."""
-        for batch, pieces in in_threads(
-            lambda planned: (self._padded(corpus, *planned), planned[1]),
+    def sizes(self, lengths: Utterances) -> Counter[int]:
+        """Batches of each bucket of frames."""
+        everyone = np.arange(len(lengths))
+        pieces = Counter(bucket_of(piece.frames, self._longest) for piece in self._pieces(lengths, everyone))
+        return Counter({bucket: -(-count // self._rows(bucket)) for bucket, count in pieces.items()})
+
+    def batches(self, corpus: Corpus, utterances: Utterances) -> Iterator[Batch]:
+        """The layer's frames of the utterances, by length."""
+        return in_threads(
+            lambda planned: self._padded(corpus, *planned),
             self._plan(np.asarray(corpus.lengths), utterances),
             self._num_threads,
-        ):
-            place = row_sharding(len(batch.waveform))
-            placed = jax.device_put(batch, place)
-            mesh: Any = place.mesh
-            with rows_over(mesh):
-                features = self._features(self._params, placed)
-            yield Block(features, pieces)
+        )
+
+    def empty(self, size: int) -> Batch:
+        """Rows of silence."""
+        return Batch(size, self._filler(size), ())
 
     def _plan(self, lengths: Lengths, utterances: Utterances) -> Iterator[tuple[int, tuple[Piece, ...]]]:
         """(bucket in frames, pieces) of each batch; `Piece.row` counts frames of the flattened batch."""
-        for first in range(0, len(utterances), WINDOW):
-            waiting: dict[int, list[Piece]] = {}
-            for piece in sorted(self._pieces(lengths, utterances[first : first + WINDOW]), key=lambda p: p.frames):
-                bucket = bucket_of(piece.frames, self._longest)
-                batch = waiting.setdefault(bucket, [])
-                batch.append(piece._replace(row=len(batch) * bucket))
-                if len(batch) == self._rows(bucket):
-                    yield bucket, tuple(waiting.pop(bucket))
-            for bucket, pieces in waiting.items():
-                yield bucket, tuple(pieces)
+        ordered = sorted(self._pieces(lengths, utterances), key=lambda piece: piece.frames)
+        for bucket, group in itertools.groupby(ordered, key=lambda piece: bucket_of(piece.frames, self._longest)):
+            pieces, rows = list(group), self._rows(bucket)
+            for first in range(0, len(pieces), rows):
+                chosen = enumerate(pieces[first : first + rows])
+                yield bucket, tuple(piece._replace(row=row * bucket) for row, piece in chosen)
 
     def _pieces(self, lengths: Lengths, utterances: Utterances) -> Iterator[Piece]:
         for utterance, frames in zip(utterances.tolist(), self.counts(lengths[utterances]).tolist(), strict=True):
@@ -141,14 +137,17 @@ class LayerFeatures:
     def _rows(self, bucket: int) -> int:
         return rows_for(bucket, self._batch_frames, self._devices)
 
-    def _padded(self, corpus: Corpus, bucket: int, pieces: Sequence[Piece]) -> Padded:
+    def _filler(self, bucket: int) -> Padded:
         rows, samples = self._rows(bucket), samples_of(bucket, self.geometry)
-        batch = Padded(
+        return Padded(
             np.zeros((rows, samples), np.int16),
             np.zeros(rows, np.int32),
             np.zeros(rows, np.float32),
             np.ones(rows, np.float32),
         )
+
+    def _padded(self, corpus: Corpus, bucket: int, pieces: tuple[Piece, ...]) -> Batch:
+        batch = self._filler(bucket)
         for row, piece in enumerate(pieces):
             first, needed = piece.start * self.geometry.hop, samples_for(piece.frames, self.geometry)
             left = int(corpus.lengths[piece.utterance]) - first
@@ -157,14 +156,7 @@ class LayerFeatures:
             batch.num_samples[row] = taken
             batch.mean[row] = corpus.means[piece.utterance]
             batch.variance[row] = corpus.variances[piece.utterance]
-        return batch
-
-
-@contextmanager
-def rows_over(mesh: Mesh) -> Iterator[None]:
-    """While entered, the model knows that its rows are spread over `mesh`: a kernel has to be told, XLA finds out."""
-    with jax.set_mesh(mesh), nn.logical_axis_rules((("rows", "rows"),)):
-        yield
+        return Batch(bucket, batch, pieces)
 
 
 def layer_output(config: WavLMConfig, params: Params, batch: Padded) -> Float[Array, "rows_and_frames dim"]:

@@ -3,12 +3,11 @@
 Everything is a function of the seed and the corpus, so that an interrupted fit finds the same sample again.
 """
 
-from collections.abc import Iterable
-
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Array, Float, Float32, Int64
 
-from pretrain.features import Block
+from pretrain.batches import Piece
+from pretrain.row_shards import own_rows
 from wavlm_jax.shapes import SAMPLE_RATE
 
 
@@ -32,19 +31,10 @@ def choose_frames(total: int, size: int, seed: int) -> Int64[np.ndarray, " frame
     return strata[:-1] + (offsets * np.diff(strata)).astype(np.int64)
 
 
-def draw(
-    blocks: Iterable[Block],
-    utterances: Int64[np.ndarray, " sampled"],
-    counts: Int64[np.ndarray, " sampled"],
-    *,
-    size: int,
-    dim: int,
-    seed: int,
-) -> Float32[np.ndarray, "frames dim"]:
-    """At most `size` frames out of a stream of features; memory depends on `size` and `dim` alone.
+class Drawing:
+    """Draws at most `size` frames out of features that come by; memory depends on `size` and `dim` alone.
 
     Args:
-        blocks: all frames of `utterances`, in any order.
         utterances: ascending.
         counts: frames of each of them.
         size: frames to keep.
@@ -52,15 +42,28 @@ def draw(
         seed: decides which.
 
     """
-    chosen = choose_frames(int(counts.sum()), size, seed)
-    starts = np.cumsum(counts) - counts
-    kept = np.zeros((len(chosen), dim), np.float32)
-    for block in blocks:
+
+    def __init__(
+        self,
+        utterances: Int64[np.ndarray, " sampled"],
+        counts: Int64[np.ndarray, " sampled"],
+        *,
+        size: int,
+        dim: int,
+        seed: int,
+    ) -> None:
+        self._utterances = utterances
+        self._chosen = choose_frames(int(counts.sum()), size, seed)
+        self._starts = np.cumsum(counts) - counts
+        self.kept: Float32[np.ndarray, "frames dim"] = np.zeros((len(self._chosen), dim), np.float32)
+        """0 in the places of frames that have not come by."""
+
+    def take(self, result: Float[Array, "rows dim"], pieces: tuple[Piece, ...]) -> None:
+        """The features of a batch; fetched from the devices if a frame of this host's rows is chosen."""
         features: np.ndarray | None = None
-        for piece in block.pieces:
-            first = int(starts[np.searchsorted(utterances, piece.utterance)]) + piece.start
-            low, high = np.searchsorted(chosen, [first, first + piece.frames])
+        for piece in pieces:
+            first = int(self._starts[np.searchsorted(self._utterances, piece.utterance)]) + piece.start
+            low, high = np.searchsorted(self._chosen, [first, first + piece.frames])
             if high > low:
-                features = np.asarray(block.features) if features is None else features
-                kept[low:high] = features[chosen[low:high] - first + piece.row]
-    return kept
+                features = own_rows(result) if features is None else features
+                self.kept[low:high] = features[self._chosen[low:high] - first + piece.row]

@@ -3,7 +3,7 @@
 Alone, one host has the only share and nothing is exchanged.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Int64, Shaped
 
 from pretrain.label_arrays import LabelError
-from wavlm_jax.training.waiting import agreed
+from wavlm_jax.training.waiting import agreed, told
 
 Result = TypeVar("Result")
 PATIENCE = 6 * 3600.0
@@ -70,6 +70,24 @@ def together(name: str, do: Callable[[], Result]) -> Result:
     if complaint:
         raise LabelError(f"{name}: {complaint}")
     return result[0]
+
+
+def most(name: str, counts: Mapping[int, int]) -> dict[int, int]:
+    """For each key the largest of the counts of all hosts.
+
+    Args:
+        name: of what is counted, for messages.
+        counts: of this host.
+
+    Raises:
+        HostsMissing: not all hosts came.
+
+    """
+    found: dict[int, int] = {}
+    for _, _, theirs in told(name, sorted(counts.items()), PATIENCE):
+        for key, count in theirs:
+            found[key] = max(found.get(key, 0), count)
+    return found
 
 
 def total(parts: Shaped[np.ndarray, "frames dim"]) -> Shaped[np.ndarray, "frames dim"]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.stages import Traced
 
 from pretrain.annotations import FrameLabels, NoiseClips, Together
@@ -106,8 +107,8 @@ def outline(config: Mapping[str, Any], topology: Topology) -> Task:
     return _assemble(settings, stream, {})
 
 
-def label_step(config: Mapping[str, Any], devices: Sequence[jax.Device]) -> tuple[str, Traced, float]:
-    """(name, program, seconds of audio) of the step that makes the labels of a config, on the devices of one host."""
+def label_step(config: Mapping[str, Any], devices: Sequence[jax.Device]) -> tuple[str, Traced, float, Mesh]:
+    """(name, program, seconds of audio, mesh) of the step that makes the labels of a config, on all devices."""
     labels = _read(config).labels
     layered = labels.teacher == "layer"
     return trace_label_step(

@@ -6,6 +6,8 @@ import re
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,6 +20,14 @@ from pretrain.labels import LabelStore
 from pretrain.shares import Share
 from tests.pods import Run, finish, joined, spawn
 from tests.speech import make_corpora, tiny_config
+from wavlm_jax.config import WavLMConfig
+from wavlm_jax.convert.huggingface import export_huggingface
+from wavlm_jax.model.heads import tree_shapes
+from wavlm_jax.model.wavlm import WavLM
+from wavlm_jax.weights import Weights
+
+MAKE = ("-m", "pretrain.make_labels")
+SHORT = ("--config.labels.piece_seconds=0.64", "--config.labels.batch_seconds=3.0")
 
 
 @pytest.fixture(scope="module")
@@ -26,18 +36,41 @@ def config(tmp_path_factory) -> dict:
     return tiny_config(root, make_corpora(root, train=12, valid=3))
 
 
-def make(folder: Path, config: dict, processes: int, devices: int, **flags: str) -> list:
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    """A small WavLM with random weights."""
+    folder, model = tmp_path_factory.mktemp("teacher"), WavLMConfig.tiny()
+    params = jax.jit(WavLM(model).init)(jax.random.key(0), jnp.zeros((1, 8000)))["params"]
+    export_huggingface(Weights(model, jax.device_get(params), None), folder, tree_shapes)
+    return folder
+
+
+def make(folder: Path, config: dict, processes: int, devices: int, *flags: str, program: tuple = MAKE) -> list:
     """The commands of `python -m pretrain.make_labels`, started."""
-    run = Run.of(folder, config)
-    command = [sys.executable, "-m", "pretrain.make_labels", f"--config={run.config}", f"--out={folder / 'labels'}"]
-    command += [f"--{name}={value}" for name, value in flags.items()]
+    run = Run(folder, folder / "config.py") if folder.exists() else Run.of(folder, config)
+    command = [sys.executable, *program, f"--config={run.config}", f"--out={folder / 'labels'}", *flags]
     return spawn([[*command, *more] for more in joined(processes)], devices)
 
 
-def test_two_hosts_make_the_store_of_one(config: dict, tmp_path: Path) -> None:
-    finish(make(tmp_path / "one", config, 1, 4))
-    outputs = finish(make(tmp_path / "two", config, 2, 2))
-    one, two = (tmp_path / name / "labels" for name in ("one", "two"))
+@pytest.fixture(scope="module")
+def undisturbed(config: dict, tmp_path_factory) -> Path:
+    """Labels of MFCC that one process made."""
+    folder = tmp_path_factory.mktemp("one") / "mfcc"
+    finish(make(folder, config, 1, 4))
+    return folder / "labels"
+
+
+@pytest.mark.parametrize("kind", ["mfcc", "layer"])
+def test_two_hosts_make_the_store_of_one(
+    config: dict, teacher: Path, undisturbed: Path, tmp_path: Path, kind: str
+) -> None:
+    """Of a layer, in short pieces of one shape and a few rows at a time: one of the two goes on with filler."""
+    flags = () if kind == "mfcc" else (f"--teacher={teacher}", "--layer=1", *SHORT)
+    one, two = undisturbed, tmp_path / "two" / "labels"
+    if kind == "layer":
+        one = tmp_path / "one" / "labels"
+        finish(make(one.parent, config, 1, 4, *flags))
+    outputs = finish(make(two.parent, config, 2, 2, *flags))
     assert sorted(path.name for path in two.iterdir()) == sorted(path.name for path in one.iterdir())
     ours, theirs = (KMeans.load(folder / "kmeans.safetensors") for folder in (two, one))
     np.testing.assert_allclose(ours.centroids, theirs.centroids, rtol=1e-4, atol=1e-4)
@@ -46,6 +79,43 @@ def test_two_hosts_make_the_store_of_one(config: dict, tmp_path: Path) -> None:
         assert np.array_equal(ours.flat, theirs.flat)
     assert "labels of train: frames" in outputs[0]
     assert "k-means" not in outputs[1]  # the first host speaks for all
+
+
+BREAKING = """
+import sys
+from pathlib import Path
+import pretrain.assigning
+import wavlm_jax.data.corpus
+from pretrain import make_labels
+pretrain.assigning.PART_LABELS = 250
+clusters, broken = Path(sys.argv.pop(1)), int(sys.argv.pop(1))
+wave = wavlm_jax.data.corpus.Corpus.wave
+def breaking(self, index, *args):
+    if index == broken and clusters.exists():
+        raise OSError("the disk is gone")
+    return wave(self, index, *args)
+wavlm_jax.data.corpus.Corpus.wave = breaking
+make_labels.wavlm_jax.command_line.run(make_labels.main, required=["config"])
+"""
+"""Labels in small parts, and an utterance that cannot be read once the clusters are there."""
+
+
+def test_a_disk_that_breaks_on_one_host_ends_all_and_they_go_on_from_there(
+    config: dict, undisturbed: Path, tmp_path: Path
+) -> None:
+    """The other host's parts that were done are kept, and the store is that of an undisturbed run."""
+    two = tmp_path / "two"
+    for broken, code in ((9, 2), (-1, 0)):
+        program = ("-c", BREAKING, str(two / "labels" / "kmeans.safetensors"), str(broken))
+        outputs = finish(make(two, config, 2, 2, program=program), code)
+        if code:
+            for output in outputs:
+                assert re.search(r"labels of train: process 1 \(\S+\): the disk is gone", output)
+            done = [json.loads((two / f"labels/train.progress.{host}-of-2.json").read_text()) for host in (0, 1)]
+            assert 0 < done[0]["utterances"] < 6 < done[1]["utterances"] <= 9
+    for split in ("train", "valid"):
+        ours, theirs = (LabelStore.open(folder, split) for folder in (two / "labels", undisturbed))
+        assert np.array_equal(ours.flat, theirs.flat)
 
 
 def test_what_fails_on_one_host_ends_all_and_names_it(config: dict, tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ from pretrain.labels import LabelError, LabelStore
 from pretrain.layer_features import LayerFeatures, bucket_of
 from pretrain.mfcc import mfcc
 from pretrain.preflight import check_labels
+from pretrain.rounds import in_rounds
+from pretrain.row_shards import own_rows, row_sharding
 from pretrain.sample import choose_frames, choose_utterances
 from tests.fake_corpus import FakeCorpus, ragged
 from tests.labelling import load_teacher, make_labels
@@ -276,16 +278,18 @@ def torch_layer(model, wave, layer, normalise):
 
 
 def frames_of(source, corpus):
-    """utterance -> features, gathered from blocks."""
+    """utterance -> features, gathered from batches."""
     lengths = np.asarray(corpus.lengths)
     counts = source.counts(lengths)
     found = [np.full((count, source.dim), np.nan, np.float32) for count in counts]
-    for block in source.blocks(corpus, np.arange(len(lengths))):
-        features = np.asarray(block.features)
-        for piece in block.pieces:
-            found[piece.utterance][piece.start : piece.start + piece.frames] = features[
-                piece.row : piece.row + piece.frames
-            ]
+    program = functools.partial(jax.jit(source.compute, out_shardings=row_sharding()), source.params)
+
+    def use(features, pieces):
+        features = own_rows(features)
+        for utterance, start, frames, row in pieces:
+            found[utterance][start : start + frames] = features[row : row + frames]
+
+    in_rounds("features", source, corpus, np.arange(len(lengths)), program, use)
     return found
 
 

@@ -9,7 +9,7 @@ from configs.finetune import ctc as recipes
 from configs.pretrain import demo
 from wavlm_jax.plan.__main__ import OUTLINES, plan
 from wavlm_jax.plan.run import plan_run
-from wavlm_jax.plan.targets import CHIPS, PlanTargetError, Target, one_host, open_target, with_memory
+from wavlm_jax.plan.targets import CHIPS, PlanTargetError, Target, with_memory
 from wavlm_jax.tasks import ctc
 from wavlm_jax.training.topology import Topology
 
@@ -93,12 +93,3 @@ def test_messages_of_data_parallel_training_do_not_grow_with_the_devices():
 def test_memory_that_is_not_there_is_refused():
     with pytest.raises(PlanTargetError, match=r"--memory_gib: found 99, expected more than 0 and up to 72\.78"):
         with_memory(machine(), 99.0)
-
-
-def test_the_next_smaller_machine_is_a_host():
-    alone = one_host(machine())
-    assert alone.devices == tuple(jax.devices())
-    two = Target("h100:16", CHIPS["h100"], 2, "cuda", tuple(jax.devices()))
-    assert one_host(two).devices == tuple(jax.devices())
-    with pytest.raises(PlanTargetError):
-        open_target("h100:2x2")

@@ -8,12 +8,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from jax.stages import Traced
 
 from wavlm_jax.plan.program import Counted, Memory, count
-from wavlm_jax.plan.targets import Target, one_host
+from wavlm_jax.plan.targets import Target
 from wavlm_jax.settings import read_sections
 from wavlm_jax.training.axes import WAVLM_AXES, AxesTable
 from wavlm_jax.training.mesh import make_mesh, row_shards
@@ -27,8 +26,8 @@ from wavlm_jax.training.topology import Topology
 
 Outline = Callable[[Mapping[str, Any], Topology], Task]
 """A task that knows its shapes without its data."""
-LabelStep = Callable[[Mapping[str, Any], Sequence[jax.Device]], tuple[str, Traced, float]]
-"""From a config and one host's devices to (name, program, seconds of audio) of the step that makes labels."""
+LabelStep = Callable[[Mapping[str, Any], Sequence[jax.Device]], tuple[str, Traced, float, Mesh]]
+"""From a config and the devices to (name, program, seconds of audio, mesh) of the step that makes labels."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def plan_run(
         target: where it is to run.
         every_bucket: compile every static shape; else the longest of each split, which asks for the most memory.
         splits: which ones; None: "train" and the evaluation splits.
-        label_step: of tasks that make labels first; runs on each host's own devices.
+        label_step: of tasks that make labels first.
         table: logical axes of the parameters.
         on_program: is told the name of what is compiled next.
 
@@ -122,10 +121,8 @@ def plan_run(
                 )
     if label_step is not None:
         on_program("labels")
-        host = one_host(target)
-        name, traced, seconds = label_step(config, host.devices)
-        beside = Mesh(np.array(host.devices), ("rows",))
-        programs[name] = count(name, traced, host, beside, audio_seconds=seconds, microbatches=1)
+        name, traced, seconds, rows = label_step(config, target.devices)
+        programs[name] = count(name, traced, target, rows, audio_seconds=seconds, microbatches=1)
     return Plan(
         mesh=dict(mesh.shape),
         devices=mesh.size,

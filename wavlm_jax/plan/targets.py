@@ -160,23 +160,6 @@ def with_memory(target: Target, gib: float) -> Target:
     return replace(target, chip=replace(target.chip, memory=int(gib * GIB)))
 
 
-def one_host(target: Target) -> Target:
-    """A host of `target` and its devices as a machine of its own, which is how labels are made.
-
-    On v5e and v6e the compiler takes no program for a host's chips inside a larger slice ("device assignment should
-    include all slice devices"): there each host has to be started as a slice of one (docs/pods.md).
-    """
-    first = target.devices[0].process_index
-    local = tuple(device for device in target.devices if device.process_index == first)
-    if target.num_processes == 1:
-        return target
-    if target.platform == "cuda":
-        return replace(target, slices=1, devices=local)
-    lengths = [len({device.coords[axis] for device in local}) for axis in range(target.chip.axes)]
-    alone = open_target(f"{target.topology.partition(':')[0]}:{'x'.join(map(str, lengths))}")
-    return replace(alone, chip=target.chip)
-
-
 def installed(module: str) -> bool:
     """Whether a module could be imported; it is not."""
     try:

@@ -80,14 +80,32 @@ def agreed(name: str, complaint: str | None, seconds: float = PATIENCE, place: s
     """
     if jax.process_count() == 1:
         return complaint
+    said = told(name, complaint, seconds, place)
+    return "; ".join(f"process {index} ({host}): {text}" for index, host, text in said if text is not None) or None
+
+
+def told(name: str, value: Any, seconds: float = PATIENCE, place: str | None = None) -> list[tuple[int, str, Any]]:
+    """What every process says, told to all of them: (process, host, value), by process.
+
+    Args:
+        name: for the message.
+        value: of this process, as JSON can say it.
+        seconds: at most, for the slowest.
+        place: tells this meeting from all others, where a thread comes to it; None: all processes call in one order.
+
+    Raises:
+        HostsMissing: they did not all come.
+
+    """
+    if jax.process_count() == 1:
+        return [(0, socket.gethostname(), value)]
     client, place = _client(), f"wavlm_jax/{next(_NUMBERS) if place is None else place}/{name}"
-    client.key_value_set(f"{place}/{jax.process_index()}", json.dumps([socket.gethostname(), complaint]))
+    client.key_value_set(f"{place}/{jax.process_index()}", json.dumps([socket.gethostname(), value]))
     try:
         client.wait_at_barrier(place, int(seconds * 1000))
     except jax.errors.JaxRuntimeError as error:
         raise HostsMissing(_absent(client, place, name, seconds)) from error
-    said = sorted((int(key.rsplit("/", 1)[1]), *json.loads(text)) for key, text in client.key_value_dir_get(place))
-    return "; ".join(f"process {index} ({host}): {text}" for index, host, text in said if text is not None) or None
+    return sorted((int(key.rsplit("/", 1)[1]), *json.loads(text)) for key, text in client.key_value_dir_get(place))
 
 
 def _absent(client: Any, place: str, name: str, seconds: float) -> str:
