@@ -1,10 +1,22 @@
-"""Diarisation of recordings: the table of errors, by hand."""
+"""Diarisation of recordings: the table of errors, by hand; long files with a model that is right and has no order."""
 
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
 import pytest
+import soundfile
 
+from wavlm_jax.audio.chunks import ChunkSettings
+from wavlm_jax.audio.recordings import open_recordings
+from wavlm_jax.config import WavLMConfig
+from wavlm_jax.inference.diarization import TurnSettings, diarize, pieces_of, turns
 from wavlm_jax.inference.diarize_command import report
+from wavlm_jax.inference.running import RunSettings
 from wavlm_jax.metrics.diarization import DiarizationError, diarization_error, one_speaker, one_voice
+from wavlm_jax.model.heads import FrameOutput
 from wavlm_jax.text.rttm import Region, Turn
+from wavlm_jax.weights import Origin, Weights
 
 TEN = [Region("r", 0.0, 10.0)]
 CHANGED = [Turn("r", 0, 5, "A"), Turn("r", 5, 5, "B")]
@@ -48,3 +60,63 @@ def test_the_table_has_recordings_reference_files_and_all():
     assert lines[8][:4] == ["windows", "of", "5.0", "s"]
     assert lines[9] == ["r", "10.0", "0.00", "0.00", "0.00", "0.00", "0.00", "0.00"]
     assert [line[0] for line in lines[9:]] == [line[0] for line in whole]
+
+
+ORDERS = list(itertools.permutations(range(4)))
+
+
+class Oracle:
+    """Hears every speaker, and its outputs have another order in each piece.
+
+    Samples of a frame are 1/32 for the first speaker, 2/32 for the second, 4/32 for the third, summed.
+    """
+
+    config = WavLMConfig.tiny()
+
+    def apply(self, variables, waveform, num_samples):
+        del variables
+        frames = (waveform.shape[1] - 80) // 320
+        speaking = jnp.round(32 * waveform[:, 160 : 160 + 320 * frames : 320]).astype(jnp.int32)
+        active = jnp.stack([(speaking >> speaker) & 1 for speaker in range(3)] + [0 * speaking], axis=2)
+        orders = jnp.array(ORDERS)[(speaking**2).sum(axis=1) % len(ORDERS)]
+        logits = jnp.take_along_axis(20.0 * active - 10.0, orders[:, None, :], axis=2)
+        return FrameOutput(logits, jnp.arange(frames)[None] < ((num_samples - 80) // 320)[:, None])
+
+
+EXACT = TurnSettings(fill_seconds=0.0, least_seconds=0.0)
+
+
+def error_of_an_oracle(folder, active, overlap):
+    """Of pieces of 4 s, against who spoke."""
+    samples = np.repeat(active @ np.array([1, 2, 4, 0]) / 32, 320)
+    soundfile.write(folder / "talk.wav", np.concatenate([samples, np.zeros(80)]), 16_000)
+    running = RunSettings(chunks=ChunkSettings(seconds=4.0, overlap_seconds=overlap))
+    recordings = open_recordings([folder / "talk.wav"])
+    [(_, found)] = diarize(Oracle(), {}, recordings, running, EXACT)
+    regions = [Region("talk", 0.0, 0.02 * len(active))]
+    return diarization_error(turns("talk", active.astype(np.float32), EXACT), found, regions)
+
+
+def test_speakers_keep_their_names_over_pieces_that_overlap(tmp_path):
+    """Three speakers of whom each says something within every second."""
+    active = np.zeros((60, 50, 4), bool)
+    active[:, :, :3] = np.random.default_rng(0).random((60, 50, 3)) < 0.3
+    active = active.reshape(3000, 4)
+    assert error_of_an_oracle(tmp_path, active, overlap=2.0).rate == 0
+    assert error_of_an_oracle(tmp_path, active, overlap=0.0).confusion > 10
+
+
+def test_a_voice_that_comes_back_is_one_of_those_who_spoke(tmp_path):
+    """The second speaker is silent for 13 s, longer than a piece: the fourth output is no third speaker then."""
+    active = np.zeros((3000, 4), bool)
+    active[:, 0] = np.random.default_rng(1).random(3000) < 0.7
+    for start in range(0, 3000, 800):
+        active[start : start + 150, 1] = True
+    assert error_of_an_oracle(tmp_path, active, overlap=2.0).rate == 0
+
+
+def test_pieces_are_as_long_as_the_rows_of_the_training():
+    config = WavLMConfig.tiny()
+    assert pieces_of(Weights(config, {}, None)) == ChunkSettings(seconds=30.0, overlap_seconds=15.0)
+    trained = Weights(config, {}, None, origin=Origin(trained_seconds=3.845))
+    assert pieces_of(trained) == ChunkSettings(seconds=3.845, overlap_seconds=3.845 / 2)

@@ -21,6 +21,7 @@ from wavlm_jax.data.__main__ import main as data_main
 from wavlm_jax.data.corpus import Corpus
 from wavlm_jax.data.turns import TURNS, attach_turns
 from wavlm_jax.inference.diarization import TurnSettings, turns
+from wavlm_jax.loading import load_weights
 from wavlm_jax.metrics.diarization import diarization_error
 from wavlm_jax.model.heads import FrameOutput, WavLMForAudioFrameClassification
 from wavlm_jax.settings import SettingsError, read_sections
@@ -113,6 +114,7 @@ def test_ten_clips_are_learned_by_heart(run):
     assert found["der"] == pytest.approx(found["missed"] + found["false_alarm"] + found["confusion"])
     config, params = load_params(run[0])
     assert config["head"]["num_labels"] == params["classifier"]["kernel"].shape[1] == 3
+    assert load_weights(run[0]).origin.trained_seconds == SAMPLES / 16_000
 
 
 def percents(error) -> list[str]:

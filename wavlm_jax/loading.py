@@ -17,6 +17,7 @@ from wavlm_jax.lora import BRANCH, LoRASettings, merged
 from wavlm_jax.model.head_config import HeadConfig, TaskHead
 from wavlm_jax.model.heads import tree_shapes
 from wavlm_jax.settings import read
+from wavlm_jax.shapes import SAMPLE_RATE, Geometry, samples_for
 from wavlm_jax.text.vocabulary_files import files_of_record
 from wavlm_jax.training.manifest import Manifest
 from wavlm_jax.training.stored import FOLDER, load_stored
@@ -90,7 +91,7 @@ def _from_run(workdir: Path, step: int | None) -> Weights:
     files = {}
     if "vocabulary" in manifest.config:
         files = files_of_record(manifest.config["vocabulary"])
-    origin = Origin("run", str(workdir), notes, _facts(workdir, manifest), files)
+    origin = Origin("run", str(workdir), notes, _facts(workdir, manifest), files, _longest_row(manifest.config, config))
     return Weights(config, params["wavlm"], params.get(_PRETRAINING_HEAD), task, origin)
 
 
@@ -130,6 +131,14 @@ def _facts(workdir: Path, manifest: Manifest) -> dict[str, str]:
             if str(values.pop("kind", "")).startswith("eval/") and values.get("step", 0) <= manifest.step:
                 facts["last evaluation"] = ", ".join(f"{key} {value}" for key, value in values.items())
     return facts
+
+
+def _longest_row(stored: Mapping[str, Any], config: WavLMConfig) -> float | None:
+    """Seconds of the largest bucket of the training."""
+    buckets = stored["batch"].get("buckets") if isinstance(stored.get("batch"), dict) else None
+    if not buckets:
+        return None
+    return samples_for(max(buckets), Geometry(config.conv_kernel, config.conv_stride)) / SAMPLE_RATE
 
 
 def _at(config: Any, *keys: str) -> str:

@@ -22,6 +22,8 @@ class Origin:
     """Name -> text, for the model card: step, data, metrics."""
     files: Mapping[str, bytes] = field(default_factory=dict)
     """Name -> content: vocabulary and tokenizer files that travel with a CTC model as they are."""
+    trained_seconds: float | None = None
+    """The longest rows that it was trained on; None: not known, as of every file that is no run of ours."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ class ChunkSettings:
     """That two pieces share: each frame that is kept has at least half of it as context on both sides."""
 
     def __post_init__(self) -> None:
+        if not 0 < self.seconds < float("inf"):
+            raise ValueError(f"seconds: found a piece of {self.seconds} s, expected more than 0")
         if not 0 <= self.overlap_seconds < self.seconds:
             raise ValueError(
                 f"overlap_seconds: found {self.overlap_seconds}, expected 0 or more and less than the {self.seconds} s "

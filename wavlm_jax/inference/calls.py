@@ -13,7 +13,7 @@ from jaxtyping import Float32
 
 from wavlm_jax.audio.recordings import Recording, open_recordings
 from wavlm_jax.inference import recognition, utterances
-from wavlm_jax.inference.diarization import TurnSettings
+from wavlm_jax.inference.diarization import TurnSettings, pieces_of
 from wavlm_jax.inference.diarization import diarize as turns_of
 from wavlm_jax.inference.models import SPEAKERS, Opened, labels_of, opened, vocabulary_of
 from wavlm_jax.inference.recognition import Heard, Recognizer
@@ -79,12 +79,20 @@ def verify(model: Model, left: File, right: File, running: RunSettings = _DEFAUL
 
 
 def diarize(
-    model: Model, files: Sequence[File], settings: TurnSettings | None = None, running: RunSettings = _DEFAULT
+    model: Model, files: Sequence[File], settings: TurnSettings | None = None, running: RunSettings | None = None
 ) -> list[list[Turn]]:
-    """Who spoke when in each file, by start; `model` is a `WavLMForAudioFrameClassification`."""
+    """Who spoke when in each file, by start.
+
+    Args:
+        model: a `WavLMForAudioFrameClassification`.
+        files: audio at 16 kHz.
+        settings: from probabilities to turns.
+        running: batches and pieces; None: pieces as long as the rows that the model was trained on.
+
+    """
     ready, recordings = _opened(model, "WavLMForAudioFrameClassification"), _recordings(model, files)
-    chosen = TurnSettings() if settings is None else settings
-    found = dict(turns_of(ready.module, ready.params, recordings, running, chosen))
+    running = RunSettings(chunks=pieces_of(ready.weights)) if running is None else running
+    found = dict(turns_of(ready.module, ready.params, recordings, running, settings or TurnSettings()))
     return [found[recording] for recording in recordings]
 
 

@@ -9,12 +9,14 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy.optimize import linear_sum_assignment
 
+from wavlm_jax.audio.chunks import ChunkSettings
 from wavlm_jax.audio.inputs import Inputs
 from wavlm_jax.audio.recordings import Recording
 from wavlm_jax.inference.running import Applied, Result, RunSettings, by_recording, geometry_of
 from wavlm_jax.shapes import STANDARD, Geometry, Params, num_frames
 from wavlm_jax.text.ctc import seconds
 from wavlm_jax.text.rttm import Turn
+from wavlm_jax.weights import Weights
 
 Activity = Float[np.ndarray, "frames speakers"]
 
@@ -30,6 +32,19 @@ class TurnSettings:
     """Shorter turns are dropped."""
 
 
+_FAMILIAR = 0.2
+"""How much of an overlap may disagree for a voice to be a speaker who has said much, rather than one who has not."""
+
+
+def pieces_of(weights: Weights) -> ChunkSettings:
+    """How a long file is cut for this model: as long as it was trained on, so far as that is known, half of it shared.
+
+    Outputs that were told apart over seconds do not keep their speakers over half a minute.
+    """
+    seconds = weights.origin.trained_seconds or ChunkSettings().seconds
+    return ChunkSettings(seconds=seconds, overlap_seconds=seconds / 2)
+
+
 def diarize(
     module: Applied,
     params: Params,
@@ -40,8 +55,7 @@ def diarize(
 ) -> Iterator[tuple[Recording, list[Turn]]]:
     """The turns of each recording, short recordings first; speakers are numbered.
 
-    Speakers have no order from piece to piece of a long file: each piece is matched to the one before by who is active
-    in the frames that both saw.
+    Speakers have no order from piece to piece of a long file: see `join`. How long pieces should be: `pieces_of`.
 
     Raises:
         AudioFault: a file that cannot be read to its end.
@@ -57,14 +71,20 @@ def diarize(
 
 
 def join(results: Sequence[Result], geometry: Geometry = STANDARD) -> Activity:
-    """Every frame of the file once, with one order of speakers."""
+    """Every frame of the file once, with one order of speakers.
+
+    Each piece is matched to the one before by who is active in the frames that both saw. Whoever is silent there cannot
+    be told from others who are: who says much in the new piece is then one of those who have said much so far.
+    """
     joined: list[Activity] = []
     before: Result | None = None
+    spoken = np.zeros(results[0].values.shape[1])
     for result in results:
         piece, values = result.job.piece, result.values
         if before is not None:
-            values = values[:, _matched(before, result, geometry)]
+            values = values[:, _matched(before, result, spoken, geometry)]
         joined.append(values[piece.keep_from - piece.first_frame : piece.keep_to - piece.first_frame])
+        spoken += joined[-1].sum(axis=0)
         before = Result(result.job, values)
     return np.concatenate(joined)
 
@@ -78,13 +98,15 @@ def turns(name: str, activity: Activity, settings: TurnSettings) -> list[Turn]:
     return sorted(found, key=lambda turn: (turn.start, turn.speaker))
 
 
-def _matched(before: Result, after: Result, geometry: Geometry) -> np.ndarray:
+def _matched(before: Result, after: Result, spoken: Float[np.ndarray, "speakers"], geometry: Geometry) -> np.ndarray:
     """For each speaker of `before`, which one of `after` agrees with it best in the frames that both saw."""
     start = after.job.piece.first_frame - before.job.piece.first_frame
+    frames = int(num_frames(after.job.piece.num_samples, geometry))
     both = int(num_frames(before.job.piece.num_samples, geometry)) - start
     there, here = before.values[start : start + both], after.values[:both]
-    cost = np.abs(there[:, :, None] - here[:, None, :]).sum(axis=0)
-    return np.asarray(linear_sum_assignment(cost)[1])
+    cost = np.abs(there[:, :, None] - here[:, None, :]).mean(axis=0) if both else 0.0
+    familiar = np.outer(spoken / max(spoken.max(), 1e-9), after.values[:frames].mean(axis=0))
+    return np.asarray(linear_sum_assignment(cost - _FAMILIAR * familiar)[1])
 
 
 def _stretches(active: Bool[np.ndarray, "frames"], settings: TurnSettings) -> list[tuple[int, int]]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from wavlm_jax.audio.recordings import Recording
-from wavlm_jax.inference.diarization import TurnSettings, diarize
+from wavlm_jax.inference.diarization import TurnSettings, diarize, pieces_of
 from wavlm_jax.inference.models import open_model
 from wavlm_jax.inference.options import (
     UsageError,
@@ -28,7 +28,7 @@ _COLUMNS = ("speech s", "missed", "false alarm", "confusion", "DER", "one speake
 def add_diarize(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     turns = TurnSettings()
-    add_shared(parser)
+    add_shared(parser, lengths=("as long as the rows it was trained on, 30 if unknown", "half a piece"))
     add = parser.add_argument
     add("--threshold", type=float, default=turns.threshold, help=f"default: {turns.threshold}")
     add(
@@ -46,7 +46,8 @@ def _diarize(options: argparse.Namespace) -> None:
     if options.reference is None and (options.uem is not None or options.score_windows is not None):
         raise UsageError("--uem, --score-windows: say how to score; --reference with what is missing")
     choose_device(options)
-    running, opened = run_settings(options), open_model(options, "WavLMForAudioFrameClassification")
+    opened = open_model(options, "WavLMForAudioFrameClassification")
+    running = run_settings(options, pieces_of(opened.weights))
     recordings = recordings_of(options, geometry_of(opened.module.config))
     truth, regions = _reference(options, recordings)
     bar = progress_bar(recordings, options)

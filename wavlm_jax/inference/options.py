@@ -21,8 +21,15 @@ class UsageError(ValueError):
     """A command line that cannot be done."""
 
 
-def add_shared(parser: argparse.ArgumentParser, files: str = "audio files; - reads their names from stdin") -> None:
-    """The options of every command."""
+_LENGTHS = ("30", "a fifth of a piece")
+
+
+def add_shared(
+    parser: argparse.ArgumentParser,
+    files: str = "audio files; - reads their names from stdin",
+    lengths: tuple[str, str] = _LENGTHS,
+) -> None:
+    """The options of every command; `lengths` says what pieces and overlap are without the options for them."""
     running = RunSettings()
     add = parser.add_argument
     add("files", nargs="+", metavar="FILES", help=files)
@@ -32,8 +39,8 @@ def add_shared(parser: argparse.ArgumentParser, files: str = "audio files; - rea
     add("--device", choices=("cpu", "gpu", "tpu"), help="where to compute; the fastest there is if not given")
     add("--resample", action="store_true", help="take files at other rates than 16 kHz")
     add("--batch-seconds", type=float, default=running.batch_seconds, help="most audio in a batch (default: 60)")
-    add("--chunk-seconds", type=float, default=running.chunks.seconds, help="longer files are cut (default: 30)")
-    add("--overlap-seconds", type=float, default=running.chunks.overlap_seconds, help="of two pieces (default: 6)")
+    add("--chunk-seconds", type=float, help=f"longer files are cut into pieces (default: {lengths[0]})")
+    add("--overlap-seconds", type=float, help=f"of two pieces (default: {lengths[1]})")
     add("--quiet", action="store_true", help="no progress bar")
 
 
@@ -53,14 +60,18 @@ def choose_device(options: argparse.Namespace) -> None:
         raise UsageError(f"--device {options.device}: JAX finds none ({str(error).splitlines()[0]})") from error
 
 
-def run_settings(options: argparse.Namespace) -> RunSettings:
-    """Batches and chunks as asked for.
+def run_settings(options: argparse.Namespace, chunks: ChunkSettings | None = None) -> RunSettings:
+    """Batches and chunks as asked for; where nothing is, pieces of `chunks`, and its share of a piece as overlap.
 
     Raises:
         ValueError: lengths that cannot be.
 
     """
-    chunks = ChunkSettings(seconds=options.chunk_seconds, overlap_seconds=options.overlap_seconds)
+    chunks = ChunkSettings() if chunks is None else chunks
+    length, overlap = options.chunk_seconds, options.overlap_seconds
+    length = chunks.seconds if length is None else length
+    overlap = chunks.overlap_seconds * length / chunks.seconds if overlap is None else overlap
+    chunks = ChunkSettings(seconds=length, overlap_seconds=overlap)
     if not options.batch_seconds > 0:
         raise UsageError(f"--batch-seconds: found {options.batch_seconds}, expected more than 0")
     return RunSettings(chunks=chunks, batch_seconds=options.batch_seconds)
