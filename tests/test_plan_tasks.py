@@ -1,10 +1,13 @@
 """Runs planned with the CPU's compiler: tasks, cures that were compiled, messages that do not grow with the mesh."""
 
 import json
+import re
+from pathlib import Path
 
 import jax
 import pytest
 
+from configs.finetune import classification, frame_classification, speaker_ecapa, speaker_xvector
 from configs.finetune import ctc as recipes
 from configs.pretrain import demo
 from wavlm_jax.plan.__main__ import OUTLINES, plan
@@ -13,6 +16,7 @@ from wavlm_jax.plan.targets import CHIPS, PlanTargetError, Target, with_memory
 from wavlm_jax.tasks import ctc
 from wavlm_jax.training.topology import Topology
 
+ROOT = Path(__file__).parents[1]
 SMALL = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -48,6 +52,29 @@ def test_fine_tuning_is_planned_from_its_config_alone():
     assert train.name == "train 16x64"
     assert train.memory.aliased >= made.state_bytes - 64  # the state is updated in place
     assert made.hours > 0
+
+
+def test_every_task_of_train_can_be_planned():
+    section = (ROOT / "train.py").read_text().split("TASKS = {")[1].split("}")[0]
+    assert sorted(OUTLINES) == sorted(re.findall(r'^    "(\w+)":', section, re.MULTILINE))
+
+
+@pytest.mark.parametrize("module", [classification, frame_classification, speaker_ecapa, speaker_xvector])
+def test_recipes_are_outlined_without_corpora_noise_and_trials(module):
+    """Also those whose augmentation reads corpora that are not there."""
+    config = json.loads(module.get_config().to_json())
+    config["augmentation"] |= {"noise_corpus": "/nowhere", "noise_prob": 0.5}
+    task = OUTLINES[config["task"]](config, Topology(4, 0, 1))
+    assert task.stream("train").specs
+    assert jax.eval_shape(task.init, jax.random.key(0))["wavlm"]
+
+
+@pytest.mark.slow
+def test_batch_norms_over_devices_are_planned_too():
+    """ECAPA-TDNN: the only head with running statistics."""
+    config = small(speaker_ecapa.get_config("speakers"), 16)
+    made, _ = plan(config | {"train": config["train"] | {"eval_splits": []}}, machine())
+    assert [found.name for found in made.train] == ["train 16x64"]
 
 
 def test_an_outline_has_the_arrays_of_the_real_stream():

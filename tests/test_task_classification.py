@@ -11,7 +11,7 @@ import pytest
 import sklearn.metrics
 import torch
 import transformers
-from tones import ONE, make_corpus, one_device, ten_texts, tiny_classes, train
+from tones import ONE, assert_outlined, make_corpus, one_device, ten_texts, tiny_classes, train
 from torch_twins import waveforms
 
 import wavlm_jax
@@ -44,6 +44,10 @@ def folders(root):
 def run(root, folders):
     """A finished run, and what its evaluation said."""
     return root / "run", train(classification.build, tiny_classes(folders["train"], folders["same"]), root / "run")
+
+
+def test_it_can_be_planned_without_its_data(folders):
+    assert_outlined(classification.outline, classification.build, tiny_classes(folders["train"], folders["same"]))
 
 
 def test_ten_utterances_are_learned_by_heart(run):

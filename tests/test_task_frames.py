@@ -12,7 +12,7 @@ import soundfile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tones import ONE, make_corpus, tiny, train
+from tones import ONE, assert_outlined, make_corpus, tiny, train
 
 from configs.finetune import frame_classification as recipes
 from configs.finetune import superb_sd
@@ -108,6 +108,10 @@ def run(root, folders):
     return root / "run", train(frame_classification.build, tiny_frames(folders), root / "run")
 
 
+def test_it_can_be_planned_without_its_data(folders):
+    assert_outlined(frame_classification.outline, frame_classification.build, tiny_frames(folders))
+
+
 def test_ten_clips_are_learned_by_heart(run):
     found = run[1].metrics["same"]
     assert found["der"] < 0.02
@@ -115,11 +119,6 @@ def test_ten_clips_are_learned_by_heart(run):
     config, params = load_params(run[0])
     assert config["head"]["num_labels"] == params["classifier"]["kernel"].shape[1] == 3
     assert load_weights(run[0]).origin.trained_seconds == SAMPLES / 16_000
-
-
-def percents(error) -> list[str]:
-    parts = [part / error.total for part in (error.missed, error.false_alarm, error.confusion)]
-    return [f"{100 * part:.2f}" for part in (*parts, error.rate)]
 
 
 def test_the_command_finds_the_turns_and_pyannote_agrees(run, root, capsys):
@@ -132,7 +131,7 @@ def test_the_command_finds_the_turns_and_pyannote_agrees(run, root, capsys):
     regions = [Region(f"same{number}", 0.0, SAMPLES / 16_000) for number in range(10)]
     error = diarization_error(read_rttm(root / "same.rttm"), read_rttm(found), regions)
     assert error.rate < 0.03
-    assert said.splitlines()[-1].split()[:6] == ["all", f"{error.total:.1f}", *percents(error)]
+    assert error.describe() in said
     assert main(["diarize", *files, "--model", str(run[0]), "--reference", str(root / "none.rttm")]) == 2
     (root / "other.rttm").write_text(write_rttm([Turn("other", 0, 1, "A")]))
     assert main(["diarize", *files, "--model", str(run[0]), "--reference", str(root / "other.rttm")]) == 2
@@ -195,20 +194,6 @@ def test_errors_in_jit_are_those_of_pyannote(seed, speakers):
     error = diarization_error(*written, [Region("r", 0.0, 1.0)])
     np.testing.assert_allclose(
         np.array(sums)[:, 0] * 0.02, [error.missed, error.false_alarm, error.confusion, error.total], atol=1e-4
-    )
-
-
-@given(st.integers(0, 2**31), st.integers(1, 4))
-@settings(deadline=None, max_examples=12)
-def test_windows_of_a_recording_have_the_errors_of_rows(seed, speakers):
-    """Three windows of 0.4 s, the last of them half as long, against three rows of the task."""
-    wanted, found = np.random.default_rng(seed).random((2, 3, 20, speakers)) < 0.4
-    mask = np.arange(60).reshape(3, 20) < 50
-    sums = activity_errors(jnp.array(found), jnp.array(wanted), jnp.zeros((3, 20), jnp.uint8), jnp.array(mask))
-    whole = [one.reshape(60, speakers)[:50].astype(np.float32) for one in (wanted, found)]
-    error = diarization_error(*(turns("r", one, EVERY_FRAME) for one in whole), [Region("r", 0.0, 1.0)], window=0.4)
-    np.testing.assert_allclose(
-        np.array(sums).sum(axis=1) * 0.02, [error.missed, error.false_alarm, error.confusion, error.total], atol=1e-4
     )
 
 

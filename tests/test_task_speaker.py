@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from sklearn.metrics import roc_curve
-from tones import ONE, make_corpus, ten_texts, tiny_speakers, train
+from tones import ONE, assert_outlined, make_corpus, ten_texts, tiny_speakers, train
 from torch_twins import waveforms
 
 import wavlm_jax
@@ -25,6 +25,7 @@ from wavlm_jax.training.run_settings import RunSettings
 from wavlm_jax.training.stored import load_params
 
 BUILD = {"speaker_xvector": speaker.build_xvector, "speaker_ecapa": speaker.build_ecapa}
+OUTLINE = {"speaker_xvector": speaker.outline_xvector, "speaker_ecapa": speaker.outline_ecapa}
 RECIPES = {"speaker_xvector": speaker_xvector, "speaker_ecapa": speaker_ecapa}
 
 
@@ -53,6 +54,12 @@ def run(request, root, folders, trials):
     name, folder = request.param, root / request.param
     config = tiny_speakers(RECIPES[name], folders["train"], folders["same"], trials=[str(trials)])
     return name, folder, train(BUILD[name], config, folder)
+
+
+@pytest.mark.parametrize("name", list(BUILD))
+def test_it_can_be_planned_without_its_data(name, folders, trials):
+    config = tiny_speakers(RECIPES[name], folders["train"], folders["same"], trials=[str(trials)])
+    assert_outlined(OUTLINE[name], BUILD[name], config)
 
 
 def test_ten_utterances_are_learned_by_heart(run):

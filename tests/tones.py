@@ -102,6 +102,20 @@ def tiny_speakers(recipe, train: Path, evaluation: Path, **changes) -> dict:
     return tiny(config, train, evaluation, **({"train": {"num_steps": 100, "eval_every": 100}} | changes))
 
 
+def assert_outlined(outline, build, config: dict) -> None:
+    """The batches that are planned are those of the data: the same arrays, for every bucket that the data fill."""
+    planned, real = (make(config, ONE) for make in (outline, build))
+    for split in ("train", *config["train"]["eval_splits"]):
+        there = {spec.name: spec for spec in planned.stream(split).specs}
+        for spec in real.stream(split).specs:
+            found = there[spec.name]
+            assert {name: (one.shape, one.dtype) for name, one in found.arrays.items()} == {
+                name: (one.shape, one.dtype) for name, one in spec.arrays.items()
+            }
+            assert found.microbatches == spec.microbatches
+    assert {*planned.freeze} == {*real.freeze}
+
+
 def one_device() -> jax.sharding.Mesh:
     """A mesh of one of the eight devices that tests have."""
     return jax.sharding.Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor"))

@@ -23,10 +23,17 @@ from wavlm_jax.plan.program import Memory
 from wavlm_jax.plan.report import as_json, as_text
 from wavlm_jax.plan.run import LabelStep, Outline, Plan, plan_run, same_programs
 from wavlm_jax.plan.targets import Target, open_target, with_memory
-from wavlm_jax.tasks import ctc
+from wavlm_jax.tasks import classification, ctc, frame_classification, speaker
 
-OUTLINES: dict[str, Outline] = {"masked_prediction": pretraining.outline, "ctc": ctc.outline}
-"""The tasks of train.py that can be planned without their data."""
+OUTLINES: dict[str, Outline] = {
+    "masked_prediction": pretraining.outline,
+    "ctc": ctc.outline,
+    "classification": classification.outline,
+    "frame_classification": frame_classification.outline,
+    "speaker_xvector": speaker.outline_xvector,
+    "speaker_ecapa": speaker.outline_ecapa,
+}
+"""The tasks of train.py, without their data."""
 LABEL_STEPS: dict[str, LabelStep] = {"masked_prediction": pretraining.label_step}
 """Of those that make labels first."""
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
@@ -103,6 +104,14 @@ class ActivityLabels:
         activity = np.zeros((frames, self.num_speakers), np.uint8)
         activity[:, : len(kept)] = active[:, kept]
         return {"activity": activity, "others": active[:, rest].sum(axis=1, dtype=np.uint8)}
+
+    @staticmethod
+    def shapes(num_speakers: int, frames: int) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """What a row of `frames` gets, of turns that are not there yet."""
+        return {
+            "activity": jax.ShapeDtypeStruct((frames, num_speakers), np.uint8),
+            "others": jax.ShapeDtypeStruct((frames,), np.uint8),
+        }
 
     def _active(self, index: int, first_frame: int, frames: int) -> Bool[np.ndarray, "frames everyone"]:
         """Each speaker of the recording in each frame of the row."""

@@ -157,10 +157,10 @@ def head_config(section: Mapping[str, Any], **derived: int) -> HeadConfig:
 
 
 def assemble(settings: TaskSettings, parts: Parts, topology: Topology, load: Load) -> Task:
-    """The task of these parts; `load` reads what `init.path` names."""
+    """The task of these parts; `load` reads what `init.path` names. Without splits (`outlined`) nothing is read yet."""
     corpora = {f"corpus.{split}": parts.splits[split].corpus.fingerprint for split in parts.splits}
     augment = augment_for(settings.augmentation, by_frame=parts.by_frame, own_classes=parts.speeds_are_classes)
-    if augment is not None:
+    if augment is not None and parts.splits:
         corpora |= augment.fingerprints()
     return Task(
         init=_initialiser(parts.model, settings),

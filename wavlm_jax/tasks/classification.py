@@ -11,6 +11,7 @@ from wavlm_jax.loading import load_weights
 from wavlm_jax.metrics.classification import classification_score
 from wavlm_jax.shapes import Batch, Params, StepKey
 from wavlm_jax.tasks.building import (
+    Corpora,
     LossSums,
     Parts,
     Split,
@@ -20,6 +21,7 @@ from wavlm_jax.tasks.building import (
     head_config,
     heads,
     open_corpora,
+    outlined,
     read_task,
 )
 from wavlm_jax.tasks.forward import arguments
@@ -48,15 +50,30 @@ def build(config: Mapping[str, Any], topology: Topology) -> Task:
 
     """
     settings = read_task(config, ClassificationSettings)
-    corpora = open_corpora(settings.data)
-    classes = training_classes(settings.target, corpora["train"])
+    return _assembled(settings, open_corpora(settings.data), topology)
+
+
+def outline(config: Mapping[str, Any], topology: Topology) -> Task:
+    """The same task without corpora, for `wavlm_jax.plan`, with `targets.PLANNED_CLASSES` classes.
+
+    Raises:
+        SettingsError: as `build`.
+        ValueError: batches that cannot be cut.
+
+    """
+    settings = read_task(config, ClassificationSettings)
+    return outlined(_assembled(settings, {}, topology), settings, ClassNumber.shapes, topology)
+
+
+def _assembled(settings: ClassificationSettings, corpora: Corpora, topology: Topology) -> Task:
+    classes = training_classes(settings.target, corpora.get("train"))
     head = head_config(settings.head, num_labels=len(classes.names))
     model = heads.WavLMForSequenceClassification(settings.model, head, settings.compute)
     splits = {
         name: Split(corpus, chosen(corpus, classes), ClassNumber(classes.numbers(corpus)))
         for name, corpus in corpora.items()
     }
-    if topology.process_index == 0:
+    if topology.process_index == 0 and corpora:
         print("\n".join(describe(corpus, classes, name) for name, corpus in corpora.items()), flush=True)
     parts = Parts(
         model=model,

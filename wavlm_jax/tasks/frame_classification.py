@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from wavlm_jax.shapes import STANDARD, Batch, Params, StepKey
 from wavlm_jax.tasks.activity import ActivityLabels, crops_an_epoch, recorded
 from wavlm_jax.tasks.activity_errors import activity_errors
 from wavlm_jax.tasks.building import (
+    Corpora,
     LossSums,
     Parts,
     Split,
@@ -23,6 +25,7 @@ from wavlm_jax.tasks.building import (
     head_config,
     heads,
     open_corpora,
+    outlined,
     read_task,
 )
 from wavlm_jax.tasks.forward import arguments
@@ -59,11 +62,28 @@ def build(config: Mapping[str, Any], topology: Topology) -> Task:
 
     """
     settings = read_task(config, FrameClassificationSettings)
+    return _assembled(settings, open_corpora(settings.data), topology)
+
+
+def outline(config: Mapping[str, Any], topology: Topology) -> Task:
+    """The same task without corpora, for `wavlm_jax.plan`.
+
+    Raises:
+        SettingsError: as `build`.
+        ValueError: batches that cannot be cut.
+
+    """
+    settings = read_task(config, FrameClassificationSettings)
+    shapes = partial(ActivityLabels.shapes, head_config(settings.head).num_labels)
+    return outlined(_assembled(settings, {}, topology), settings, shapes, topology)
+
+
+def _assembled(settings: FrameClassificationSettings, corpora: Corpora, topology: Topology) -> Task:
     head = head_config(settings.head)
     _check(settings.model, head.num_labels)
     model = heads.WavLMForAudioFrameClassification(settings.model, head, settings.compute)
     splits, fingerprints = {}, {}
-    for name, corpus in open_corpora(settings.data).items():
+    for name, corpus in corpora.items():
         turns = recorded(corpus)
         if topology.process_index == 0:
             print(turns.describe(name), flush=True)

@@ -13,6 +13,7 @@ from wavlm_jax.model.ecapa import AVERAGES
 from wavlm_jax.settings import SettingsError
 from wavlm_jax.shapes import Batch, Params, StepKey
 from wavlm_jax.tasks.building import (
+    Corpora,
     LossSums,
     Parts,
     Split,
@@ -22,6 +23,7 @@ from wavlm_jax.tasks.building import (
     head_config,
     heads,
     open_corpora,
+    outlined,
     read_task,
 )
 from wavlm_jax.tasks.forward import arguments
@@ -68,6 +70,16 @@ def build_ecapa(config: Mapping[str, Any], topology: Topology) -> Task:
     return build(config, topology, heads.WavLMForECAPA)
 
 
+def outline_xvector(config: Mapping[str, Any], topology: Topology) -> Task:
+    """An x-vector task without data; see `outline`."""
+    return outline(config, topology, heads.WavLMForXVector)
+
+
+def outline_ecapa(config: Mapping[str, Any], topology: Topology) -> Task:
+    """An ECAPA-TDNN task without data; see `outline`."""
+    return outline(config, topology, heads.WavLMForECAPA)
+
+
 def build(config: Mapping[str, Any], topology: Topology, kind: type[heads.Headed]) -> Task:
     """The task of a speaker config. Speakers and trials are looked at before anything is compiled.
 
@@ -82,19 +94,34 @@ def build(config: Mapping[str, Any], topology: Topology, kind: type[heads.Headed
 
     """
     settings = read_task(config, SpeakerSettings)
-    corpora = open_corpora(settings.data)
-    classes = training_classes(settings.target, corpora["train"])
+    return _assembled(settings, open_corpora(settings.data), topology, kind)
+
+
+def outline(config: Mapping[str, Any], topology: Topology, kind: type[heads.Headed]) -> Task:
+    """The same task without corpora and trials, for `wavlm_jax.plan`, with `targets.PLANNED_CLASSES` speakers.
+
+    Raises:
+        SettingsError: as `build`.
+        ValueError: batches that cannot be cut.
+
+    """
+    settings = read_task(config, SpeakerSettings)
+    return outlined(_assembled(settings, {}, topology, kind), settings, ClassNumber.shapes, topology)
+
+
+def _assembled(settings: SpeakerSettings, corpora: Corpora, topology: Topology, kind: type[heads.Headed]) -> Task:
+    classes = training_classes(settings.target, corpora.get("train"))
     speeds = _classes_by_speed(settings, len(classes.names))
     names = classes.names if speeds is None else speeds.names(classes.names)
     head = head_config(settings.head, num_labels=len(names))
     model = kind(settings.model, head, settings.compute)
     numbers = {name: classes.numbers(corpus) for name, corpus in corpora.items()}
     splits = {name: Split(corpus, None, ClassNumber(numbers[name])) for name, corpus in corpora.items()}
-    taken = (numbers["train"] >= 0).nonzero()[0]
-    splits["train"] = Split(corpora["train"], taken, ClassNumber(numbers["train"], speeds))
-    trials = place_trials(settings.trials, corpora)
-    if topology.process_index == 0:
-        print(describe(corpora["train"], classes, "train"), flush=True)
+    if corpora:
+        taken = (numbers["train"] >= 0).nonzero()[0]
+        splits["train"] = Split(corpora["train"], taken, ClassNumber(numbers["train"], speeds))
+        if topology.process_index == 0:
+            print(describe(corpora["train"], classes, "train"), flush=True)
     parts = Parts(
         model=model,
         head=head,
@@ -105,7 +132,7 @@ def build(config: Mapping[str, Any], topology: Topology, kind: type[heads.Headed
         crop=settings.target.shown == "crops",
         names=names,
         speeds_are_classes=speeds is not None,
-        score=VerificationScores(trials),
+        score=VerificationScores(place_trials(settings.trials, corpora) if corpora else {}),
         freeze=_RUNNING_STATISTICS if kind is heads.WavLMForECAPA else {},
     )
     return assemble(settings, parts, topology, load_weights)

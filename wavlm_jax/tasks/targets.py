@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Int32, Int64
 
@@ -17,6 +18,8 @@ from wavlm_jax.text.lines import RecordError, read_lines
 
 UNKNOWN = -1
 """Number of a class that training does not have."""
+PLANNED_CLASSES = 5994
+"""Of a run that is planned without its corpus: the speakers of VoxCeleb 2, which is more than most have."""
 _NAMED = 8
 
 
@@ -76,6 +79,11 @@ class ClassNumber:
             number = self.speeds.number(number, bits)
         return {"labels": np.asarray(number, np.int32)}
 
+    @staticmethod
+    def shapes(_frames: int) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """What a row gets, of classes that are not there yet."""
+        return {"labels": jax.ShapeDtypeStruct((), np.int32)}
+
 
 @dataclass(frozen=True)
 class ClassesBySpeed:
@@ -99,13 +107,15 @@ class ClassesBySpeed:
         return (*names, *(f"{name} @{speed:g}" for speed in self.others for name in names))
 
 
-def training_classes(settings: TargetSettings, train: Corpus) -> Classes:
-    """The classes that the training corpus has.
+def training_classes(settings: TargetSettings, train: Corpus | None) -> Classes:
+    """The classes that the training corpus has; where that is not there yet, `PLANNED_CLASSES` that stand in.
 
     Raises:
         SettingsError: fewer than two, or a table that is none.
 
     """
+    if train is None:
+        return Classes(tuple(f"class {number}" for number in range(PLANNED_CLASSES)), settings, None)
     table = None if settings.table is None else _read_table(Path(settings.table))
     names = tuple(sorted({*_values(train, settings, table)} - {""}))
     if len(names) < 2:  # noqa: PLR2004
