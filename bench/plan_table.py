@@ -3,8 +3,9 @@
     python -m bench.plan_table compile            # a process a cell, about 15 s of CPU each; finished cells are kept
     python -m bench.plan_table print              # the rows of the table, from docs/plans/
 
-A cell waits for the optimized program and the assignment of its buffers, and not for machine code, which takes ten
-times as long. Memory and traffic seem to be upper bounds (docs/LOG.md).
+A TPU's cell waits for the optimized program and the assignment of its buffers, and not for machine code, which takes
+ten times as long; memory and traffic are those of the finished program (docs/LOG.md, 2026-11-26). A GPU's cell is
+compiled to the end, where JAX's CUDA plugin is installed.
 `python -m wavlm_jax.plan` compiles to the end.
 """
 
@@ -30,6 +31,7 @@ TOPOLOGIES = {
     "v4-32": "v4:2x2x4",
     "v5p-128": "v5p:4x4x4",
     "v6e-256": "v6e:16x16",
+    "h100-64": "h100:64",
 }
 GIB = 2**30
 COLUMNS = (
@@ -66,14 +68,22 @@ def main() -> None:
 
 def compile_all() -> None:
     """Every cell in a process of its own: only the end of the process stops the compiler."""
+    from wavlm_jax.plan.targets import installed
+
+    machines = [name for name in TOPOLOGIES if not name.startswith("h100") or installed("jax_plugins.xla_cuda12")]
     for split in ("train", "valid"):
-        for machine in TOPOLOGIES:
+        for machine in machines:
             for model in MODELS:
                 file = FOLDER / f"{model}_{machine}_{split}.json"
-                if not file.exists():
+                if not _done(file):
                     print(file.name, flush=True)
                     command = [sys.executable, "-m", "bench.plan_table", "cell", model, machine, split, str(file)]
                     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+
+
+def _done(file: Path) -> bool:
+    """Whether a cell is there, and of a version that kept what the partitioner said."""
+    return file.exists() and "replicated" in json.loads(file.read_text())
 
 
 def compile_cell(model: str, machine: str, split: str, file: str) -> None:
@@ -97,12 +107,34 @@ def compile_cell(model: str, machine: str, split: str, file: str) -> None:
         "state_bytes": state,
         "flops": matrix_flops(traced.jaxpr) / mesh.size,
     }
-    with tempfile.TemporaryDirectory(prefix="wavlm-plan-") as dumped:
-        outcome = optimized(traced.lower(), Path(dumped))
-        found |= {"failed": outcome} if isinstance(outcome, str) else counted(*outcome, mesh, target)
+    figures = finished if target.platform == "cuda" else stopped
+    found |= figures(traced, spec, mesh, target)
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     Path(file).write_text(json.dumps(found, indent=1) + "\n")
     os._exit(0)  # the compiler is still at work
+
+
+def finished(traced: Any, spec: Any, mesh: Any, target: Any) -> dict[str, Any]:
+    """Figures of a program that is compiled to the end: a compiler that does not write what it has on the way."""
+    from wavlm_jax.plan.program import Counted, count
+
+    made = count(spec.name, traced, target, mesh, audio_seconds=spec.seconds, microbatches=spec.microbatches)
+    if not isinstance(made, Counted):
+        return {"buffers": made.peak, "failed": "out of memory"}
+    rows = [asdict(row) for row in made.collectives]
+    replicated = list(made.replicated)
+    return {"buffers": made.memory.peak, "traffic": made.traffic, "collectives": rows, "replicated": replicated}
+
+
+def stopped(traced: Any, _spec: Any, mesh: Any, target: Any) -> dict[str, Any]:
+    """Figures of a program of libtpu's before its machine code is made."""
+    from wavlm_jax.plan import partitioner
+
+    with tempfile.TemporaryDirectory(prefix="wavlm-plan-") as dumped:
+        with partitioner.replicated() as replicated:
+            outcome = optimized(traced.lower(), Path(dumped))
+        found = {"failed": outcome} if isinstance(outcome, str) else counted(*outcome, mesh, target)
+    return found | {"replicated": replicated}
 
 
 def traced_step(config: dict[str, Any], target: Any, split: str) -> tuple[Any, Any, Any, int]:

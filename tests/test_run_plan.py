@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 import tpu_programs
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from configs.pretrain import base, base_plus, large
 from pretrain.task import outline
-from wavlm_jax.plan import targets
+from wavlm_jax.plan import partitioner, targets
 from wavlm_jax.plan.cures import changed, find_cures
 from wavlm_jax.plan.flops import loop_outputs, matrix_flops
 from wavlm_jax.plan.hlo import Module
@@ -162,6 +163,27 @@ def test_a_gradient_is_reduced_once_over_all_devices(counted):
     assert row["links"] == "ICI x (no ring), y (no ring)"
 
 
+def test_what_the_partitioner_replicates_is_found(counted):
+    """libtpu is silent about it unless told otherwise, so a program that provokes it has to be found."""
+    assert counted["gradient"]["replicated"] == []
+    (array,) = counted["conflict"]["replicated"]
+    assert re.fullmatch(r"f32\[8,16,8\]\S* of \S+ from \{devices=\[2,1,2\]\S+ to \{devices=\[1,4,1\]\S+", array)
+
+
+def test_what_else_is_printed_meanwhile_is_passed_on(capfd):
+    """With the text of XLA's partitioner for CPUs."""
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    given, wanted = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("y", None, "x"), (None, ("x", "y"), None)))
+    cube = jax.ShapeDtypeStruct((16, 16, 16), "float32", sharding=given)
+    lowered = jax.jit(lambda x: 1 + jax.lax.with_sharding_constraint(jnp.sin(x), wanted)).lower(cube)
+    with partitioner.replicated() as found:
+        lowered.compile()
+        print("and something else", file=sys.stderr)
+    assert len(found) == 1
+    assert found[0].startswith("f32[8,16,4]")
+    assert capfd.readouterr().err == "and something else\n"
+
+
 def test_memory_is_the_compilers_own(counted):
     memory = counted["add"]["memory"]
     assert memory["fits"]
@@ -200,11 +222,11 @@ def test_a_run_is_planned_from_its_config_alone(dtype):
     """The real steps of a config whose corpus and labels do not exist, by the real compiler, without a TPU."""
     done = plan("--topology=v5e:2x2", "--json", f"--config.compute.dtype={dtype}", "--config.mesh.fsdp=1", *SMALL)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "rematerialization" not in done.stderr
     made = json.loads(done.stdout)
     assert made["fits"]
     assert (made["devices"], made["processes"]) == (4, 1)
     assert {name.split()[0] for name in made["programs"]} == {"train", "valid", "labels"}
+    assert [found["replicated"] for found in made["programs"].values()] == [[], [], []]
     train = next(found for name, found in made["programs"].items() if name.startswith("train"))
     assert train["memory"]["aliased"] >= made["state_bytes"] - 64  # the state is updated in place
     assert 0 < train["memory"]["peak"] < made["chip"]["memory"]

@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from wavlm_jax.plan.program import count
 from wavlm_jax.plan.targets import open_target
@@ -57,7 +58,17 @@ def main() -> None:
     for name, (function, arguments) in programs(array).items():
         traced = jax.jit(function, out_shardings=whole).trace(*arguments)
         counted[name] = dataclasses.asdict(count(name, traced, target, mesh, audio_seconds=1.0, microbatches=1))
-    print(json.dumps(counted))
+    traced, crossed = conflict(target.devices)
+    found = count("conflict", traced, target, crossed, audio_seconds=1.0, microbatches=1)
+    print(json.dumps(counted | {"conflict": dataclasses.asdict(found)}))
+
+
+def conflict(devices):
+    """(program, mesh): an array that is to lie in another way, which the partitioner can only do by way of all of it"""
+    mesh = Mesh(np.array(devices).reshape(2, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    given, wanted = PartitionSpec("y", None, "x"), NamedSharding(mesh, PartitionSpec(None, ("x", "y"), None))
+    cube = jax.ShapeDtypeStruct((16, 16, 16), "float32", sharding=NamedSharding(mesh, given))
+    return jax.jit(lambda x: 1 + jax.lax.with_sharding_constraint(jnp.sin(x), wanted)).trace(cube), mesh
 
 
 if __name__ == "__main__":

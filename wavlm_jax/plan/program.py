@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 from jax.stages import Traced
 
+from wavlm_jax.plan import partitioner
 from wavlm_jax.plan.collectives import Collective, collectives
 from wavlm_jax.plan.flops import loop_outputs, matrix_flops
 from wavlm_jax.plan.hlo import Module
@@ -79,6 +80,8 @@ class Counted:
     roofline: Roofline
     audio_rate: float
     """Seconds of audio a second and chip, at the roofline."""
+    replicated: tuple[str, ...]
+    """Arrays that the partitioner brought whole to every device for want of another way; there should be none."""
     compile_seconds: float
 
 
@@ -97,7 +100,8 @@ def count(
     with tempfile.TemporaryDirectory(prefix="wavlm-plan-") as folder:
         dump: dict[str, Any] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         try:
-            compiled = traced.lower().compile(compiler_options=dump if target.platform == "tpu" else _UNTUNED)
+            with partitioner.replicated() as replicated:
+                compiled = traced.lower().compile(compiler_options=dump if target.platform == "tpu" else _UNTUNED)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -113,7 +117,19 @@ def count(
     )
     seconds = time.monotonic() - started
     rate = audio_seconds / roofline.seconds / mesh.size
-    return Counted(name, audio_seconds, microbatches, memory, flops, traffic, found, roofline, rate, seconds)
+    return Counted(
+        name=name,
+        audio_seconds=audio_seconds,
+        microbatches=microbatches,
+        memory=memory,
+        flops=flops,
+        traffic=traffic,
+        collectives=found,
+        roofline=roofline,
+        audio_rate=rate,
+        replicated=tuple(replicated),
+        compile_seconds=seconds,
+    )
 
 
 @runtime_checkable

@@ -32,6 +32,9 @@ def as_text(plan: Plan, target: Target, name: str, cures: Sequence[Cure]) -> str
     for program, found in plan.programs.items():
         if isinstance(found, Counted) and found.collectives:
             lines += ["", f"collectives of {program}:", *_collectives(found)]
+        if isinstance(found, Counted) and found.replicated:
+            lines += ["", f"{program}: the partitioner brings whole arrays to every device, {len(found.replicated)}:"]
+            lines += [f"  {array}" for array in found.replicated]
     lines += ["", *_outcome(plan, cures)]
     return "\n".join(lines)
 

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from wavlm_jax.plan import partitioner
+
 GIB = 2**30
 TPU_CHIPS_A_HOST = 4
 GPUS_A_HOST = 8
@@ -175,6 +177,8 @@ def _tpu_devices(topology: str, chip: Chip, sizes: tuple[int, ...], slices: int)
         raise PlanTargetError(f"--topology: {topology} has {len(sizes)} axes, {chip.name} has {chip.axes}")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU in this machine to ask about
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # and nobody else to share it with
+    for name, level in partitioner.SPEAKING.items():
+        os.environ.setdefault(name, level)
     options: dict[str, Any] = {"chip_config_name": chip.cores}
     if math.prod(sizes) < TPU_CHIPS_A_HOST:
         options["chips_per_host_bounds"] = (*sizes, 1)[:3]
