@@ -59,18 +59,14 @@ def align(log_probs: LogProbs, text: str, vocabulary: Vocabulary) -> Alignment:
     return Alignment(transcript(runs, vocabulary), total, confidence)
 
 
-def best_path(log_probs: LogProbs, labels: Sequence[int] | Int[np.ndarray, "labels"], blank_id: int) -> Ids:
-    """The token of each frame on the most likely path that collapses to `labels`.
-
-    States are the labels with a blank around each; frames are taken one after the other, all states at once:
-    O(frames x labels) time, one byte of memory for each pair of frame and state.
+def check_fit(labels: Sequence[int] | Int[np.ndarray, "labels"], frames: int) -> None:
+    """Whether a text can be aligned with audio of so many frames, before anything is computed.
 
     Raises:
-        AlignmentError: no labels, or more than the frames can hold.
+        AlignmentError: no labels, more than the frames can hold, or more of both than memory should.
 
     """
-    labels = np.asarray(labels, np.int64)
-    frames, needed = len(log_probs), frames_needed(labels)
+    needed = frames_needed(labels)
     if not len(labels):
         raise AlignmentError("text: found nothing to align, expected at least one character")
     if needed > frames:
@@ -78,6 +74,29 @@ def best_path(log_probs: LogProbs, labels: Sequence[int] | Int[np.ndarray, "labe
             f"text: {len(labels)} characters need {needed} frames, the audio has {frames} ({frames * 20} ms); is it "
             "the text of this audio?"
         )
+    if frames * (2 * len(labels) + 1) > _MOST_PAIRS:
+        raise AlignmentError(
+            f"text: {len(labels)} characters in {frames} frames ({frames / 3000:.0f} min) would take "
+            f"{frames * (2 * len(labels) + 1) >> 30} GiB; cut audio and text into parts"
+        )
+
+
+_MOST_PAIRS = 1 << 35
+"""Bytes of the search: half an hour of audio with 25,000 characters is 4.5 GB, and it grows with the square."""
+
+
+def best_path(log_probs: LogProbs, labels: Sequence[int] | Int[np.ndarray, "labels"], blank_id: int) -> Ids:
+    """The token of each frame on the most likely path that collapses to `labels`.
+
+    States are the labels with a blank around each; frames are taken one after the other, all states at once:
+    O(frames x labels) time, one byte of memory for each pair of frame and state.
+
+    Raises:
+        AlignmentError: see `check_fit`.
+
+    """
+    labels, frames = np.asarray(labels, np.int64), len(log_probs)
+    check_fit(labels, frames)
     states = np.full(2 * len(labels) + 1, blank_id, np.int64)
     states[1::2] = labels
     may_skip = np.zeros(len(states), bool)

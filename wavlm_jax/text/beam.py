@@ -7,6 +7,7 @@ it is one of words. Models are ARPA or KenLM binary files. KenLM reads them: tak
 take a program.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,8 @@ class BeamSearch:
         """
         if lexicon is not None and vocabulary.delimiter is None:
             raise DecoderError("lexicon: the vocabulary has no delimiter between words; decode without a lexicon")
+        if language_model is not None and not language_model.is_file():
+            raise DecoderError(f"{language_model}: no such file; expected a language model (ARPA or KenLM binary)")
         self._vocabulary, self._settings = vocabulary, settings
         self._words = None if lexicon is None else list(lexicon)
         self._bare = language_model is None and lexicon is None
@@ -188,8 +191,6 @@ class BeamSearch:
     def _language_model(self, path: Path | None, units: Sequence[str]) -> Any:
         if path is None:
             return self._parts.ZeroLM()
-        if not path.is_file():
-            raise DecoderError(f"{path}: no such file; expected a language model (ARPA or KenLM binary)")
         names = [*units, _NO_WORD]
         try:
             dictionary = self._flashlight.dictionary.Dictionary(names)
@@ -209,7 +210,7 @@ class BeamSearch:
             raise DecoderError(
                 f"{path}: does not know {len(missing)} of {len(units) - len(special)} {what} ({listed}); is it a model "
                 "of the same case and of the right units (characters without a lexicon, words with one)? "
-                "lm_unknown='allow' goes on"
+                "lm_unknown='allow' (--lm-unknown allow) goes on"
             )
 
 
@@ -247,8 +248,18 @@ def _flashlight() -> _Flashlight:
         import flashlight.lib.text.dictionary as dictionary  # noqa: PLC0415, PLR0402
         from flashlight.lib.text import decoder  # noqa: PLC0415
     except ImportError as error:
-        raise DecoderError(
-            "beam search needs flashlight-text, which is not installed: pip install 'wavlm-jax[decode]' (its wheels "
-            "are for Python 3.11 and 3.12; under 3.13 decode greedily, or build it from source)"
-        ) from error
+        raise DecoderError(f"beam search needs flashlight-text, which is not installed: {_cure()}") from error
     return _Flashlight(decoder, dictionary, kenlm)
+
+
+def _cure() -> str:
+    if sys.version_info < _NO_WHEEL:
+        return "pip install 'wavlm-jax[decode]'"
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    return (
+        f"there is no wheel for Python {version}. Decode greedily (neither --lm, --lexicon nor --beam), take Python "
+        "3.11 or 3.12 with 'wavlm-jax[decode]', or build flashlight-text from source"
+    )
+
+
+_NO_WHEEL = (3, 13)
