@@ -12,8 +12,8 @@ Expected: not measured at this size here; docs/results.md has what `speakers` re
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from configs.finetune.sections import CONV_ENCODER, fine_tuning
-from configs.pretrain import base, demo, large
+from configs.finetune.sections import CONV_ENCODER, fine_tuning, small_speakers
+from configs.pretrain import base, large
 
 
 def _full_size(preset: str) -> ConfigDict:
@@ -34,27 +34,10 @@ def _full_size(preset: str) -> ConfigDict:
     return config
 
 
-def _speakers() -> ConfigDict:
-    """The demo's model on crops of a second or three."""
-    config = demo.get_config()
-    config.model.update({"mask_time_prob": 0.1, "mask_time_length": 4, "mask_time_min_masks": 0})
-    config.data.train = "runs/speakers/corpus/train"
-    config.data.evaluation = ("runs/speakers/corpus/valid", "runs/speakers/corpus/test")
-    config.data.evaluation_buckets = (128, 256, 512)
-    config.batch.buckets = (48, 96, 144)
-    config.batch.seconds_per_update = 24.0
-    config.train.num_steps = 400
-    config.train.eval_every = 100
-    config.train.eval_splits = ("valid", "test")
-    config.optim.learning_rate = 1e-3
-    config.optim.warmup_steps = 40
-    return config
-
-
 def get_config(preset: str = "base") -> ConfigDict:
     if preset not in ("base", "large", "speakers"):
         raise ValueError(f"configs/finetune/classification.py:{preset}: no such preset; expected base, large, speakers")
-    config = _speakers() if preset == "speakers" else _full_size(preset)
+    config = small_speakers((128, 256, 512)) if preset == "speakers" else _full_size(preset)
     config.task = "classification"
     config.target = ConfigDict({"column": "speaker", "table": placeholder(str), "shown": "crops"})
     config.head = ConfigDict({"classifier_proj_size": 256, "use_weighted_layer_sum": False, "layer_sum_states": "raw"})

@@ -3,6 +3,8 @@
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from configs.pretrain import demo
+
 
 def fine_tuning(config: ConfigDict) -> ConfigDict:
     """`config`, of pre-training, with the sections of fine-tuning in the place of those that are pre-training's own."""
@@ -40,6 +42,23 @@ def without_noise(config: ConfigDict) -> None:
     """Dropout, layer drop and masks off: what a frozen or a very small model wants."""
     names = ("feat_proj_dropout", "hidden_dropout", "attention_dropout", "activation_dropout", "layerdrop")
     config.model.update(dict.fromkeys((*names, "mask_time_prob", "mask_feature_prob"), 0.0))
+
+
+def small_speakers(evaluation_buckets: tuple[int, ...]) -> ConfigDict:
+    """The demo's model on crops of one to three seconds of a corpus of speakers, minutes on two cores."""
+    config = demo.get_config()
+    config.model.update({"mask_time_prob": 0.1, "mask_time_length": 4, "mask_time_min_masks": 0})
+    config.data.train = "runs/speakers/corpus/train"
+    config.data.evaluation = ("runs/speakers/corpus/valid", "runs/speakers/corpus/test")
+    config.data.evaluation_buckets = evaluation_buckets
+    config.batch.buckets = (48, 96, 144)
+    config.batch.seconds_per_update = 24.0
+    config.train.num_steps = 400
+    config.train.eval_every = 100
+    config.train.eval_splits = ("valid", "test")
+    config.optim.learning_rate = 1e-3
+    config.optim.warmup_steps = 40
+    return config
 
 
 CONV_ENCODER = {"conv_encoder": {"pattern": "^wavlm/feature_extractor/", "updates": None}}

@@ -14,8 +14,8 @@ Expected: not measured at this size here; docs/results.md has what `speakers` re
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from configs.finetune.sections import CONV_ENCODER, fine_tuning
-from configs.pretrain import base, demo, large
+from configs.finetune.sections import CONV_ENCODER, fine_tuning, small_speakers
+from configs.pretrain import base, large
 
 
 def _full_size(preset: str) -> ConfigDict:
@@ -39,20 +39,9 @@ def _full_size(preset: str) -> ConfigDict:
 
 
 def small(head: dict) -> ConfigDict:
-    """The demo's model on crops of one to three seconds, with a head to match."""
-    config = demo.get_config()
-    config.model.update({"mask_time_prob": 0.1, "mask_time_length": 4, "mask_time_min_masks": 0})
+    """The demo's model with a head to match."""
+    config = small_speakers((128, 256, 512, 1024))
     config.head = ConfigDict({"use_weighted_layer_sum": True, "layer_sum_states": "raw"} | head)
-    config.data.train = "runs/speakers/corpus/train"
-    config.data.evaluation = ("runs/speakers/corpus/valid", "runs/speakers/corpus/test")
-    config.data.evaluation_buckets = (128, 256, 512, 1024)
-    config.batch.buckets = (48, 96, 144)
-    config.batch.seconds_per_update = 24.0
-    config.train.num_steps = 400
-    config.train.eval_every = 100
-    config.train.eval_splits = ("valid", "test")
-    config.optim.learning_rate = 1e-3
-    config.optim.warmup_steps = 40
     return config
 
 

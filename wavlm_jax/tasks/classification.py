@@ -25,7 +25,7 @@ from wavlm_jax.tasks.building import (
     read_task,
 )
 from wavlm_jax.tasks.forward import arguments
-from wavlm_jax.tasks.losses import cross_entropy
+from wavlm_jax.tasks.losses import class_sums, cross_entropy
 from wavlm_jax.tasks.targets import ClassNumber, TargetSettings, chosen, describe, training_classes
 from wavlm_jax.training.topology import Topology
 
@@ -107,13 +107,13 @@ class ClassificationLoss:
         output: heads.ClassOutput
         applied: Any = self.model.apply({"params": params}, *arguments(self.model.config, batch, key))
         output = applied
-        counts, labels = batch["weight"] > 0, batch["labels"]
-        rows = jnp.sum(counts.astype(jnp.float32))
-        answers = jnp.argmax(output.logits, axis=-1).astype(jnp.int32)
-        right = jnp.sum((counts & (answers == labels)).astype(jnp.float32))
-        loss = jnp.sum(jnp.where(counts, cross_entropy(output.logits, labels), 0.0))
-        listed = {} if key is not None else {"id": batch["id"], "answer": answers, "label": labels}
-        return LossSums(loss, rows, {"accuracy": (right, rows)}, answers=listed)
+        labels = batch["labels"]
+        sums = class_sums(cross_entropy(output.logits, labels), output.logits, labels, batch["weight"] > 0)
+        answers = {}
+        if key is None:
+            found = jnp.argmax(output.logits, axis=-1).astype(jnp.int32)
+            answers = {"id": batch["id"], "answer": found, "label": labels}
+        return LossSums(sums.loss, sums.rows, {"accuracy": (sums.right, sums.rows)}, answers=answers)
 
 
 @dataclass(frozen=True)

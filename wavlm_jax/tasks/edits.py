@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from wavlm_jax.text.ctc import collapse_greedily
+
 _BASE = np.uint32(1_000_003)
 
 
@@ -23,10 +25,8 @@ class Sequences(NamedTuple):
 
 def greedy(logits: Float[Array, "rows frames vocabulary"], num_frames: Int[Array, "rows"], blank_id: int) -> Sequences:
     """The most likely character of each frame; runs collapsed first, then blanks dropped (FACTS E33)."""
-    ids = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    inside = jnp.arange(ids.shape[1])[None, :] < num_frames[:, None]
-    new = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    return _packed(ids, inside & new & (ids != blank_id))
+    heard = collapse_greedily(logits, num_frames, blank_id)
+    return Sequences(heard.ids, heard.num_tokens)
 
 
 def tidy(text: Sequences, delimiter_id: int | None) -> Sequences:

@@ -33,6 +33,22 @@ def cross_entropy(logits: Classes, labels: Labels) -> Float[Array, "rows"]:
     return -jnp.take_along_axis(log_probs, labels[:, None], axis=1, mode="clip")[:, 0]
 
 
+class ClassSums(NamedTuple):
+    """Sums over the rows that count."""
+
+    loss: Float[Array, ""]
+    rows: Float[Array, ""]
+    right: Float[Array, ""]
+    """Rows whose highest score is that of their class."""
+
+
+def class_sums(losses: Float[Array, "rows"], scores: Classes, labels: Labels, counts: Bool[Array, "rows"]) -> ClassSums:
+    """What an accuracy and a mean loss are made of; rows that do not count may have any label and loss."""
+    right = counts & (jnp.argmax(scores, axis=-1) == labels)
+    loss = jnp.sum(jnp.where(counts, losses, 0.0))
+    return ClassSums(loss, jnp.sum(counts.astype(jnp.float32)), jnp.sum(right.astype(jnp.float32)))
+
+
 def margin_loss(cosines: Classes, labels: Labels, kind: Margin, *, scale: float, margin: float) -> Float[Array, "rows"]:
     """Cross entropy of scaled cosines of which the right one is made smaller first.
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from wavlm_jax.data.augment import Augment
 from wavlm_jax.loading import load_weights
@@ -27,7 +26,7 @@ from wavlm_jax.tasks.building import (
     read_task,
 )
 from wavlm_jax.tasks.forward import arguments
-from wavlm_jax.tasks.losses import Margin, margin_loss
+from wavlm_jax.tasks.losses import Margin, class_sums, margin_loss
 from wavlm_jax.tasks.targets import ClassesBySpeed, ClassNumber, TargetSettings, describe, training_classes
 from wavlm_jax.tasks.verification import VerificationScores, place_trials
 from wavlm_jax.training.freeze import Freeze
@@ -179,12 +178,11 @@ class SpeakerLoss:
         counts = (batch["weight"] > 0) & (labels >= 0)
         margin = self.margin
         losses = margin_loss(output.cosines, labels, margin.kind, scale=margin.scale, margin=margin.margin)
-        rows = jnp.sum(counts.astype(jnp.float32))
-        right = jnp.sum((counts & (jnp.argmax(output.cosines, axis=-1) == labels)).astype(jnp.float32))
+        sums = class_sums(losses, output.cosines, labels, counts)
         answers = {} if key is not None else {"id": batch["id"], "embedding": output.embeddings}
         averages = _by_path(state[AVERAGES]) if AVERAGES in state else {}
-        loss = jnp.sum(jnp.where(counts, losses, 0.0))
-        return LossSums(loss, rows, {"accuracy": (right, rows)}, averages=averages, answers=answers)
+        metrics = {"accuracy": (sums.right, sums.rows)}
+        return LossSums(sums.loss, sums.rows, metrics, averages=averages, answers=answers)
 
 
 def _by_path(averages: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
