@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from wavlm_jax.audio.chunks import ChunkSettings, cut
 from wavlm_jax.audio.inputs import statistics
 from wavlm_jax.audio.recordings import RecordingError, open_recordings
+from wavlm_jax.audio.wave import AudioFault
 from wavlm_jax.shapes import num_frames
 
 
@@ -92,6 +93,20 @@ def test_names_stay_apart(tmp_path):
         soundfile.write(tmp_path / folder / "a.wav", np.zeros(400), 16_000)
     found = open_recordings([tmp_path / "x/a.wav", tmp_path / "y/a.wav"])
     assert [recording.name for recording in found] == [str(tmp_path / "x/a"), str(tmp_path / "y/a")]
+    soundfile.write(tmp_path / "x/a.flac", np.zeros(400), 16_000)
+    paths = [tmp_path / name for name in ("x/a.wav", "y/a.wav", "x/a.flac")]
+    names = [str(tmp_path / name) for name in ("x/a.wav", "y/a", "x/a.flac")]
+    assert [recording.name for recording in open_recordings(paths)] == names
+
+
+def test_a_file_that_breaks_off_is_named(tmp_path):
+    """Its header is whole, so only reading finds out."""
+    soundfile.write(tmp_path / "a.flac", np.random.default_rng(0).normal(size=80_000) * 0.1, 16_000)
+    (tmp_path / "a.flac").write_bytes((tmp_path / "a.flac").read_bytes()[:40_000])
+    (recording,) = open_recordings([tmp_path / "a.flac"])
+    for use in (recording.read, recording.statistics, lambda: recording.read(60_000, 400)):
+        with pytest.raises(AudioFault, match=r"/a\.flac: "):
+            use()
 
 
 def test_a_two_hour_file_is_read_in_flat_memory(tmp_path):

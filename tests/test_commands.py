@@ -1,7 +1,11 @@
 """The command line on exported Hugging Face folders: what transformers' classes say too, and answers to wrong uses."""
 
+import io
 import json
+import os
 import re
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -16,6 +20,7 @@ import wavlm_jax
 from wavlm_jax.__main__ import main
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.convert.huggingface import export_huggingface
+from wavlm_jax.inference.running import RunSettings
 from wavlm_jax.model.head_config import HeadConfig, TaskHead
 from wavlm_jax.model.heads import module_of, tree_shapes
 from wavlm_jax.text.rttm import read_rttm, write_rttm
@@ -89,10 +94,16 @@ def test_embeddings_are_those_of_transformers(folder, capsys):
         np.testing.assert_allclose(row, line["embedding"], atol=1e-6)
 
 
-def test_two_files_and_a_trial_list_are_scored_alike(folder, capsys):
+def test_two_files_and_a_trial_list_are_scored_alike(folder, capsys, monkeypatch):
     model = ["--model", str(folder / "speakers")]
     assert main(["verify", str(folder / "a.wav"), str(folder / "b.wav"), *model]) == 0
     pair = capsys.readouterr().out.split("\t")[0]
+    assert main(["verify", str(folder / "a.wav"), str(folder / "a.wav"), *model]) == 0
+    assert capsys.readouterr().out.startswith("1.000000\t")
+    (folder / "one_kind.txt").write_text("1 a.wav a.wav\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{folder / 'one_kind.txt'}\n"))
+    assert main(["verify", "-", "--root", str(folder), *model]) == 0
+    assert "no error rate: all 1 trials are of one kind" in capsys.readouterr().err
     assert main(["verify", str(folder / "trials.txt"), "--root", str(folder), *model]) == 0
     out, err = capsys.readouterr()
     assert out.splitlines() == ["1.000000\t1\ta.wav\ta.wav", f"{pair}\t0\ta.wav\tb.wav"]
@@ -139,12 +150,41 @@ def test_turns_are_those_of_transformers(folder):
         (["transcribe", "a.wav", "--model", "ctc", "--lm", "none.arpa"], "none.arpa: no such file"),
         (["verify", "a.wav", "a.wav", "a.wav", "--model", "ctc"], "expected two recordings or one trial list"),
         (["transcribe", "a.wav", "--model", "nowhere"], "nowhere"),
+        (["transcribe", "a.wav", "--model", "ctc", "--chunk-seconds", "0"], "found a piece of 0.0 s"),
+        (["diarize", "a.wav", "--model", "turns", "--score-windows", "3"], "--reference, with what, is missing"),
+        (["classify", "a.wav", "--model", "classes", "--top", "0"], "--top: found 0"),
+        (["diarize", "a.wav", "--model", "turns", "--threshold", "2"], "threshold: found 2.0"),
+        (["diarize", "a.wav", "--model", "turns", "--collar", "-1"], "--collar, --score-windows: found -1.0, None"),
     ],
 )
 def test_wrong_uses_are_answered(folder, capsys, monkeypatch, words, message):
     monkeypatch.chdir(folder)
     assert main(words) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_there_is_named(folder):
+    """In a process of its own: JAX looks for devices once. Where its package lacks the plugin it only asserts."""
+    words = [sys.executable, "-m", "wavlm_jax", "transcribe", str(folder / "a.wav"), "--model", str(folder / "ctc")]
+    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    found = subprocess.run([*words, "--device", "gpu"], capture_output=True, text=True, check=False, env=hidden)
+    assert found.returncode == 2
+    assert "--device gpu: JAX finds none" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_what_cannot_be_written_is_said_before_anything_is_computed(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit, match="2"):
+        main(["transcribe", "a.wav", "--model", "ctc", "--out", "gone/a.json"])
+    assert "--out: gone: no such folder" in capsys.readouterr().err
+
+
+def test_a_recording_has_one_text(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / "two.tsv").write_text("a\tAB\na\tAB\na\tCB\n")
+    assert main(["align", "a.wav", "--model", "ctc", "--texts", "two.tsv"]) == 2
+    assert "two.tsv, line 3: found a second text of a, expected one" in capsys.readouterr().err
 
 
 def test_python_says_what_the_command_line_says(folder, capsys):
@@ -168,5 +208,9 @@ def test_python_says_what_the_command_line_says(folder, capsys):
     assert [answers[0].label for answers in wavlm_jax.classify(classes, [other, file])] == named
     written = "".join(write_rttm(found) for found in wavlm_jax.diarize(turns, [other, file]))
     assert written == lines("diarize", "turns")
+    slow = folder / "slow.wav"
+    with pytest.raises(ValueError, match=r"found 8000 Hz.*resampling=True"):
+        wavlm_jax.classify(classes, [slow])
+    assert wavlm_jax.classify(classes, [slow], RunSettings(resampling=True))[0][0].label in ("cat", "dog", "owl")
     with pytest.raises(ValueError, match="a WavLMForCTC, which does transcribe, align; expected a WavLMForXVector"):
         wavlm_jax.embed(ctc, [file])

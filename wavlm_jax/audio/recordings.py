@@ -1,7 +1,8 @@
 """Recordings on disk that are looked at piece by piece, so that memory does not grow with their length."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +25,8 @@ class Recording:
     """One usable file: its header was read and fits."""
 
     name: str
-    """For outputs: the file's name without its ending, or its path where two files share a name. No white space."""
+    """For outputs: the file's name without its ending, or its path where two files share a name, with the
+    ending where they share that too. No white space."""
     path: Path
     rate: int
     num_samples: int
@@ -44,6 +46,10 @@ class Recording:
             AudioFault: whatever keeps them from being read.
 
         """
+        with _naming(self.path):
+            return self._read(start, num_samples)
+
+    def _read(self, start: int, num_samples: int | None) -> Samples:
         if self.rate != SAMPLE_RATE:
             whole = _resampled(self.path)
             return whole[start : None if num_samples is None else start + num_samples]
@@ -52,9 +58,9 @@ class Recording:
             audio.seek(start)
             samples = audio.read(wanted, dtype="float32", always_2d=True)
         if len(samples) != wanted:
-            raise AudioFault("truncated", f"{self.path}: found {len(samples)} samples from {start} on, not {wanted}")
+            raise AudioFault("truncated", f"found {len(samples)} samples from {start} on, not {wanted}")
         if not np.isfinite(samples).all():
-            raise AudioFault("not_finite", f"{self.path}: has samples that are NaN or infinite")
+            raise AudioFault("not_finite", "has samples that are NaN or infinite")
         return to_mono(samples).samples
 
     def statistics(self) -> Statistics:
@@ -64,6 +70,10 @@ class Recording:
             AudioFault: whatever keeps them from being read.
 
         """
+        with _naming(self.path):
+            return self._statistics()
+
+    def _statistics(self) -> Statistics:
         if self.rate != SAMPLE_RATE:
             return _moments([_resampled(self.path)])
         with open_audio(self.path) as audio:
@@ -87,18 +97,38 @@ def open_recordings(
     twice = [str(path) for path, count in Counter(paths).items() if count > 1]
     if twice:
         raise RecordingError(f"{', '.join(twice[:_LISTED])}: given more than once")
-    stems = Counter(path.stem for path in paths)
+    names = _names(paths)
     recordings, faults = [], []
-    for path in paths:
-        name = path.stem if stems[path.stem] == 1 else str(path.with_suffix(""))
+    for path, name in zip(paths, names, strict=True):
         try:
-            recordings.append(_opened("_".join(name.split()), path, resampling, geometry))
+            with _naming(path):
+                recordings.append(_opened(name, path, resampling, geometry))
         except AudioFault as fault:
-            faults.append(f"{'' if str(path) in str(fault) else f'{path}: '}{fault}")
+            faults.append(str(fault))
     if faults:
         more = f"\n... and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
         raise RecordingError("\n".join(faults[:_LISTED]) + more)
     return recordings
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Faults of a file say which one it is."""
+    try:
+        yield
+    except AudioFault as fault:
+        if str(path) in fault.detail:
+            raise
+        raise AudioFault(fault.fault, f"{path}: {fault.detail}") from fault
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The shortest that tell the files apart: without folder and ending, without ending, whole."""
+    names: list[str] = [path.stem for path in paths]
+    for longer in ([str(path.with_suffix("")) for path in paths], [str(path) for path in paths]):
+        shared = Counter(names)
+        names = [name if shared[name] == 1 else long for name, long in zip(names, longer, strict=True)]
+    return ["_".join(name.split()) for name in names]
 
 
 def _opened(name: str, path: Path, resampling: bool, geometry: Geometry) -> Recording:
@@ -109,9 +139,8 @@ def _opened(name: str, path: Path, resampling: bool, geometry: Geometry) -> Reco
     elif resampling:
         num_samples = len(_resampled(path))
     else:
-        raise AudioFault(
-            "wrong_rate", f"found {rate} Hz, expected {SAMPLE_RATE} Hz; resample it, or ask for --resample"
-        )
+        expected = f"expected {SAMPLE_RATE} Hz; resample it, or ask for it (--resample, RunSettings(resampling=True))"
+        raise AudioFault("wrong_rate", f"found {rate} Hz, {expected}")
     if num_samples < geometry.receptive_field:
         raise AudioFault("too_short", f"{num_samples} samples, expected at least {geometry.receptive_field} (25 ms)")
     return Recording(name, path, rate, num_samples)

@@ -35,14 +35,13 @@ def transcribe(
 
     Args:
         model: a `WavLMForCTC` with its vocabulary.
-        files: audio at 16 kHz.
+        files: audio at 16 kHz; at other rates with `RunSettings(resampling=True)`.
         search: beam search with a language model (`wavlm_jax.text.beam`); None: greedily.
         running: batches and pieces.
 
     """
-    recognizer, recordings = _recognizer(model), _recordings(model, files)
-    heard = {one.recording: one for one in recognition.transcribe(recognizer, recordings, running, search)}
-    return [heard[recording].transcript for recording in recordings]
+    recognizer, recordings = _recognizer(model), _recordings(model, files, running)
+    return [heard.transcript for heard in recognition.transcribe(recognizer, recordings, running, search)]
 
 
 def align(model: Model, texts: Mapping[File, str], running: RunSettings = _DEFAULT) -> list[Heard]:
@@ -57,19 +56,17 @@ def align(model: Model, texts: Mapping[File, str], running: RunSettings = _DEFAU
         AlignmentError: characters that the vocabulary does not have, or more text than fits into the file.
 
     """
-    recognizer, recordings = _recognizer(model), _recordings(model, list(texts))
-    said = dict(zip(recordings, texts.values(), strict=True))
-    heard = {one.recording: one for one in recognition.align_texts(recognizer, said, running)}
-    return [heard[recording] for recording in recordings]
+    recognizer, recordings = _recognizer(model), _recordings(model, list(texts), running)
+    return recognition.align_texts(recognizer, dict(zip(recordings, texts.values(), strict=True)), running)
 
 
 def embed(
     model: Model, files: Sequence[File], running: RunSettings = _DEFAULT
 ) -> Float32[np.ndarray, "files embedding"]:
     """The speaker embedding of each file, of length 1; `model` is a `WavLMForXVector` or a `WavLMForECAPA`."""
-    ready, recordings = _opened(model, *SPEAKERS), _recordings(model, files)
+    ready, recordings = _opened(model, *SPEAKERS), _recordings(model, files, running)
     found = utterances.embed(ready.module, ready.params, recordings, running)
-    return np.stack([found[recording] for recording in recordings]).astype(np.float32)
+    return np.stack(list(found.values())).astype(np.float32)
 
 
 def verify(model: Model, left: File, right: File, running: RunSettings = _DEFAULT) -> float:
@@ -85,22 +82,21 @@ def diarize(
 
     Args:
         model: a `WavLMForAudioFrameClassification`.
-        files: audio at 16 kHz.
+        files: audio at 16 kHz; at other rates with `RunSettings(resampling=True)`.
         settings: from probabilities to turns.
-        running: batches and pieces; None: pieces as long as the rows that the model was trained on.
+        running: batches and pieces; None: pieces as long as the rows that the model was trained on (`pieces_of`).
 
     """
-    ready, recordings = _opened(model, "WavLMForAudioFrameClassification"), _recordings(model, files)
-    running = RunSettings(chunks=pieces_of(ready.weights)) if running is None else running
-    found = dict(turns_of(ready.module, ready.params, recordings, running, settings or TurnSettings()))
-    return [found[recording] for recording in recordings]
+    ready = _opened(model, "WavLMForAudioFrameClassification")
+    running = RunSettings(chunks=pieces_of(ready.weights.origin.trained_seconds)) if running is None else running
+    recordings = _recordings(model, files, running)
+    return list(turns_of(ready.module, ready.params, recordings, running, settings or TurnSettings()).values())
 
 
 def classify(model: Model, files: Sequence[File], running: RunSettings = _DEFAULT) -> list[list[Answer]]:
     """The classes of each file with their probabilities, the likeliest first; for `WavLMForSequenceClassification`."""
-    ready, recordings = _opened(model, "WavLMForSequenceClassification"), _recordings(model, files)
-    found = utterances.classify(ready.module, ready.params, recordings, labels_of(ready), running)
-    return [found[recording] for recording in recordings]
+    ready, recordings = _opened(model, "WavLMForSequenceClassification"), _recordings(model, files, running)
+    return list(utterances.classify(ready.module, ready.params, recordings, labels_of(ready), running).values())
 
 
 def _recognizer(model: Model) -> Recognizer:
@@ -112,5 +108,6 @@ def _opened(model: Model, *kinds: str) -> Opened:
     return opened(model.current, *kinds)
 
 
-def _recordings(model: Model, files: Sequence[File]) -> list[Recording]:
-    return open_recordings([Path(file) for file in files], geometry=geometry_of(model.config))
+def _recordings(model: Model, files: Sequence[File], running: RunSettings) -> list[Recording]:
+    paths = [Path(file) for file in files]
+    return open_recordings(paths, resampling=running.resampling, geometry=geometry_of(model.config))

@@ -7,20 +7,20 @@ from pathlib import Path
 
 import numpy as np
 
-from wavlm_jax.audio.recordings import Recording, open_recordings
+from wavlm_jax.audio.recordings import Recording
 from wavlm_jax.inference import recognition
 from wavlm_jax.inference.models import SPEAKERS, labels_of, open_model, vocabulary_of
 from wavlm_jax.inference.options import (
     UsageError,
     add_shared,
     choose_device,
+    paths_of,
     progress_bar,
     recordings_of,
     run_settings,
     write_text,
 )
-from wavlm_jax.inference.recognition import Heard, Recognizer
-from wavlm_jax.inference.running import geometry_of
+from wavlm_jax.inference.recognition import Recognizer
 from wavlm_jax.inference.utterances import classify, embed, scores
 from wavlm_jax.metrics.verification import equal_error_rate, minimum_detection_cost
 from wavlm_jax.text.beam import BeamSearch, BeamSettings
@@ -42,6 +42,7 @@ def add_transcribe(parser: argparse.ArgumentParser) -> None:
     add("--beam", type=int, help="beam search of this width, without a language model too")
     add("--lm-weight", type=float, default=defaults.lm_weight, help=f"default: {defaults.lm_weight}")
     add("--word-score", type=float, default=defaults.word_score, help=f"with --lexicon; default: {defaults.word_score}")
+    add("--lm-unknown", choices=("refuse", "allow"), default="refuse", help="tokens or words that the model lacks")
     parser.set_defaults(command=_transcribe)
 
 
@@ -79,10 +80,10 @@ def _transcribe(options: argparse.Namespace) -> None:
     choose_device(options)
     running, recognizer = run_settings(options), _recognizer(options)
     search = _search(options, recognizer)
-    recordings = recordings_of(options, geometry_of(recognizer.module.config))
+    recordings = recordings_of(options, recognizer.module.config)
     bar = progress_bar(recordings, options)
-    heard = {one.recording: one for one in recognition.transcribe(recognizer, recordings, running, search, bar)}
-    write_text(_FORMATS[options.format](heard[recording] for recording in recordings), options)
+    heard = recognition.transcribe(recognizer, recordings, running, search, bar)
+    write_text(_FORMATS[options.format](heard), options)
 
 
 def _recognizer(options: argparse.Namespace) -> Recognizer:
@@ -94,7 +95,8 @@ def _search(options: argparse.Namespace, recognizer: Recognizer) -> BeamSearch |
     if options.lm is None and options.lexicon is None and options.beam is None:
         return None
     beam = BeamSettings().beam if options.beam is None else options.beam
-    settings = BeamSettings(beam=beam, lm_weight=options.lm_weight, word_score=options.word_score)
+    weights = {"lm_weight": options.lm_weight, "word_score": options.word_score}
+    settings = BeamSettings(beam=beam, lm_unknown=options.lm_unknown, **weights)
     lexicon = None if options.lexicon is None else read_lexicon(options.lexicon, recognizer.vocabulary)
     return BeamSearch(recognizer.vocabulary, settings, options.lm, lexicon)
 
@@ -102,13 +104,11 @@ def _search(options: argparse.Namespace, recognizer: Recognizer) -> BeamSearch |
 def _align(options: argparse.Namespace) -> None:
     choose_device(options)
     running, recognizer = run_settings(options), _recognizer(options)
-    recordings = recordings_of(options, geometry_of(recognizer.module.config))
+    recordings = recordings_of(options, recognizer.module.config)
     texts = _texts(options, recordings)
     bar = progress_bar(recordings, options)
-    heard: dict[Recording, Heard] = {
-        one.recording: one for one in recognition.align_texts(recognizer, texts, running, bar)
-    }
-    write_text(_FORMATS[options.format](heard[recording] for recording in recordings), options)
+    heard = recognition.align_texts(recognizer, texts, running, bar)
+    write_text(_FORMATS[options.format](heard), options)
 
 
 def _texts(options: argparse.Namespace, recordings: list[Recording]) -> dict[Recording, str]:
@@ -121,6 +121,8 @@ def _texts(options: argparse.Namespace, recordings: list[Recording]) -> dict[Rec
         name, tab, text = line.rstrip("\r\n").partition("\t")
         if line.strip() and not tab:
             raise UsageError(f"{options.texts}, line {number}: found {name[:60]!r}, expected name, tab, text")
+        if name in given and text != given[name]:
+            raise UsageError(f"{options.texts}, line {number}: found a second text of {name}, expected one")
         given[name] = text
     texts = {}
     for recording in recordings:
@@ -134,7 +136,7 @@ def _texts(options: argparse.Namespace, recordings: list[Recording]) -> dict[Rec
 def _embed(options: argparse.Namespace) -> None:
     choose_device(options)
     running, opened = run_settings(options), open_model(options, *SPEAKERS)
-    recordings = recordings_of(options, geometry_of(opened.module.config))
+    recordings = recordings_of(options, opened.module.config)
     found = embed(opened.module, opened.params, recordings, running, progress_bar(recordings, options))
     if options.out is not None and options.out.suffix == ".npy":
         np.save(options.out, np.stack(list(found.values())))
@@ -146,20 +148,19 @@ def _embed(options: argparse.Namespace) -> None:
 
 def _verify(options: argparse.Namespace) -> None:
     choose_device(options)
+    files = [str(path) for path in paths_of(options.files)]
     pair = 2
-    if len(options.files) not in (1, pair):
-        raise UsageError(f"FILES: found {len(options.files)}, expected two recordings or one trial list")
+    if len(files) not in (1, pair):
+        raise UsageError(f"FILES: found {len(files)}, expected two recordings or one trial list")
     running, opened = run_settings(options), open_model(options, *SPEAKERS)
-    trials = read_trials(Path(options.files[0])) if len(options.files) == 1 else []
-    paths = files_of(trials, options.root) if trials else {name: Path(name) for name in options.files}
-    recordings = open_recordings(
-        list(paths.values()), resampling=options.resample, geometry=geometry_of(opened.module.config)
-    )
+    trials = read_trials(Path(files[0])) if len(files) == 1 else []
+    paths = files_of(trials, options.root) if trials else {name: Path(name) for name in files}
+    recordings = recordings_of(options, opened.module.config, list(dict.fromkeys(paths.values())))
     found = embed(opened.module, opened.params, recordings, running, progress_bar(recordings, options))
     by_path = {recording.path: value for recording, value in found.items()}
     if not trials:
-        left, right = (by_path[path] for path in paths.values())
-        write_text(f"{float(left @ right):.6f}\t{options.files[0]}\t{options.files[1]}\n", options)
+        left, right = (by_path[Path(name)] for name in files)
+        write_text(f"{float(left @ right):.6f}\t{files[0]}\t{files[1]}\n", options)
         return
     values = scores(trials, {name: by_path[path] for name, path in paths.items()})
     lines = zip(values, trials, strict=True)
@@ -168,12 +169,16 @@ def _verify(options: argparse.Namespace) -> None:
     if 0 < same.sum() < len(same):
         equal, cost = equal_error_rate(values, same), minimum_detection_cost(values, same)
         print(f"EER {100 * equal.rate:.2f} % at {equal.threshold:.4f}, minDCF(0.01) {cost:.4f}", file=sys.stderr)
+    else:
+        print(f"no error rate: all {len(same)} trials are of one kind", file=sys.stderr)
 
 
 def _classify(options: argparse.Namespace) -> None:
+    if options.top < 1:
+        raise UsageError(f"--top: found {options.top}, expected 1 or more")
     choose_device(options)
     running, opened = run_settings(options), open_model(options, "WavLMForSequenceClassification")
-    recordings = recordings_of(options, geometry_of(opened.module.config))
+    recordings = recordings_of(options, opened.module.config)
     bar = progress_bar(recordings, options)
     found = classify(opened.module, opened.params, recordings, labels_of(opened), running, bar)
     lines = (

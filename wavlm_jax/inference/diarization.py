@@ -1,6 +1,6 @@
 """Who spoke when: per-frame speaker activities of recordings to turns."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,6 @@ from wavlm_jax.inference.running import Applied, Result, RunSettings, by_recordi
 from wavlm_jax.shapes import STANDARD, Geometry, Params, num_frames
 from wavlm_jax.text.ctc import seconds
 from wavlm_jax.text.rttm import Turn
-from wavlm_jax.weights import Weights
 
 Activity = Float[np.ndarray, "frames speakers"]
 
@@ -31,17 +30,24 @@ class TurnSettings:
     least_seconds: float = 0.1
     """Shorter turns are dropped."""
 
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"threshold: found {self.threshold}, expected a probability between 0 and 1")
+        for name in ("fill_seconds", "least_seconds"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: found {getattr(self, name)}, expected 0 or more")
+
 
 _FAMILIAR = 0.2
 """How much of an overlap may disagree for a voice to be a speaker who has said much, rather than one who has not."""
 
 
-def pieces_of(weights: Weights) -> ChunkSettings:
-    """How a long file is cut for this model: as long as it was trained on, so far as that is known, half of it shared.
+def pieces_of(trained_seconds: float | None) -> ChunkSettings:
+    """How a long file is cut: as long as the rows of the training (`Origin.trained_seconds`), half of it shared.
 
     Outputs that were told apart over seconds do not keep their speakers over half a minute.
     """
-    seconds = weights.origin.trained_seconds or ChunkSettings().seconds
+    seconds = trained_seconds or ChunkSettings().seconds
     return ChunkSettings(seconds=seconds, overlap_seconds=seconds / 2)
 
 
@@ -52,8 +58,8 @@ def diarize(
     running: RunSettings,
     settings: TurnSettings,
     progress: Callable[[int], Any] = lambda _: None,
-) -> Iterator[tuple[Recording, list[Turn]]]:
-    """The turns of each recording, short recordings first; speakers are numbered.
+) -> dict[Recording, list[Turn]]:
+    """The turns of each recording; speakers are numbered.
 
     Speakers have no order from piece to piece of a long file: see `join`. How long pieces should be: `pieces_of`.
 
@@ -66,8 +72,10 @@ def diarize(
     def compute(inputs: Inputs) -> jax.Array:
         return jax.nn.sigmoid(module.apply({"params": params}, *inputs).logits)
 
+    found = {}
     for recording, results in by_recording(recordings, compute, module.config, running, progress, framewise=False):
-        yield recording, turns(recording.name, join(results, geometry_of(module.config)), settings)
+        found[recording] = turns(recording.name, join(results, geometry_of(module.config)), settings)
+    return {recording: found[recording] for recording in recordings}
 
 
 def join(results: Sequence[Result], geometry: Geometry = STANDARD) -> Activity:

@@ -2,10 +2,9 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from wavlm_jax.audio.recordings import Recording
 from wavlm_jax.inference.diarization import TurnSettings, diarize, pieces_of
 from wavlm_jax.inference.models import open_model
 from wavlm_jax.inference.options import (
@@ -17,9 +16,7 @@ from wavlm_jax.inference.options import (
     run_settings,
     write_text,
 )
-from wavlm_jax.inference.running import geometry_of
 from wavlm_jax.metrics.diarization import diarization_error, one_speaker, one_voice
-from wavlm_jax.shapes import SAMPLE_RATE
 from wavlm_jax.text.rttm import Region, Turn, read_rttm, read_uem, write_rttm
 
 _COLUMNS = ("speech s", "missed", "false alarm", "confusion", "DER", "one speaker", "one voice")
@@ -44,33 +41,33 @@ def add_diarize(parser: argparse.ArgumentParser) -> None:
 
 def _diarize(options: argparse.Namespace) -> None:
     if options.reference is None and (options.uem is not None or options.score_windows is not None):
-        raise UsageError("--uem, --score-windows: say how to score; --reference with what is missing")
-    choose_device(options)
-    opened = open_model(options, "WavLMForAudioFrameClassification")
-    running = run_settings(options, pieces_of(opened.weights))
-    recordings = recordings_of(options, geometry_of(opened.module.config))
-    truth, regions = _reference(options, recordings)
-    bar = progress_bar(recordings, options)
+        raise UsageError("--uem, --score-windows: say how to score; --reference, with what, is missing")
+    if not options.collar >= 0 or (options.score_windows is not None and not options.score_windows > 0):
+        given = f"{options.collar}, {options.score_windows}"
+        raise UsageError(f"--collar, --score-windows: found {given}, expected 0 or more, more than 0")
     settings = TurnSettings(
         threshold=options.threshold, fill_seconds=options.fill_seconds, least_seconds=options.least_seconds
     )
-    found = dict(diarize(opened.module, opened.params, recordings, running, settings, bar))
-    write_text("".join(write_rttm(found[recording]) for recording in recordings), options)
+    choose_device(options)
+    opened = open_model(options, "WavLMForAudioFrameClassification")
+    running = run_settings(options, pieces_of(opened.weights.origin.trained_seconds))
+    recordings = recordings_of(options, opened.module.config)
+    truth, regions = _reference(options, {recording.name: recording.seconds for recording in recordings})
+    bar = progress_bar(recordings, options)
+    found = diarize(opened.module, opened.params, recordings, running, settings, bar)
+    write_text("".join(map(write_rttm, found.values())), options)
     if truth:
-        heard = [turn for recording in recordings for turn in found[recording]]
+        heard = [turn for turns in found.values() for turn in turns]
         print(report(truth, heard, regions, options.collar, options.score_windows), file=sys.stderr)
 
 
-def _reference(
-    options: argparse.Namespace, recordings: Sequence[Recording]
-) -> tuple[dict[str, list[Turn]], list[Region]]:
-    """The turns of each file of `--reference`, and what is scored, both of the named recordings only."""
+def _reference(options: argparse.Namespace, seconds: Mapping[str, float]) -> tuple[dict[str, list[Turn]], list[Region]]:
+    """The turns of each file of `--reference`, and what is scored, both of the recordings that have `seconds` only."""
     if options.reference is None:
         return {}, []
-    regions = [Region(recording.name, 0.0, recording.num_samples / SAMPLE_RATE) for recording in recordings]
+    regions = [Region(name, 0.0, length) for name, length in seconds.items()]
     if options.uem is not None:
-        known = {recording.name for recording in recordings}
-        regions = [region for region in read_uem(options.uem) if region.recording in known]
+        regions = [region for region in read_uem(options.uem) if region.recording in seconds]
         if not regions:
             raise UsageError(
                 f"{options.uem}: has no region of any of the files; its first column is a name without ending"
@@ -111,7 +108,7 @@ def report(
     everything = [turn for turns in truth.values() for turn in turns]
     tables = []
     for length in (None,) if window is None else (None, window):
-        title = "whole files" if length is None else f"windows of {length} s"
+        title = "recordings" if length is None else f"windows of {length} s"
         lines: list[tuple[str, ...]] = [(title, *_COLUMNS)]
         for group, names in groups.items():
             wanted, found = ([turn for turn in turns if turn.recording in names] for turns in (everything, heard))

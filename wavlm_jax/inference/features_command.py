@@ -14,7 +14,6 @@ from wavlm_jax.inference.options import (
     recordings_of,
     run_settings,
 )
-from wavlm_jax.inference.running import geometry_of
 
 
 def add_features(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +42,7 @@ def features(options: argparse.Namespace) -> None:
     running = run_settings(options)
     weights = options.load(options.model, options.step)
     config = dataclasses.replace(weights.config, padding="exact")
-    recordings = recordings_of(options, geometry_of(config))
+    recordings = recordings_of(options, config)
     settings = FeatureSettings(layer=options.layer, dtype=options.dtype)
     bar = progress_bar(recordings, options)
     shards = write_features(recordings, config, weights.params, options.out, settings, running, bar)

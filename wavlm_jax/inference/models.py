@@ -52,10 +52,11 @@ def opened(weights: Weights, *kinds: str) -> Opened:
 
     """
     task, where = weights.task, weights.origin.path
+    expected = " or a ".join(kinds)
     if task is None:
-        raise UsageError(f"{where}: an encoder without a head, which does `features`; expected a {kinds[0]}")
+        raise UsageError(f"{where}: an encoder without a head, which does `features`; expected a {expected}")
     if task.kind not in kinds:
-        raise UsageError(f"{where}: a {task.kind}, which does {_DOES[task.kind]}; expected a {kinds[0]}")
+        raise UsageError(f"{where}: a {task.kind}, which does {_DOES[task.kind]}; expected a {expected}")
     config = dataclasses.replace(weights.config, padding="exact")
     params = jax.tree.map(jax.device_put, dict(weights.tree))
     return Opened(module_of(config, task.kind, task.config), params, weights)

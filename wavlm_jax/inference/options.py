@@ -11,8 +11,9 @@ from tqdm import tqdm
 
 from wavlm_jax.audio.chunks import ChunkSettings
 from wavlm_jax.audio.recordings import Recording, open_recordings
-from wavlm_jax.inference.running import RunSettings
-from wavlm_jax.shapes import SAMPLE_RATE, Geometry
+from wavlm_jax.config import WavLMConfig
+from wavlm_jax.inference.running import RunSettings, geometry_of
+from wavlm_jax.shapes import SAMPLE_RATE
 
 FROM_STDIN = "-"
 
@@ -35,13 +36,21 @@ def add_shared(
     add("files", nargs="+", metavar="FILES", help=files)
     add("--model", type=Path, required=True, help="folder of the model: a run of ours or a Hugging Face folder")
     add("--step", type=int, help="checkpoint of a run; the newest if not given")
-    add("--out", type=Path, help="where to write; stdout if not given")
+    add("--out", type=_writable, help="where to write; stdout if not given")
     add("--device", choices=("cpu", "gpu", "tpu"), help="where to compute; the fastest there is if not given")
     add("--resample", action="store_true", help="take files at other rates than 16 kHz")
     add("--batch-seconds", type=float, default=running.batch_seconds, help="most audio in a batch (default: 60)")
     add("--chunk-seconds", type=float, help=f"longer files are cut into pieces (default: {lengths[0]})")
     add("--overlap-seconds", type=float, help=f"of two pieces (default: {lengths[1]})")
     add("--quiet", action="store_true", help="no progress bar")
+
+
+def _writable(text: str) -> Path:
+    """A path whose folder is there: what is computed for hours is not lost for a slip of the pen."""
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path.parent}: no such folder; make it first")
+    return path
 
 
 def choose_device(options: argparse.Namespace) -> None:
@@ -56,8 +65,11 @@ def choose_device(options: argparse.Namespace) -> None:
     jax.config.update("jax_platforms", {"gpu": "cuda"}.get(options.device, options.device))
     try:
         jax.devices()
-    except RuntimeError as error:
-        raise UsageError(f"--device {options.device}: JAX finds none ({str(error).splitlines()[0]})") from error
+    except (RuntimeError, AssertionError) as error:  # JAX only asserts where no plugin for the device is installed
+        reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        raise UsageError(
+            f"--device {options.device}: JAX finds none{reason}; is JAX's package for it installed?"
+        ) from error
 
 
 def run_settings(options: argparse.Namespace, chunks: ChunkSettings | None = None) -> RunSettings:
@@ -74,7 +86,7 @@ def run_settings(options: argparse.Namespace, chunks: ChunkSettings | None = Non
     chunks = ChunkSettings(seconds=length, overlap_seconds=overlap)
     if not options.batch_seconds > 0:
         raise UsageError(f"--batch-seconds: found {options.batch_seconds}, expected more than 0")
-    return RunSettings(chunks=chunks, batch_seconds=options.batch_seconds)
+    return RunSettings(chunks=chunks, batch_seconds=options.batch_seconds, resampling=options.resample)
 
 
 def paths_of(words: Sequence[str]) -> list[Path]:
@@ -96,14 +108,17 @@ def paths_of(words: Sequence[str]) -> list[Path]:
     return paths
 
 
-def recordings_of(options: argparse.Namespace, geometry: Geometry) -> list[Recording]:
-    """The recordings that a command works on.
+def recordings_of(
+    options: argparse.Namespace, config: WavLMConfig, paths: Sequence[Path] | None = None
+) -> list[Recording]:
+    """The recordings that a command works on with a model: those of its command line, or `paths`.
 
     Raises:
         RecordingError: files that cannot be used.
 
     """
-    return open_recordings(paths_of(options.files), resampling=options.resample, geometry=geometry)
+    paths = paths_of(options.files) if paths is None else paths
+    return open_recordings(paths, resampling=options.resample, geometry=geometry_of(config))
 
 
 def progress_bar(recordings: Sequence[Recording], options: argparse.Namespace) -> Callable[[int], Any]:

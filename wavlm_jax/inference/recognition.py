@@ -10,14 +10,16 @@ import numpy as np
 
 from wavlm_jax.audio.inputs import Inputs
 from wavlm_jax.audio.recordings import Recording
-from wavlm_jax.inference.running import RunSettings, by_recording
+from wavlm_jax.inference.running import RunSettings, by_recording, frames_of
 from wavlm_jax.model.heads import CTCOutput, WavLMForCTC
 from wavlm_jax.shapes import Params
-from wavlm_jax.text.alignment import Alignment, AlignmentError, align
+from wavlm_jax.text.alignment import Alignment, AlignmentError, align, check_fit
 from wavlm_jax.text.beam import BeamSearch
 from wavlm_jax.text.ctc import Span, Transcript, decode, seconds
 from wavlm_jax.text.ctm import TimedWord, write_ctm
 from wavlm_jax.text.vocabulary import UnknownCharactersError, Vocabulary, VocabularyError
+
+_LISTED = 10
 
 
 class Recognizer(NamedTuple):
@@ -42,8 +44,8 @@ def transcribe(
     running: RunSettings,
     search: BeamSearch | None = None,
     progress: Callable[[int], Any] = lambda _: None,
-) -> Iterator[Heard]:
-    """What is said in each recording, short ones first.
+) -> list[Heard]:
+    """What is said in each recording, in their order.
 
     Args:
         recognizer: the model.
@@ -57,12 +59,11 @@ def transcribe(
         AudioFault: a file that cannot be read to its end.
 
     """
-    greedy = search is None
-    for recording, frames in _frames(recognizer, recordings, running, progress, best_only=greedy):
-        if search is None:
-            yield Heard(recording, decode(frames, recognizer.vocabulary))
-        else:
-            yield Heard(recording, search(frames)[0].transcript)
+    heard = {}
+    for recording, frames in _frames(recognizer, recordings, running, progress, best_only=search is None):
+        found = decode(frames, recognizer.vocabulary) if search is None else search(frames)[0].transcript
+        heard[recording] = Heard(recording, found)
+    return [heard[recording] for recording in recordings]
 
 
 def align_texts(
@@ -70,24 +71,29 @@ def align_texts(
     texts: Mapping[Recording, str],
     running: RunSettings,
     progress: Callable[[int], Any] = lambda _: None,
-) -> Iterator[Heard]:
-    """When the words of each recording's text were said; texts are checked before anything is computed.
+) -> list[Heard]:
+    """When the words of each recording's text were said, in their order; texts are checked before anything is computed.
 
     Raises:
-        AlignmentError: texts with unknown characters, naming the recording; a text that is longer than its recording.
+        AlignmentError: texts that cannot be aligned, each with its recording: unknown characters, nothing at all, or
+            more than fits.
 
     """
+    faults = []
     for recording, text in texts.items():
         try:
-            recognizer.vocabulary.encode(text)
-        except UnknownCharactersError as error:
-            raise AlignmentError(f"{recording.path}: {error}") from error
+            labels = recognizer.vocabulary.encode(text)
+            check_fit(labels, frames_of(recording, recognizer.module.config))
+        except (UnknownCharactersError, AlignmentError) as error:
+            faults.append(f"{recording.path}: {error}")
+    if faults:
+        more = f"\n... and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
+        raise AlignmentError("\n".join(faults[:_LISTED]) + more)
+    heard = {}
     for recording, log_probs in _frames(recognizer, list(texts), running, progress, best_only=False):
-        try:
-            aligned: Alignment = align(log_probs, texts[recording], recognizer.vocabulary)
-        except AlignmentError as error:
-            raise AlignmentError(f"{recording.path}: {error}") from error
-        yield Heard(recording, aligned.transcript, aligned.confidence)
+        aligned: Alignment = align(log_probs, texts[recording], recognizer.vocabulary)
+        heard[recording] = Heard(recording, aligned.transcript, aligned.confidence)
+    return [heard[recording] for recording in texts]
 
 
 def as_json(heard: Iterable[Heard]) -> str:

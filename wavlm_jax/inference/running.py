@@ -39,11 +39,13 @@ _SMALLEST = 50
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """How recordings are batched."""
+    """How recordings are read and batched."""
 
     chunks: ChunkSettings = field(default_factory=ChunkSettings)
     batch_seconds: float = 60.0
     """Most audio in a batch, padding included: what memory has to hold."""
+    resampling: bool = False
+    """Whether files at other rates than 16 kHz are taken; they are held in memory whole."""
 
 
 class Job(NamedTuple):

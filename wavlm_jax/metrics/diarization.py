@@ -46,13 +46,15 @@ def diarization_error(
         window: seconds; each region is cut into windows of this length from its start on, the last one is shorter.
 
     Raises:
-        ValueError: turns of recordings that have no region, named; a window that is not longer than 0.
+        ValueError: turns of recordings that have no region, named; a window or a collar that cannot be.
 
     """
     from pyannote.metrics.diarization import DiarizationErrorRate  # noqa: PLC0415 an extra
 
     if window is not None and not window > 0:
         raise ValueError(f"window: found {window} s, expected more than 0")
+    if not collar >= 0:
+        raise ValueError(f"collar: found {collar} s, expected 0 or more")
     names = {region.recording for region in regions}
     for kind, turns in (("reference", reference), ("hypothesis", hypothesis)):
         stray = sorted({turn.recording for turn in turns} - names)
