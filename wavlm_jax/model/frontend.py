@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from wavlm_jax.config import Compute, WavLMConfig
 from wavlm_jax.model.elements import Site, dropout, gelu, keep_where, layer_norm, matrix_product
+from wavlm_jax.model.first_layer import Layer, group_normed, layer_normed
 from wavlm_jax.shapes import ConvFeatures, FrameMask, Geometry, Hidden, NumSamples, RowKeys, Waveform, num_frames
 
 
@@ -86,45 +87,61 @@ class Convolution(nn.Module):
     use_bias: bool
     dtype: Any
 
-    @nn.compact
     def __call__(self, x: Float[Array, "rows length channels"]) -> Float[Array, "rows frames features"]:
         """The convolved frames, floor((length - taps) / stride) + 1 of them."""
-        shape = (self.taps, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.variance_scaling(2.0, "fan_in", "normal"), shape)
+        kernel, bias = self.parameters(x.shape[-1])
         y = strided_convolution(x.astype(self.dtype), kernel.astype(self.dtype), self.stride)
+        return y if bias is None else y + bias.astype(self.dtype)[None, None, :]
+
+    @nn.compact
+    def parameters(
+        self, channels: int
+    ) -> tuple[Float[Array, "taps channels features"], Float[Array, " features"] | None]:
+        """Kernel and, where there is one, bias, float32."""
+        shape = (self.taps, channels, self.features)
+        kernel = self.param("kernel", nn.initializers.variance_scaling(2.0, "fan_in", "normal"), shape)
         if not self.use_bias:
-            return y
-        bias = self.param("bias", uniform(1 / math.sqrt(self.taps * x.shape[-1])), (self.features,))
-        return y + bias.astype(self.dtype)[None, None, :]
+            return kernel, None
+        return kernel, self.param("bias", uniform(1 / math.sqrt(self.taps * channels)), (self.features,))
 
 
 class ChannelNorm(nn.Module):
-    """GroupNorm with one group a channel: mean and variance over time, in float32.
+    """What a norm learns: one scale and one bias a channel."""
 
-    With a frame mask the statistics run over valid frames only, so that padding cannot change them (FACTS E9).
-    """
-
-    eps: float = 1e-5
+    features: int
 
     @nn.compact
-    def __call__(self, x: Float[Array, "rows frames channels"], mask: FrameMask | None) -> ConvFeatures:
-        """The normalised channels, float32; rows without a valid frame give finite numbers."""
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
-        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-        x = x.astype(jnp.float32)
-        if mask is None:
-            mean = x.mean(axis=1, keepdims=True)
-            variance = jnp.square(x - mean).mean(axis=1, keepdims=True)
-        else:
-            count = jnp.maximum(mask.sum(axis=1), 1)[:, None, None]
-            mean = keep_where(mask, x).sum(axis=1, keepdims=True) / count
-            variance = jnp.square(keep_where(mask, x - mean)).sum(axis=1, keepdims=True) / count
-        gain = jax.lax.rsqrt(variance + self.eps) * scale[None, None, :]
-        return (x - mean) * gain + bias[None, None, :]
+    def __call__(self) -> tuple[Float[Array, " features"], Float[Array, " features"]]:
+        """Scale and bias, float32."""
+        shape = (self.features,)
+        return self.param("scale", nn.initializers.ones, shape), self.param("bias", nn.initializers.zeros, shape)
+
+
+class FirstLayer(nn.Module):
+    """Convolution from the wave, norm, GELU (`first_layer.py`)."""
+
+    config: WavLMConfig
+    compute: Compute
+
+    def setup(self) -> None:
+        """The parameters, named as Hugging Face's."""
+        features, taps, self.stride = self.config.conv_layers[0]
+        self.dtype = jnp.dtype(self.compute.dtype)
+        self.conv = Convolution(features, taps, self.stride, self.config.conv_bias, self.dtype)
+        self.layer_norm = ChannelNorm(features)
+
+    def __call__(self, x: Float[Array, "rows samples 1"], mask: FrameMask | None) -> ConvFeatures:
+        """The layer's frames; those outside the mask (rows, frames) are 0, and in no statistic (FACTS E9)."""
+        kernel, bias = self.conv.parameters(1)
+        layer = Layer(kernel, bias, *self.layer_norm(), self.stride, self.dtype)
+        frames = num_frames(x.shape[1], Geometry((kernel.shape[0],), (self.stride,)))
+        count = jnp.full(x.shape[:1], frames) if mask is None else mask.sum(axis=1)
+        normed = layer_normed if self.config.feat_extract_norm == "layer" else group_normed
+        return gelu(normed(layer, x[:, :, 0], count))
 
 
 class ConvLayer(nn.Module):
-    """Convolution, norm (none, over time, or over channels), GELU."""
+    """A later layer: convolution, norm over channels (Large has it), GELU."""
 
     config: WavLMConfig
     compute: Compute
@@ -136,17 +153,13 @@ class ConvLayer(nn.Module):
         dtype = jnp.dtype(self.compute.dtype)
         self.conv = Convolution(features, taps, stride, self.config.conv_bias, dtype)
         if self.config.feat_extract_norm == "layer":
-            self.layer_norm: Any = nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, use_fast_variance=False)
-        elif self.index == 0:
-            self.layer_norm = ChannelNorm()
+            self.layer_norm = nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, use_fast_variance=False)
 
     def __call__(self, x: Float[Array, "rows length inputs"], mask: FrameMask | None) -> ConvFeatures:
         """The layer's frames; those outside the mask (rows, frames) are 0."""
         y = self.conv(x)
         if self.config.feat_extract_norm == "layer":
             y = self.layer_norm(y).astype(y.dtype)
-        elif self.index == 0:
-            y = self.layer_norm(y, mask).astype(y.dtype)
         y = gelu(y)
         return y if mask is None else keep_where(mask, y)
 
@@ -159,7 +172,9 @@ class FeatureExtractor(nn.Module):
 
     def setup(self) -> None:
         """One module a conv layer, named as Hugging Face's."""
-        self.conv_layers = [ConvLayer(self.config, self.compute, i) for i in range(len(self.config.conv_dim))]
+        later = range(1, len(self.config.conv_dim))
+        layers = [ConvLayer(self.config, self.compute, i) for i in later]
+        self.conv_layers = [FirstLayer(self.config, self.compute), *layers]
 
     def __call__(self, waveform: Waveform, num_samples: NumSamples | None) -> ConvFeatures:
         """Conv features (rows, frames, channels).
