@@ -57,6 +57,27 @@ def test_kernel_equals_dense_and_no_two_threads_touch_the_same_memory(interprete
     assert not interpreter.races.races_found
 
 
+@pytest.mark.parametrize(("shared", "racing"), [(True, True), (False, False)])
+def test_race_detection_tells_a_race_from_none(shared, racing):
+    """Two threads write one block, then each its own: what the test above relies on can fail."""
+
+    def copy(source, result):
+        result[...] = source[...]
+
+    own = pl.BlockSpec((8, 128), lambda i: (i, 0))
+    pl.pallas_call(
+        copy,
+        grid=(2,),
+        in_specs=[own],
+        out_specs=pl.BlockSpec((8, 128), lambda _: (0, 0)) if shared else own,
+        out_shape=jax.ShapeDtypeStruct((16, 128), jnp.float32),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        interpret=RACES,
+    )(jnp.ones((16, 128))).block_until_ready()
+    assert interpreter.races is not None
+    assert interpreter.races.races_found == racing
+
+
 @settings(max_examples=4, deadline=None)
 @given(num_frames=st.integers(1, 300), masked=st.booleans(), dropping=st.booleans(), with_bias=st.booleans())
 def test_kernel_equals_dense_for_any_length(num_frames, masked, dropping, with_bias):
