@@ -4,7 +4,10 @@ import argparse
 import subprocess
 import sys
 
-BENCHMARKS = ("base_cpu", "loader", "labels", "first_step", "long_audio", "attention", "tpu_steps", "convert")
+BENCHMARKS = (
+    *("base_cpu", "loader", "labels", "first_step", "long_audio", "attention"),
+    *("tpu_steps", "conv_encoder", "convert"),
+)
 
 
 def main() -> int:

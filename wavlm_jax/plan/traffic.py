@@ -60,11 +60,12 @@ def memory_traffic(module: Module) -> int:
         ValueError: a loop of which nobody knows how often it runs.
 
     """
-    return sum(
-        placed.times * _bytes_of(module, placed.computation, placed.line)
-        for placed in executed(module)
-        if not placed.in_fusion
-    )
+    return sum(moved(module, placed) for placed in executed(module) if not placed.in_fusion)
+
+
+def moved(module: Module, placed: Placed) -> int:
+    """Bytes of `memory_traffic` that are those of one instruction outside fusions."""
+    return placed.times * _bytes_of(module, placed.computation, placed.line)
 
 
 def _bytes_of(module: Module, computation: Computation, line: Instruction) -> int:
