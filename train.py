@@ -13,7 +13,6 @@ import json
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,6 +30,7 @@ from wavlm_jax.training.mesh import make_mesh
 from wavlm_jax.training.run_settings import RunSettings
 from wavlm_jax.training.topology import Topology
 from wavlm_jax.training.waiting import HostsMissing
+from wavlm_jax.training.workdir import Workdir, open_workdir
 
 TASKS = {
     "masked_prediction": pretraining.build,
@@ -42,10 +42,12 @@ TASKS = {
 }
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "What to train and how; see configs/.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints, metrics and the resolved config go here.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Checkpoints, metrics and the config go here: a folder, or gs://bucket/run."
+)
 
 
-def train(config: dict[str, Any], workdir: Path) -> int:
+def train(config: dict[str, Any], workdir: Workdir) -> int:
     """Reads, builds, runs; the exit code."""
     settings = read_sections(config, RunSettings)
     if config["task"] not in TASKS:
@@ -56,28 +58,32 @@ def train(config: dict[str, Any], workdir: Path) -> int:
     return int(loop.run(task, settings, mesh, workdir, config={**config, **task.resolved}).status)
 
 
-def _refuse_addresses(workdir: str) -> None:
-    if "://" in workdir:
-        raise ValueError(f"--workdir: found {workdir}, expected a folder; mount the bucket (gcsfuse)")
-
-
-def main(_: Sequence[str]) -> None:
-    """From flags to an exit code; what a person can put right is one message, its traceback a file."""
-    workdir = Path(_WORKDIR.value or "")
+def attempt(workdir: Workdir) -> int:
+    """The exit code; what a person can put right is one message, its traceback a file."""
     try:
-        _refuse_addresses(str(_WORKDIR.value))
         host_flags.join()
         config = json.loads(_CONFIG.value.to_json())
         if jax.process_index() == 0:
-            workdir.mkdir(parents=True, exist_ok=True)
-            (workdir / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        code = train(config, workdir)
+            workdir.folder.mkdir(parents=True, exist_ok=True)
+            (workdir.folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        return train(config, workdir)
     except (ValueError, OSError, OutOfMemory, HostsMissing) as error:
         print(f"train.py: {error}", file=sys.stderr)
         with contextlib.suppress(OSError):  # the disk may be what is wrong
-            (workdir / "error.txt").write_text(traceback.format_exc())
-            print(f"(traceback: {workdir / 'error.txt'})", file=sys.stderr)
-        code = EXIT_WRONG
+            (workdir.folder / "error.txt").write_text(traceback.format_exc())
+            print(f"(traceback: {workdir.folder / 'error.txt'})", file=sys.stderr)
+        return EXIT_WRONG
+
+
+def main(_: Sequence[str]) -> None:
+    """From flags to an exit code."""
+    code = 0
+    try:
+        with open_workdir(str(_WORKDIR.value)) as workdir:
+            code = attempt(workdir)
+    except (ValueError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        code = code or EXIT_WRONG
     sys.exit(code)
 
 

@@ -17,12 +17,14 @@ import toy_task
 
 from wavlm_jax.training import checkpoint, disk, manifest, stored
 from wavlm_jax.training.checkpoint import Checkpoints, CheckpointSettings, RunRecord
+from wavlm_jax.training.files import Files, Folder
 from wavlm_jax.training.host_memory import resident
 from wavlm_jax.training.manifest import CheckpointError
 from wavlm_jax.training.mesh import MeshSettings, make_mesh
 from wavlm_jax.training.optim import adam
 from wavlm_jax.training.start import Layout, plan_layout
 from wavlm_jax.training.state import TrainState, init_key, shard_state
+from wavlm_jax.training.storage import open_storage
 
 RECORD = RunRecord(run_id="abc", config={"optim": {"learning_rate": 1.0}}, fingerprints={"corpus": "1f"})
 
@@ -47,7 +49,7 @@ def state_of(plan: Layout, seed: int = 0):
 
 def keeper(workdir: Path, keep_last: int = 3, keep_every: int | None = None) -> Checkpoints:
     settings = CheckpointSettings(every=1, keep_last=keep_last, keep_every=keep_every)
-    return Checkpoints(workdir, settings, report=lambda _: None)
+    return Checkpoints(open_storage(workdir), settings, report=lambda _: None)
 
 
 @pytest.fixture(scope="module")
@@ -192,12 +194,12 @@ def test_a_hostile_manifest_is_refused(workdir: Path, content: bytes) -> None:
     path = workdir / "checkpoints" / "2" / manifest.NAME
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"2/manifest\.json"):
-        manifest.verify(path.parent)
+        manifest.verify(Folder(path.parent), 2)
     values = json.loads((workdir / "checkpoints" / "1" / manifest.NAME).read_text())
     for key in ("arrays", "files", "config", "fingerprints", "step"):
         path.write_text(json.dumps(values | {"step": 2, key: "x"}))
         with pytest.raises(CheckpointError, match=r"2/manifest\.json"):
-            manifest.verify(path.parent)
+            manifest.verify(Folder(path.parent), 2)
 
 
 def test_a_moved_checkpoint_is_still_valid_and_is_kept(two: Path, tmp_path: Path) -> None:
@@ -247,7 +249,7 @@ def test_another_architecture_is_refused_with_the_difference(two: Path, monkeypa
 def test_a_failed_save_is_reported_once_and_leaves_the_others(workdir: Path, plan: Layout, monkeypatch) -> None:
     checkpoints = keeper(workdir)
 
-    def fail(_: Path) -> None:
+    def fail(_: Files) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
@@ -291,7 +293,9 @@ def test_a_save_takes_bounded_host_memory_and_says_so(tmp_path: Path, monkeypatc
     zero, lines = jnp.zeros((), jnp.int32), []
     params = {f"part{index}": jnp.full((2**20, 4), index, jnp.float32) for index in range(16)}
     state = TrainState(zero, params, {"count": zero}, zero, zero)
-    checkpoints = Checkpoints(tmp_path, CheckpointSettings(every=1, keep_last=1, keep_every=None), lines.append)
+    checkpoints = Checkpoints(
+        open_storage(tmp_path), CheckpointSettings(every=1, keep_last=1, keep_every=None), lines.append
+    )
     before, peak, done = resident(), 0, threading.Event()
 
     def watch() -> None:

@@ -17,6 +17,7 @@ from wavlm_jax.training import compilation, loop, stored
 from wavlm_jax.training.freeze import Freeze, check_rules, hold_for_ever, joined, without_frozen
 from wavlm_jax.training.mesh import MESH_AXES
 from wavlm_jax.training.optim import AdamSettings, adam, clip
+from wavlm_jax.training.workdir import Workdir
 
 TORCHS = AdamSettings(b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.01, eps_added_to="corrected", no_decay=None)
 NAMES = ("body/kernel", "body/bias", "head/kernel")
@@ -89,7 +90,7 @@ def run(workdir: Path, rules: dict[str, Freeze], num_steps: int, task=None, tabl
     train = dataclasses.replace(settings.train, num_steps=num_steps, eval_splits=())
     settings = dataclasses.replace(settings, optim=optim, train=train)
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
-    loop.run(task or toy_task.make_task(), settings, mesh, workdir, config={}, table=table)
+    loop.run(task or toy_task.make_task(), settings, mesh, Workdir.at(workdir), config={}, table=table)
     return {step: stored.load_params(workdir, step)[1] for step in stored.steps(workdir)}
 
 

@@ -28,6 +28,7 @@ from wavlm_jax.training import loop, stored
 from wavlm_jax.training.mesh import MESH_AXES
 from wavlm_jax.training.run_settings import RunSettings
 from wavlm_jax.training.topology import Topology
+from wavlm_jax.training.workdir import Workdir
 
 CONFIG = small_config()
 
@@ -132,7 +133,13 @@ def run(tmp_path_factory):
     config["optim"]["warmup_steps"] = 0
     config["checkpoint"].update({"every": 1, "keep_last": 9})
     mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 2, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
-    loop.run(build(config, Topology.of(mesh)), read_sections(config, RunSettings), mesh, root / "run", config=config)
+    loop.run(
+        build(config, Topology.of(mesh)),
+        read_sections(config, RunSettings),
+        mesh,
+        Workdir.at(root / "run"),
+        config=config,
+    )
     return root / "run"
 
 

@@ -15,13 +15,19 @@ from wavlm_jax.training.manifest import CheckpointError
 from wavlm_jax.training.mesh import make_mesh
 from wavlm_jax.training.outcome import Outcome, Status
 from wavlm_jax.training.start import config_changes
+from wavlm_jax.training.workdir import Workdir
 
 
 def run(workdir: Path, task=None, config=None, **changes) -> Outcome:
     settings = toy_task.make_settings(**changes)
     config = {"optim": {"learning_rate": 0.01}} if config is None else config
     return loop.run(
-        task or toy_task.make_task(), settings, make_mesh(settings.mesh), workdir, config=config, table=toy_task.TABLE
+        task or toy_task.make_task(),
+        settings,
+        make_mesh(settings.mesh),
+        Workdir.at(workdir),
+        config=config,
+        table=toy_task.TABLE,
     )
 
 

@@ -20,6 +20,7 @@ from wavlm_jax.training import compilation, loop, stored
 from wavlm_jax.training.mesh import MESH_AXES
 from wavlm_jax.training.run_settings import RunSettings
 from wavlm_jax.training.topology import Topology
+from wavlm_jax.training.workdir import Workdir
 from wavlm_jax.weights import Weights
 
 TINY = WavLMConfig.tiny()
@@ -64,7 +65,7 @@ def run(config, workdir: Path, **init) -> dict:
     config["init"].update(init)
     settings = read_sections(config, RunSettings)
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
-    loop.run(build(config, Topology.of(mesh)), settings, mesh, workdir, config=config)
+    loop.run(build(config, Topology.of(mesh)), settings, mesh, Workdir.at(workdir), config=config)
     return {step: stored.load_params(workdir, step)[1] for step in stored.steps(workdir)}
 
 

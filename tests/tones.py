@@ -15,6 +15,7 @@ from wavlm_jax.settings import read_sections
 from wavlm_jax.training import loop
 from wavlm_jax.training.run_settings import RunSettings
 from wavlm_jax.training.topology import Topology
+from wavlm_jax.training.workdir import Workdir
 
 LETTERS = " ABCDE"
 LETTER_SAMPLES = 2560
@@ -126,4 +127,4 @@ def train(build, config: dict, workdir: Path):
     settings = read_sections(config, RunSettings)
     task = build(config, ONE)
     workdir.mkdir(parents=True, exist_ok=True)
-    return loop.run(task, settings, one_device(), workdir, config={**config, **task.resolved})
+    return loop.run(task, settings, one_device(), Workdir.at(workdir), config={**config, **task.resolved})

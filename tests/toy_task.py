@@ -30,6 +30,7 @@ from wavlm_jax.training.optim import AdamSettings, OptimSettings
 from wavlm_jax.training.run_settings import LoopSettings, RunSettings
 from wavlm_jax.training.stream import BatchSpec
 from wavlm_jax.training.task import Task
+from wavlm_jax.training.workdir import Workdir
 from wavlm_jax.training.writers import MetricsSettings
 
 FRAME, WIDTH, HIDDEN, LABELS = 4, 8, 16, 5
@@ -229,14 +230,14 @@ def main() -> int:
     workdir._VISIBLE_WITHIN = options.visible
     if options.kill_at:
         arm(options.kill_at)
-    outcome = loop.run(task, settings, make_mesh(settings.mesh), options.workdir, config={}, table=TABLE)
+    outcome = loop.run(task, settings, make_mesh(settings.mesh), Workdir.at(options.workdir), config={}, table=TABLE)
     print("outcome", outcome.status.name, outcome.step)
     return int(outcome.status)
 
 
 def arm(where: str) -> None:
     """SIGKILL to ourselves on entering a chosen phase: the process gets no chance to tidy up."""
-    from wavlm_jax.training import checkpoint
+    from wavlm_jax.training import checkpoint, storage
 
     phase, _, detail = where.partition(":")
     calls = iter(range(1, 1000))
@@ -246,15 +247,17 @@ def arm(where: str) -> None:
 
     if phase == "step":
         loop._Session.boundary = lethal(loop._Session.boundary, before=lambda self: self.step == int(detail))
-    elif phase in ("describe_files", "write", "push"):
+    elif phase in ("describe_files", "write"):
         setattr(checkpoint, phase, lethal(getattr(checkpoint, phase), before=now))
+    elif phase == "push":  # renamed
+        storage.push = lethal(storage.push, before=now)
     elif phase == "written":  # the manifest is there, the rename is not
         checkpoint.write = lethal(checkpoint.write, after=now)
     elif phase == "prune":  # out of sight, not yet gone
         shutil.rmtree = lethal(shutil.rmtree, before=lambda path, *_: Path(path).name.startswith("removed-"))
     elif phase == "arrays":  # Orbax's thread is writing
         save = checkpoint.orbax.save_checkpointables_async
-        checkpoint.orbax.save_checkpointables_async = lethal(save, after=lambda path, *_: path.name == detail)
+        checkpoint.orbax.save_checkpointables_async = lethal(save, after=lambda place, *_: Path(place).name == detail)
     else:
         raise ValueError(where)
 
@@ -265,9 +268,9 @@ def fill(process: int, step: int) -> None:
 
     save = checkpoint.orbax.save_checkpointables_async
 
-    def full(path: Path, *arguments, **named):
-        response = save(path, *arguments, **named)
-        if (jax.process_index(), path.name) != (process, str(step)):
+    def full(place: str, *arguments, **named):
+        response = save(place, *arguments, **named)
+        if (jax.process_index(), Path(place).name) != (process, str(step)):
             return response
         response.result()
         return checkpoint._Failed(OSError(28, "No space left on device"))

@@ -19,19 +19,22 @@ from wavlm_jax.model.heads import tree_shapes
 from wavlm_jax.settings import read
 from wavlm_jax.shapes import SAMPLE_RATE, Geometry, samples_for
 from wavlm_jax.text.vocabulary_files import files_of_record
+from wavlm_jax.training.bucket import Bucket, address
 from wavlm_jax.training.manifest import Manifest
-from wavlm_jax.training.stored import FOLDER, load_stored
+from wavlm_jax.training.storage import FOLDER, open_storage
+from wavlm_jax.training.stored import load_stored
 from wavlm_jax.weights import Origin, Weights
 
 _CONFIG = "config.json"
 _PRETRAINING_HEAD = "head"
 
 
-def load_weights(path: Path, step: int | None = None) -> Weights:
+def load_weights(path: Path | str, step: int | None = None) -> Weights:
     """What is in `path`, as numpy arrays on the host.
 
     Args:
-        path: the workdir of a run of ours, or one checkpoint in it (adapters are folded in); a Hugging Face folder
+        path: the workdir of a run of ours, a folder or a gs:// address, or one checkpoint in it (adapters are folded
+            in); a Hugging Face folder
             (safetensors or pytorch_model.bin, whole or in shards; WavLM or HuBERT, with or without a head); a `.pt` of
             the authors', of fairseq or UniSpeech; a torchaudio state dict; or the name of a model on the hub.
         step: checkpoint of the run; None: the newest that verifies.
@@ -41,6 +44,9 @@ def load_weights(path: Path, step: int | None = None) -> Weights:
         OSError: files that are missing or cannot be read.
 
     """
+    if (place := address(path)) is not None:
+        return _from_bucket(place, step)
+    path = Path(path)
     if path.is_dir():
         if path.parent.name == FOLDER and path.name.isdecimal() and step is None:
             return _from_run(path.parent.parent, int(path.name))
@@ -80,7 +86,20 @@ def _from_file(path: Path) -> Weights:
     return import_torchaudio(path) if is_torchaudio(read_torch_file(path)) else import_microsoft(path)
 
 
-def _from_run(workdir: Path, step: int | None) -> Weights:
+def _from_bucket(place: str, step: int | None) -> Weights:
+    """A run of ours, read where it is. Readers of other kinds of models want files of this machine."""
+    workdir, _, last = place.rpartition("/")
+    if step is None and last.isdecimal() and workdir.endswith(f"/{FOLDER}"):
+        return _from_run(workdir.removesuffix(f"/{FOLDER}"), int(last))
+    if FOLDER not in Bucket(place).entries():
+        raise ValueError(
+            f"{place}: no run here (no {FOLDER}/); anything else has to be on this machine: "
+            f"gcloud storage cp -r {place} ."
+        )
+    return _from_run(place, step)
+
+
+def _from_run(workdir: Path | str, step: int | None) -> Weights:
     manifest, params = load_stored(workdir, step)
     if BRANCH in params:
         params = merged(params, read(manifest.config["lora"], LoRASettings, "lora"), np.matmul)
@@ -118,15 +137,15 @@ _MARKS = {
 """Kind -> a module that only this kind has, the first that fits counts; the frame classifier has none of its own."""
 
 
-def _facts(workdir: Path, manifest: Manifest) -> dict[str, str]:
+def _facts(workdir: Path | str, manifest: Manifest) -> dict[str, str]:
     """For the model card: what was trained, how long, on what, and the last evaluation up to this step."""
     facts = {"updates": f"{manifest.step} of {_at(manifest.config, 'train', 'num_steps')}"}
     facts |= {"task": _at(manifest.config, "task"), "training data": _at(manifest.config, "data", "train")}
     for name, fingerprint in manifest.fingerprints.items():
         facts[f"fingerprint of {name}"] = fingerprint
-    log = workdir / "metrics.jsonl"
-    if log.is_file():
-        for line in log.read_text().splitlines():
+    files = open_storage(workdir).files
+    if files.exists("metrics.jsonl"):
+        for line in files.read("metrics.jsonl").decode().splitlines():
             values = _line(line)
             if str(values.pop("kind", "")).startswith("eval/") and values.get("step", 0) <= manifest.step:
                 facts["last evaluation"] = ", ".join(f"{key} {value}" for key, value in values.items())

@@ -1,25 +1,19 @@
-"""Checkpoints: Orbax writes the arrays, one rename commits a folder, nothing is believed without its checksums.
+"""Checkpoints: Orbax writes the arrays, `storage` commits them, nothing is believed without its checksums.
 
-    workdir/checkpoints/1000/{params,train,manifest.json,...}   committed
-    workdir/checkpoints/.unfinished/2000                        being written; removed at the next start
-
-A save runs in a thread of its own: copy to the host (before `save` returns), write, checksum, rename, prune. A failed
+A save runs in a thread of its own: copy to the host (before `save` returns), write, checksum, commit, prune. A failed
 save leaves what was there, is reported once by `poll`, and training goes on.
 """
 
-import shutil
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as orbax
 
-from wavlm_jax.training.disk import push
+from wavlm_jax.training.files import Files
 from wavlm_jax.training.host_memory import Resident
 from wavlm_jax.training.manifest import (
     FORMAT,
@@ -32,11 +26,11 @@ from wavlm_jax.training.manifest import (
     write,
 )
 from wavlm_jax.training.state import TrainState
-from wavlm_jax.training.stored import FOLDER, newest_valid, steps
+from wavlm_jax.training.storage import FOLDER, Storage
+from wavlm_jax.training.stored import newest_valid_of
 from wavlm_jax.training.waiting import agreed, from_first, meet
 from wavlm_jax.version import __version__
 
-UNFINISHED = ".unfinished"
 _WRITE_AHEAD = 2**30
 """Bytes of host memory, besides the copy of this host's shards, that a save may take while it writes."""
 _WRITE_SECONDS = 1200.0
@@ -83,20 +77,34 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 
 class Checkpoints:
-    """The checkpoints of one workdir. All processes make one and call the same methods in the same order."""
+    """The checkpoints of one run. All processes make one and call the same methods in the same order.
 
-    def __init__(self, workdir: Path, settings: CheckpointSettings, report: Callable[[str], None] = print) -> None:
-        self.folder = workdir.absolute() / FOLDER
+    Args:
+        storage: where they are.
+        settings: when, and which are kept.
+        report: takes a line for people.
+        publish: called on each process before a checkpoint is committed; what it raises is the failure of the save.
+
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        settings: CheckpointSettings,
+        report: Callable[[str], None] = print,
+        publish: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.storage = storage
+        self.place = f"{storage.files.place}/{FOLDER}"
         self.settings = settings
         self.report = report
         self.refused: dict[int, str] = {}
-        self._workdir = workdir
+        self._publish = publish
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[int, Future[None]] | None = None
         self._saves = 0
         if jax.process_index() == 0:
-            shutil.rmtree(self.folder / UNFINISHED, ignore_errors=True)
-            (self.folder / UNFINISHED).mkdir(parents=True, exist_ok=True)
+            storage.sweep()
         meet("leftovers of an earlier save removed")
 
     def latest(self) -> Manifest | None:
@@ -108,16 +116,16 @@ class Checkpoints:
         """
         chosen = None
         if jax.process_index() == 0:
-            chosen, self.refused = newest_valid(self._workdir)
+            chosen, self.refused = newest_valid_of(self.storage)
             for reason in self.refused.values():
                 self.report(f"checkpoint refused: {reason}")
         step = int(from_first("newest checkpoint that verifies", str(-1 if chosen is None else chosen.step)))
         if step >= 0:
-            return read(self.folder / str(step))
-        if steps(self._workdir):
+            return read(self.storage.checkpoint(step))
+        if self.storage.steps():
             reasons = "\n  ".join(self.refused.values()) or "see the log of process 0"
             raise CheckpointError(
-                f"{self.folder}: no checkpoint is usable:\n  {reasons}\n"
+                f"{self.place}: no checkpoint is usable:\n  {reasons}\n"
                 f"Bring one back from a copy, or remove the folder to start over."
             )
         return None
@@ -133,10 +141,10 @@ class Checkpoints:
         if lines := difference(describe_arrays(items), manifest.arrays):
             text = "\n  ".join(lines)
             raise CheckpointError(
-                f"{self.folder / str(manifest.step)}: is not a checkpoint of this config:\n  {text}\n"
+                f"{self.place}/{manifest.step}: is not a checkpoint of this config:\n  {text}\n"
                 f"Use the config that it was written with, or another workdir."
             )
-        loaded = orbax.load_checkpointables(self.folder / str(manifest.step), items)
+        loaded = orbax.load_checkpointables(self.storage.checkpoint(manifest.step).place, items)
         train = loaded["train"]
         return TrainState(train["step"], loaded["params"], train["opt_state"], train["skipped"], train["in_a_row"])
 
@@ -156,21 +164,26 @@ class Checkpoints:
             arrays=describe_arrays(items),
             files={},
         )
-        unfinished = self.folder / UNFINISHED / str(step)
+        draft = self.storage.draft(step)
         memory, self._saves = Resident(), self._saves + 1
         try:
             with _bounded_writing(items):
-                response = orbax.save_checkpointables_async(unfinished, items, overwrite=True)
+                response = orbax.save_checkpointables_async(draft.place, items, overwrite=True)
         except Exception as error:  # noqa: BLE001 whatever a disk or Orbax does, training goes on
             response = _Failed(error)
         memory.note("copied")
-        self._pending = (step, self._thread.submit(self._commit, response, manifest, unfinished, memory))
+        self._pending = (step, self._thread.submit(self._commit, response, manifest, draft, memory))
 
-    def _commit(self, response: Any, manifest: Manifest, unfinished: Path, memory: Resident) -> None:
+    def _commit(self, response: Any, manifest: Manifest, draft: Files, memory: Resident) -> None:
         """All processes write, then process 0 commits; what fails anywhere is the failure of all."""
-        self._together("written", response.result)
+
+        def write_all() -> None:
+            response.result()
+            self._publish()
+
+        self._together("written", write_all)
         memory.note("written")
-        self._together("committed", lambda: self._rename(manifest, unfinished) if jax.process_index() == 0 else None)
+        self._together("committed", lambda: self._finish(manifest, draft) if jax.process_index() == 0 else None)
         if jax.process_index() == 0:
             self.report(f"checkpoint {manifest.step} is written; {memory.describe()}")
 
@@ -188,30 +201,20 @@ class Checkpoints:
         if complaint:
             raise CheckpointError(complaint)
 
-    def _rename(self, manifest: Manifest, unfinished: Path) -> None:
-        write(replace(manifest, files=describe_files(unfinished)), unfinished)
-        final = self.folder / str(manifest.step)
-        if final.exists():  # refused before, and written again
-            self._remove(manifest.step)
-        unfinished.rename(final)
-        push(self.folder)
+    def _finish(self, manifest: Manifest, draft: Files) -> None:
+        write(replace(manifest, files=describe_files(draft)), draft)
+        self.storage.commit(manifest.step)
         self.refused.pop(manifest.step, None)
         self._prune()
 
     def _prune(self) -> None:
-        good = [step for step in steps(self._workdir) if step not in self.refused]
+        good = [step for step in self.storage.steps() if step not in self.refused]
         kept = set(good[-self.settings.keep_last :])
         if self.settings.keep_every:
             kept |= {step for step in good if step % self.settings.keep_every == 0}
         for step in good:
             if step not in kept:
-                self._remove(step)
-
-    def _remove(self, step: int) -> None:
-        """Out of sight by one rename first, so that a kill leaves no half of a checkpoint."""
-        hidden = self.folder / UNFINISHED / f"removed-{step}-{time.monotonic_ns()}"
-        (self.folder / str(step)).rename(hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
+                self._quietly(self.storage.remove, step)
 
     def poll(self) -> str | None:
         """What went wrong with the last save, said once; None while it runs and when it is fine. Never waits."""
@@ -222,8 +225,15 @@ class Checkpoints:
         if error is None:
             return None
         if jax.process_index() == 0:
-            shutil.rmtree(self.folder / UNFINISHED / str(step), ignore_errors=True)
+            self._quietly(self.storage.discard, step)
         return f"checkpoint {step} was not written ({type(error).__name__}: {error}); the ones before it are untouched"
+
+    def _quietly(self, tidy: Callable[[int], None], step: int) -> None:
+        """What cannot be removed now is no reason to lose a checkpoint, or a run; later saves and starts try again."""
+        try:
+            tidy(step)
+        except OSError as error:
+            self.report(f"warning: checkpoint {step} could not be removed: {error}")
 
     def wait(self) -> str | None:
         """Like `poll`, after the save under way has ended."""

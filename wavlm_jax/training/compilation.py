@@ -69,10 +69,14 @@ def num_compilations() -> int:
     return events()[COMPILES]
 
 
-def use_cache(folder: Path) -> None:
-    """Compiled programs are kept in `folder` and found there by the next start (trusted like the code itself)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+def use_cache(place: str | Path) -> None:
+    """Compiled programs are kept in `place` and found there by the next start (trusted like the code itself).
+
+    Args:
+        place: a folder or a gs:// address; JAX opens either through etils.epath.
+
+    """
+    jax.config.update("jax_compilation_cache_dir", str(place))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     compilation_cache.reset_cache()
 

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -41,7 +40,7 @@ from wavlm_jax.training.stream import BatchSpec, BatchStream
 from wavlm_jax.training.task import Score, Task
 from wavlm_jax.training.waiting import meet
 from wavlm_jax.training.watchdog import Watchdog
-from wavlm_jax.training.workdir import claim
+from wavlm_jax.training.workdir import Workdir
 from wavlm_jax.training.writers import Jsonl, Metrics, say
 
 
@@ -218,7 +217,7 @@ def run(
     task: Task,
     settings: RunSettings,
     mesh: Mesh,
-    workdir: Path,
+    workdir: Workdir,
     *,
     config: Mapping[str, Any],
     table: AxesTable = WAVLM_AXES,
@@ -229,7 +228,7 @@ def run(
         task: what is trained.
         settings: how.
         mesh: of `make_mesh(settings.mesh)`, which the task was built for.
-        workdir: gets checkpoints, metrics.jsonl, nonfinite.jsonl.
+        workdir: gets checkpoints, metrics.jsonl, nonfinite.jsonl; `Workdir.at` a folder, or of `open_workdir`.
         config: resolved, as JSON values; kept in every checkpoint.
         table: logical axes of the parameters.
 
@@ -255,7 +254,7 @@ def run(
         with clock.bucket("init"):
             layout = lay_out(task, settings, mesh, table)
             _prepare(settings, layout, workdir)
-            checkpoints = Checkpoints(workdir, settings.checkpoint, say)
+            checkpoints = Checkpoints(workdir.storage, settings.checkpoint, say, workdir.publish)
             stack.callback(checkpoints.close)
             start = begin(task, layout, checkpoints, seed=settings.seed, config=config)
             streams = {split: task.stream(split) for split in ("train", *settings.train.eval_splits)}
@@ -264,11 +263,11 @@ def run(
             programs = _compile(task, settings, layout, streams)
             meet("programs compiled")  # gloo waits 30 s for the first collective of the slowest host, and says less
         with clock.bucket("init"):
-            metrics = open_metrics(settings.metrics, workdir, start, settings.train.num_steps)
+            metrics = open_metrics(settings.metrics, workdir.folder, start, settings.train.num_steps)
             stack.callback(metrics.close)
-            nonfinite = open_nonfinite(workdir, start)
+            nonfinite = open_nonfinite(workdir.folder, start)
             stack.callback(nonfinite.close)
-            watchdog = Watchdog(settings.train.max_step_seconds, workdir)
+            watchdog = Watchdog(settings.train.max_step_seconds, workdir.folder, workdir.publish)
             stack.callback(watchdog.close)
             clock.on_switch = watchdog.enter
         parts = streams, programs, checkpoints, metrics, nonfinite, clock, preemption, task.score
@@ -276,16 +275,16 @@ def run(
         return session.train()
 
 
-def _prepare(settings: RunSettings, layout: Layout, workdir: Path) -> None:
-    claim(workdir, layout.num_bytes)
+def _prepare(settings: RunSettings, layout: Layout, workdir: Workdir) -> None:
+    workdir.claim(layout.num_bytes)
     if settings.train.compilation_cache is not None:
-        use_cache(workdir / settings.train.compilation_cache)
+        use_cache(workdir.within(settings.train.compilation_cache))
 
 
-def _introduce(task: Task, layout: Layout, start: Start, workdir: Path) -> None:
+def _introduce(task: Task, layout: Layout, start: Start, workdir: Workdir) -> None:
     if jax.process_index() == 0:
-        say(summarize(task, layout, start, workdir))
-        (workdir / "parameters.txt").write_text(describe(layout.abstract.params, layout.shardings) + "\n")
+        say(summarize(task, layout, start, workdir.place))
+        (workdir.folder / "parameters.txt").write_text(describe(layout.abstract.params, layout.shardings) + "\n")
 
 
 def _compile(task: Task, settings: RunSettings, layout: Layout, streams: Mapping[str, BatchStream]) -> Programs:

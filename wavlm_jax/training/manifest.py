@@ -1,21 +1,20 @@
 """The manifest of a checkpoint: what it holds, what it was made from, and a checksum of every file.
 
-`manifest.json` is part of the folder that one rename commits; so a checkpoint without it is damaged, not unfinished.
+It is the last file of a checkpoint to be written (`storage`); so a checkpoint without it is damaged, not unfinished.
 """
 
-import hashlib
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 
+from wavlm_jax.training.files import Files
+from wavlm_jax.training.storage import NAME
 from wavlm_jax.training.trees import path_name
 
-NAME = "manifest.json"
 FORMAT = 1
 
 
@@ -51,36 +50,28 @@ def describe_arrays(tree: Any) -> dict[str, list[Any]]:
     }
 
 
-def describe_files(folder: Path) -> dict[str, list[Any]]:
-    """Path -> [bytes, SHA-256] of every file below `folder` but the manifest, each pushed to the disk first."""
-    result: dict[str, list[Any]] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path != folder / NAME:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            result[path.relative_to(folder).as_posix()] = [path.stat().st_size, digest]
-    return result
+def describe_files(files: Files) -> dict[str, list[Any]]:
+    """Path -> [bytes, SHA-256] of every file but the manifest, each made durable first."""
+    files.settle()
+    sizes = _sizes(files)
+    return {name: [sizes[name], digest] for name, digest in _digests(files, sizes)}
 
 
-def write(manifest: Manifest, folder: Path) -> None:
-    """The manifest into `folder`, pushed to the disk."""
-    with (folder / NAME).open("w") as file:
-        json.dump(asdict(manifest), file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+def write(manifest: Manifest, files: Files) -> None:
+    """The manifest beside the files that it describes, durable when this returns."""
+    files.write(NAME, json.dumps(asdict(manifest), indent=1).encode())
 
 
-def read(folder: Path) -> Manifest:
-    """The manifest of the checkpoint `folder`.
+def read(files: Files) -> Manifest:
+    """The manifest of the checkpoint that `files` are.
 
     Raises:
         CheckpointError: missing, damaged, or of a format that this version does not know.
 
     """
-    path = folder / NAME
+    path = f"{files.place}/{NAME}"
     try:
-        values = json.loads(path.read_bytes())
+        values = json.loads(files.read(NAME))
         found = values["format"]
         manifest = Manifest(**values) if found == FORMAT else None
     except FileNotFoundError as error:
@@ -93,27 +84,38 @@ def read(folder: Path) -> Manifest:
     return manifest
 
 
-def verify(folder: Path) -> Manifest:
-    """The manifest of a checkpoint of which every file is as it was written.
+def verify(files: Files, step: int) -> Manifest:
+    """The manifest of the checkpoint of `step`, of which every file is as it was written.
 
     Raises:
         CheckpointError: naming the first file that is missing, changed or not listed.
 
     """
-    manifest = read(folder)
-    if folder.name != str(manifest.step):
-        raise CheckpointError(f"{folder / NAME}: is of step {manifest.step}, so this folder holds another checkpoint")
-    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {NAME}
-    for name in sorted(present ^ set(manifest.files)):
-        raise CheckpointError(f"{folder / name}: {'not in the manifest' if name in present else 'missing'}")
-    for name, (size, digest) in manifest.files.items():
-        path = folder / name
-        if path.stat().st_size != size:
-            raise CheckpointError(f"{path}: {path.stat().st_size} bytes, expected {size}")
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                raise CheckpointError(f"{path}: contents have changed (SHA-256 differs)")
+    manifest = read(files)
+    if step != manifest.step:
+        raise CheckpointError(
+            f"{files.place}/{NAME}: is of step {manifest.step}, so this folder holds another checkpoint"
+        )
+    sizes = _sizes(files)
+    for name in sorted(sizes.keys() ^ set(manifest.files)):
+        raise CheckpointError(f"{files.place}/{name}: {'not in the manifest' if name in sizes else 'missing'}")
+    for name, (size, _) in manifest.files.items():
+        if sizes[name] != size:
+            raise CheckpointError(f"{files.place}/{name}: {sizes[name]} bytes, expected {size}")
+    for name, digest in _digests(files, sizes):
+        if digest != manifest.files[name][1]:
+            raise CheckpointError(f"{files.place}/{name}: contents have changed (SHA-256 differs)")
     return manifest
+
+
+def _sizes(files: Files) -> dict[str, int]:
+    return {name: size for name, size in files.sizes().items() if name != NAME}
+
+
+def _digests(files: Files, sizes: Mapping[str, int]) -> Iterable[tuple[str, str]]:
+    """SHA-256 of each, as many at a time as the place can take."""
+    with ThreadPoolExecutor(files.readers) as pool:
+        yield from zip(sizes, pool.map(files.digest, sizes, sizes.values()), strict=True)
 
 
 def difference(expected: Mapping[str, list[Any]], found: Mapping[str, list[Any]]) -> list[str]:
@@ -129,7 +131,7 @@ def difference(expected: Mapping[str, list[Any]], found: Mapping[str, list[Any]]
     return lines
 
 
-def _check_types(manifest: Manifest, path: Path) -> None:
+def _check_types(manifest: Manifest, path: str) -> None:
     pairs = (
         [*manifest.arrays.values(), *manifest.files.values()] if _is_object(manifest.arrays, manifest.files) else [0]
     )

@@ -150,7 +150,7 @@ def _resume(
         before, now = manifest.fingerprints.get(name), task.fingerprints.get(name)
         if before != now:
             raise CheckpointError(
-                f"{checkpoints.folder}: the run was trained with {name} {before}, now it is {now}; "
+                f"{checkpoints.place}: the run was trained with {name} {before}, now it is {now}; "
                 f"bring the old data back, or start over in another workdir"
             )
     for line in config_changes(manifest.config, config):
@@ -188,7 +188,7 @@ def _place(params: Params, shardings: Mapping[str, NamedSharding]) -> Params:
     return jax.tree_util.tree_map_with_path(place, params)
 
 
-def summarize(task: Task, layout: Layout, start: Start, workdir: Path) -> str:
+def summarize(task: Task, layout: Layout, start: Start, workdir: str) -> str:
     """What is about to happen, for people: mode, devices, batch arithmetic, parameters and where they live."""
     mesh = layout.mesh
     shards = mesh.shape["data"] * mesh.shape["fsdp"]

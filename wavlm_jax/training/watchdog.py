@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,13 @@ class Watchdog:
 
     Args:
         seconds: the bound; a save may take six times as long.
-        folder: workdir of the run.
+        folder: for the stacks.
+        publish: called after they are written, with little patience.
 
     """
 
-    def __init__(self, seconds: float, folder: Path) -> None:
+    def __init__(self, seconds: float, folder: Path, publish: Callable[[], None]) -> None:
+        self._publish_folder = publish
         self._seconds = seconds
         self._folder = folder
         self._index, self._alone = jax.process_index(), jax.process_count() == 1
@@ -81,10 +84,9 @@ class Watchdog:
         self._folder.mkdir(parents=True, exist_ok=True)
         with (self._folder / f"stacks-{self._index}.txt").open("w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
+        _try_for(_LAST_WORDS, self._publish_folder)
         if not self._alone:
-            asking = threading.Thread(target=self._say_what_others_do, daemon=True)  # may find nobody to ask
-            asking.start()
-            asking.join(_LAST_WORDS)
+            _try_for(_LAST_WORDS, self._say_what_others_do)
         os._exit(Status.STUCK.value)
 
     def _say_what_others_do(self) -> None:
@@ -97,3 +99,10 @@ class Watchdog:
                 file=sys.stderr,
                 flush=True,
             )
+
+
+def _try_for(seconds: float, do: Callable[[], None]) -> None:
+    """Gives `do` its time; it may find nobody who answers."""
+    trying = threading.Thread(target=do, daemon=True)
+    trying.start()
+    trying.join(seconds)

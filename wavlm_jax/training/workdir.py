@@ -1,41 +1,105 @@
-"""The workdir before anything is computed: room for a checkpoint, and one folder that all hosts see."""
+"""The workdir of a run, a folder or a bucket: opened, and claimed before anything is computed."""
 
 import contextlib
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 
-from wavlm_jax.training.disk import check_space
+from wavlm_jax.training.files import Files
+from wavlm_jax.training.mirror import Mirror
+from wavlm_jax.training.storage import Storage, open_storage
 from wavlm_jax.training.waiting import agreed, from_first
 
 _VISIBLE_WITHIN = 90.0
 """Seconds; a network file system may remember for a minute that a file was not there."""
 
 
-def claim(workdir: Path, num_bytes: int) -> None:
-    """Makes sure that every process can write into `workdir`, and that it is one folder. All processes call it.
+@dataclass(frozen=True)
+class Workdir:
+    """Where a run lives, as one process sees it."""
+
+    storage: Storage
+    folder: Path
+    """For the small files: the workdir itself, or a mirror of the bucket (`mirror`)."""
+    mirror: Mirror | None = None
+
+    @classmethod
+    def at(cls, folder: Path) -> "Workdir":
+        """A folder that all hosts share."""
+        return cls(open_storage(folder), folder)
+
+    @property
+    def place(self) -> str:
+        """As a person has written it, for messages."""
+        return str(self.folder) if self.mirror is None else self.storage.files.place
+
+    def claim(self, num_bytes: int) -> None:
+        """Makes sure that every process can write here, and that all mean the same place. All processes call it.
+
+        Args:
+            num_bytes: of a checkpoint; process 0 reserves and frees as many where there is a disk.
+
+        Raises:
+            OSError: on all processes; which of them cannot write or looks into another folder.
+
+        """
+        claim(self.storage.files, num_bytes)
+        if self.mirror is not None:
+            _all("files of earlier sessions", self.mirror.fetch)
+
+    def publish(self) -> None:
+        """What this process has written into `folder` is in the workdir when this returns."""
+        if self.mirror is not None:
+            self.mirror.publish()
+
+    def within(self, name: str) -> str:
+        """The path or address of something in it that JAX reads and writes by itself."""
+        if self.mirror is None or Path(name).is_absolute():
+            return str((self.folder / name).absolute())
+        return f"{self.place}/{name}"
+
+
+@contextlib.contextmanager
+def open_workdir(workdir: str) -> Iterator[Workdir]:
+    """The workdir that a person names; at the end all its files are there.
 
     Args:
-        workdir: as each process understands it.
-        num_bytes: of a checkpoint; process 0 reserves and frees as many.
+        workdir: a folder, or a gs:// address. Nothing is asked of it yet.
 
     Raises:
-        OSError: on all processes; which of them cannot write or looks into another folder.
+        ValueError: an address of another kind.
+        OSError: at the end, where the last files could not be uploaded.
 
     """
-    mark = workdir / f".shared-{from_first('name of the mark in the workdir', secrets.token_hex(8))}"
+    storage = open_storage(workdir)
+    if storage.files.place.startswith("gs://"):
+        mirror = Mirror(storage.files)
+        try:
+            yield Workdir(storage, mirror.folder, mirror)
+        finally:
+            mirror.close()
+    elif "://" in workdir:
+        raise ValueError(f"--workdir: found {workdir}, expected a folder or a gs:// address")
+    else:
+        yield Workdir.at(Path(workdir))
+
+
+def claim(files: Files, num_bytes: int) -> None:
+    """See `Workdir.claim`."""
+    mark = f".shared-{from_first('name of the mark in the workdir', secrets.token_hex(8))}"
     first = jax.process_index() == 0
     try:
-        _all("room in the workdir", lambda: check_space(workdir, num_bytes if first else 1))
-        _all("a mark in the workdir", lambda: mark.touch() if first else None)
-        _all("a workdir that all hosts share", lambda: _find(mark))
+        _all("room in the workdir", lambda: files.check_room(num_bytes if first else 1))
+        _all("a mark in the workdir", lambda: files.write(mark, b"") if first else None)
+        _all("a workdir that all hosts share", lambda: _find(files, mark))
     finally:
         if first:
             with contextlib.suppress(OSError):
-                mark.unlink()
+                files.delete(mark)
 
 
 def _all(name: str, do: Callable[[], None]) -> None:
@@ -48,13 +112,12 @@ def _all(name: str, do: Callable[[], None]) -> None:
         raise OSError(found)
 
 
-def _find(mark: Path) -> None:
+def _find(files: Files, mark: str) -> None:
     end = time.monotonic() + _VISIBLE_WITHIN
-    while not mark.exists():
+    while not files.exists(mark):
         if time.monotonic() > end:
             raise OSError(
-                f"{mark}: process 0 has written this file, and it is not here after {_VISIBLE_WITHIN:.0f} s; give a "
-                "--workdir on a file system that all hosts share"
+                f"{files.place}/{mark}: process 0 has written this file, and it is not here after "
+                f"{_VISIBLE_WITHIN:.0f} s; give a --workdir on a file system that all hosts share"
             )
-        list(mark.parent.iterdir())  # makes NFS look again
         time.sleep(0.5)
