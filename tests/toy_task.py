@@ -30,7 +30,6 @@ from wavlm_jax.training.optim import AdamSettings, OptimSettings
 from wavlm_jax.training.run_settings import LoopSettings, RunSettings
 from wavlm_jax.training.stream import BatchSpec
 from wavlm_jax.training.task import Task
-from wavlm_jax.training.workdir import Workdir
 from wavlm_jax.training.writers import MetricsSettings
 
 FRAME, WIDTH, HIDDEN, LABELS = 4, 8, 16, 5
@@ -198,7 +197,7 @@ def digest(tree: object) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--workdir", required=True)
     parser.add_argument("--num_steps", type=int, default=12)
     parser.add_argument("--every", type=int, default=4)
     parser.add_argument("--delay", type=float, default=0.0)
@@ -230,7 +229,8 @@ def main() -> int:
     workdir._VISIBLE_WITHIN = options.visible
     if options.kill_at:
         arm(options.kill_at)
-    outcome = loop.run(task, settings, make_mesh(settings.mesh), Workdir.at(options.workdir), config={}, table=TABLE)
+    with workdir.open_workdir(options.workdir) as place:
+        outcome = loop.run(task, settings, make_mesh(settings.mesh), place, config={}, table=TABLE)
     print("outcome", outcome.status.name, outcome.step)
     return int(outcome.status)
 

@@ -75,8 +75,8 @@ class FolderStorage:
     """`Storage` in a folder."""
 
     def __init__(self, workdir: Path) -> None:
-        self.files = Folder(workdir)
-        self._folder = self.files.path / FOLDER
+        self.files: Files = Folder(workdir)
+        self._folder = workdir.absolute() / FOLDER
 
     def steps(self) -> list[int]:
         """See `Storage`."""
@@ -118,7 +118,7 @@ class BucketStorage:
     """`Storage` below a gs:// address."""
 
     def __init__(self, place: str) -> None:
-        self.files = Bucket(place)
+        self.files: Files = Bucket(place)
         self._checkpoints = self.files.below(FOLDER)
 
     def steps(self) -> list[int]:

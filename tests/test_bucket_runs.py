@@ -1,0 +1,249 @@
+"""A run whose workdir is gs://: stopped, harmed, killed, gone on with on an empty machine; the same bits as in a folder.
+
+The bucket is fake-gcs-server, a process of its own that we did not write; it is looked into through plain HTTP.
+"""
+
+import hashlib
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import toy_task
+from buckets import NAME, Objects, serving
+from pods import CONFIG, finish, free_port, spawn
+from test_pod_runs import pretraining, recognition
+from test_train_processes import STEPS as TOY_STEPS
+from test_train_processes import Runner, digest
+
+import wavlm_jax
+from pretrain.labels import LabelSettings
+from tests.labelling import make_labels
+from wavlm_jax.data.corpora import DataSettings, open_corpora
+from wavlm_jax.loading import load_weights
+from wavlm_jax.settings import read
+from wavlm_jax.training import stored
+from wavlm_jax.training.bucket import Bucket, address
+from wavlm_jax.training.files import Files, Folder
+from wavlm_jax.training.manifest import CheckpointError
+from wavlm_jax.training.mirror import Mirror
+from wavlm_jax.training.storage import MARK, open_storage
+from wavlm_jax.training.workdir import open_workdir
+
+STEPS, PREEMPTED = 6, 75
+BODY = f"gs://{NAME}/runs/body"
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory) -> Iterator[Objects]:
+    with serving(tmp_path_factory.mktemp("server")) as found:
+        yield found
+
+
+def session(folder: Path, config: dict, workdir: Path | str, stop: str = "", code: int = 0) -> str:
+    """train.py on a machine of its own, which has nothing of the run; what it said."""
+    machine, notes = folder / "tmp", folder / "notes"
+    for path in (machine, notes):
+        path.mkdir(parents=True)
+    (folder / "config.py").write_text(CONFIG.format(text=json.dumps(config)))
+    command = ["env", f"TMPDIR={machine}", sys.executable, "tests/noting_train.py", str(notes), stop]
+    (output,) = finish(spawn([[*command, f"--config={folder}/config.py", f"--workdir={workdir}"]], 1), code)
+    assert list(machine.glob("wavlm_jax-*")) == []
+    return output
+
+
+def trained(lines: list[dict]) -> dict[int, float]:
+    """Step -> loss; each step once."""
+    found = [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
+    assert [step for step, _ in found] == list(range(1, STEPS + 1))
+    return dict(found)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> dict:
+    """Of a pre-training whose labels are there."""
+    found = pretraining(tmp_path_factory.mktemp("pretraining"))
+    found["train"].update({"num_steps": STEPS, "eval_every": STEPS})
+    found["checkpoint"].update({"every": 2, "keep_last": 2})
+    found["data"]["num_workers"] = 0
+    make_labels(read(found["labels"], LabelSettings, "labels"), open_corpora(read(found["data"], DataSettings, "data")))
+    return found
+
+
+@pytest.fixture(scope="module")
+def body(objects: Objects, config: dict, tmp_path_factory) -> str:
+    """A finished pre-training in the bucket: stopped, harmed, gone on with; held against one in a folder."""
+    root = tmp_path_factory.mktemp("body")
+    session(root / "alone", config, root / "alone" / "run")
+    config["train"]["compilation_cache"] = "programs"  # in the bucket, too
+    session(root / "first", config, BODY, stop="0,4", code=PREEMPTED)
+    stopped, refused = stored.newest_valid(BODY)
+    assert (stopped.step >= 4, refused) == (True, {})
+    assert objects.lines("runs/body/metrics.jsonl")[-1]["step"] == stopped.step
+    harmed = max(stopped.files, key=lambda name: stopped.files[name][0])
+    objects.flip(f"runs/body/checkpoints/{stopped.step}/{harmed}")
+    output = session(root / "second", config, BODY)
+    assert f"checkpoint refused: {BODY}/checkpoints/{stopped.step}/{harmed}: contents have changed" in output
+    assert f"{BODY}: training resumed at step 2, run {stopped.run_id}" in output
+    assert "(0 of them found in the cache)" not in output
+    alone = [json.loads(line) for line in (root / "alone" / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert trained(objects.lines("runs/body/metrics.jsonl")) == trained(alone)
+    ours, theirs = (toy_task.digest(stored.load_params(run)[1]) for run in (BODY, root / "alone" / "run"))
+    assert ours == theirs
+    return stopped.run_id
+
+
+def test_the_bucket_holds_what_a_folder_would(objects: Objects, body: str) -> None:
+    found, refused = stored.newest_valid(BODY)
+    assert (found.step, found.run_id, refused) == (STEPS, body, {})
+    names = [name.removeprefix("runs/body/") for name in objects.names("runs/body/")]
+    assert {"config.json", "metrics.jsonl", "nonfinite.jsonl", "parameters.txt"} <= set(names)
+    steps = {name.split("/")[1] for name in names if name.startswith("checkpoints/")}
+    assert steps == {"4", str(STEPS), MARK}
+    for name, (size, checksum) in found.files.items():
+        content = objects.read(f"runs/body/checkpoints/{STEPS}/{name}")
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (size, checksum)
+    assert not any(name.startswith((".probe", ".shared")) for name in names)
+
+
+def test_a_run_in_a_bucket_is_fine_tuned_in_a_bucket_and_loaded(objects: Objects, body: str, tmp_path: Path) -> None:
+    config = recognition(tmp_path)
+    config["model"] = stored.newest_valid(BODY)[0].config["model"] | {"layerdrop": 0.0}
+    config["init"]["path"] = BODY
+    config["train"].update({"num_steps": 2, "eval_every": 2})
+    config["data"]["num_workers"] = 0
+    tuned = f"gs://{NAME}/runs/tuned"
+    assert "training from given parameters" in session(tmp_path / "machine", config, tuned)
+    model = wavlm_jax.load(tuned)
+    assert f"run {stored.newest_valid(tuned)[0].run_id}" in model.weights.origin.notes[0]
+    assert "last evaluation" in model.weights.origin.facts
+    assert np.isfinite(model(np.ones(16_000, np.float32)).logits).all()
+    one, other = load_weights(f"{tuned}/checkpoints/2"), load_weights(Path(tuned), 2)  # pathlib makes one slash of two
+    assert toy_task.digest(one.params) == toy_task.digest(other.params) == toy_task.digest(model.weights.params)
+
+
+def test_what_is_no_run_has_to_be_copied_first(objects: Objects) -> None:
+    objects.write("models/base.pt", b"x")
+    with pytest.raises(
+        ValueError, match=rf"gs://{NAME}/models: no run here .* gcloud storage cp -r gs://{NAME}/models"
+    ):
+        load_weights(f"gs://{NAME}/models")
+
+
+def test_killed_before_the_manifest_there_is_no_checkpoint(objects: Objects, tmp_path: Path) -> None:
+    """Everything else is there; two processes go on from the checkpoint before it, to the bits of one in a folder."""
+    runner, workdir = Runner(tmp_path / "programs"), f"gs://{NAME}/runs/toy"
+    code, output = runner.run(workdir, kill_at="write:2")
+    assert code == -signal.SIGKILL, output
+    left = objects.names("runs/toy/checkpoints/6/")
+    assert any(name.endswith("commit_success.txt") for name in left)  # Orbax was done
+    assert stored.steps(workdir) == [3]
+    port = free_port()
+    finish([runner.start(workdir, coordinator=f"127.0.0.1:{port},{index},2", devices=1) for index in range(2)])
+    assert runner.run(tmp_path / "run")[0] == 0
+    assert digest(workdir) == digest(tmp_path / "run")
+    assert stored.steps(workdir) == [9, TOY_STEPS]
+    assert {name.split("/")[3] for name in objects.names("runs/toy/checkpoints/")} == {MARK, "9", str(TOY_STEPS)}
+    lines = [(line["kind"], line["step"]) for line in objects.lines("runs/toy/metrics.jsonl")]
+    assert [step for kind, step in lines if kind == "train"] == list(range(1, TOY_STEPS + 1))
+
+
+def test_only_a_workdir_with_our_mark_is_swept(objects: Objects) -> None:
+    """Folders of another program, or half of a copy, are refused by name and stay."""
+    place = f"gs://{NAME}/theirs"
+    objects.write("theirs/checkpoints/7/model", b"x")
+    with pytest.raises(CheckpointError, match=rf"{place}/checkpoints/7/manifest\.json: missing"):
+        stored.load_params(place)
+    open_storage(place).sweep()
+    assert "theirs/checkpoints/7/model" in objects.names("theirs/")
+
+
+@pytest.mark.parametrize("kind", [Folder, Bucket])
+def test_a_folder_and_a_bucket_keep_one_contract(objects: Objects, tmp_path: Path, kind: type) -> None:
+    files: Files = Folder(tmp_path) if kind is Folder else Bucket(f"gs://{NAME}/contract")
+    assert (files.entries(), files.below("nothing").sizes()) == ([], {})
+    files.check_room(1000)
+    assert files.entries() == []
+    if kind is Folder:
+        (tmp_path / "inner").mkdir()
+    content = np.random.default_rng(1).bytes(100_000)
+    files.below("inner").write("b", content)
+    files.write("a", b"")
+    assert files.sizes() == {"a": 0, "inner/b": 100_000}
+    assert files.entries() == ["a", "inner"]
+    assert files.below("inner").read("b") == content
+    assert files.digest("inner/b", 100_000) == hashlib.sha256(content).hexdigest()
+    assert files.digest("a", 0) == hashlib.sha256(b"").hexdigest()
+    assert [files.exists(name) for name in ("a", "inner/b", "inner/c")] == [True, True, False]
+    with pytest.raises(FileNotFoundError):
+        files.read("nothing")
+    for _ in range(2):
+        files.delete("a")
+        files.below("inner").clear()
+    assert files.sizes() == {}
+
+
+def test_the_mirror_brings_what_was_there_and_uploads_what_changed(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    (home / "checkpoints").mkdir(parents=True)
+    for name in ("metrics.jsonl", "config.json"):
+        (home / name).write_text("old")
+    mirror = Mirror(Folder(home))
+    (mirror.folder / "config.json").write_text("new")
+    mirror.publish()
+    assert (home / "config.json").read_text() == "old"  # nobody has shown yet that it may be written
+    mirror.fetch()
+    assert sorted(path.name for path in mirror.folder.iterdir()) == ["config.json", "metrics.jsonl"]
+    (home / "metrics.jsonl").write_text("changed by another process")
+    (mirror.folder / "metrics.partial").write_text("half")
+    mirror.publish()
+    assert (home / "config.json").read_text() == "new"
+    assert (home / "metrics.jsonl").read_text() == "changed by another process"
+    with (mirror.folder / "metrics.jsonl").open("a") as file:
+        file.write(" and more")
+    mirror.close()
+    assert (home / "metrics.jsonl").read_text() == "old and more"
+    assert not mirror.folder.exists()
+    assert not (home / "metrics.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("written", "found"),
+    [
+        ("gs://bucket/run/", "gs://bucket/run"),
+        (Path("gs://bucket/run"), "gs://bucket/run"),
+        ("gs://bucket", "gs://bucket"),
+        ("runs/base", None),
+        ("gs:relative", None),
+        ("s3://bucket/run", None),
+    ],
+)
+def test_an_address_is_told_from_a_path(written: str | Path, found: str | None) -> None:
+    assert address(written) == found
+
+
+def test_what_cannot_be_written_is_said_at_the_start(objects: Objects, monkeypatch: pytest.MonkeyPatch) -> None:
+    cure = r"a checkpoint cannot be written here \(.*; look at the address.*roles/storage.objectUser"
+    with (
+        open_workdir("gs://no-such-bucket/run") as workdir,
+        pytest.raises(OSError, match=f"no-such-bucket/run: {cure}"),
+    ):
+        workdir.claim(1000)
+    with pytest.raises(ValueError, match=r"--workdir: found s3://bucket/run, expected a folder or a gs:// address"):
+        open_workdir("s3://bucket/run").__enter__()
+    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(OSError, match=f"gs://{NAME}/run: {cure}") as error:
+        Bucket(f"gs://{NAME}/run").check_room(1000)
+    assert "Could not connect" in str(error.value)
+
+
+def test_without_its_packages_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    for name in ("gcs", "gs"):
+        fsspec.registry._registry.pop(name, None)
+    with pytest.raises(OSError, match=r"pip install 'wavlm-jax\[gcs\]', or give a folder"):
+        Bucket("gs://bucket/run").check_room(1000)
