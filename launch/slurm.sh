@@ -13,7 +13,7 @@
 # Five minutes before its time is over the job is told, saves, exits with 75, and puts itself back into the queue.
 set -euo pipefail
 
-: "${CONFIG:?config file, with its preset}" "${WORKDIR:?shared folder of the run}"
+: "${CONFIG:?config file, with its preset}" "${WORKDIR:?shared folder or gs:// address of the run}"
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
 
 command=(srun --kill-on-bad-exit=1 .venv/bin/python train.py --config "$CONFIG" --workdir "$WORKDIR" --platform cuda)

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # One command on every host of a Cloud TPU VM: a single host, a pod slice, or several slices of one queued resource.
 #
-#   TPU=my-tpu ZONE=us-west4-a CONFIG=configs/pretrain/base.py:v5e-256 WORKDIR=/gcs/runs/base launch/tpu_vm.sh
+#   TPU=my-tpu ZONE=us-west4-a CONFIG=configs/pretrain/base.py:v5e-256 WORKDIR=gs://bucket/base launch/tpu_vm.sh
 #
+# WORKDIR: a folder that all hosts share, or gs:// (pip install 'wavlm-jax[gcs]' on the hosts).
 # DRY_RUN=1 prints the commands. SLICES=2: my-tpu-0 and my-tpu-1, joined by MEGASCALE variables.
 set -euo pipefail
 
-: "${TPU:?name of the TPU}" "${ZONE:?its zone}" "${CONFIG:?config file, with its preset}" "${WORKDIR:?shared folder of the run}"
+: "${TPU:?name of the TPU}" "${ZONE:?its zone}" "${CONFIG:?config file, with its preset}" "${WORKDIR:?shared folder or gs:// address of the run}"
 REPOSITORY=${REPOSITORY:-wavlm_jax}
 SLICES=${SLICES:-1}
 PORT=${PORT:-8081}

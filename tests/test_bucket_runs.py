@@ -1,4 +1,4 @@
-"""A run whose workdir is gs://: stopped, harmed, killed, gone on with on an empty machine; the same bits as in a folder.
+"""A run whose workdir is gs://: stopped, harmed, killed, gone on with on an empty machine, to the bits of a folder's.
 
 The bucket is fake-gcs-server, a process of its own that we did not write; it is looked into through plain HTTP.
 """
@@ -10,11 +10,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pytest
 import toy_task
 from buckets import NAME, Objects, serving
+from fsspec.registry import _registry
 from pods import CONFIG, finish, free_port, spawn
 from test_pod_runs import pretraining, recognition
 from test_train_processes import STEPS as TOY_STEPS
@@ -28,7 +28,7 @@ from wavlm_jax.loading import load_weights
 from wavlm_jax.settings import read
 from wavlm_jax.training import stored
 from wavlm_jax.training.bucket import Bucket, address
-from wavlm_jax.training.files import Files, Folder
+from wavlm_jax.training.disk import Folder
 from wavlm_jax.training.manifest import CheckpointError
 from wavlm_jax.training.mirror import Mirror
 from wavlm_jax.training.storage import MARK, open_storage
@@ -110,7 +110,8 @@ def test_the_bucket_holds_what_a_folder_would(objects: Objects, body: str) -> No
     assert not any(name.startswith((".probe", ".shared")) for name in names)
 
 
-def test_a_run_in_a_bucket_is_fine_tuned_in_a_bucket_and_loaded(objects: Objects, body: str, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("body")
+def test_a_run_in_a_bucket_is_fine_tuned_in_a_bucket_and_loaded(tmp_path: Path) -> None:
     config = recognition(tmp_path)
     config["model"] = stored.newest_valid(BODY)[0].config["model"] | {"layerdrop": 0.0}
     config["init"]["path"] = BODY
@@ -162,9 +163,10 @@ def test_only_a_workdir_with_our_mark_is_swept(objects: Objects) -> None:
     assert "theirs/checkpoints/7/model" in objects.names("theirs/")
 
 
+@pytest.mark.usefixtures("objects")
 @pytest.mark.parametrize("kind", [Folder, Bucket])
-def test_a_folder_and_a_bucket_keep_one_contract(objects: Objects, tmp_path: Path, kind: type) -> None:
-    files: Files = Folder(tmp_path) if kind is Folder else Bucket(f"gs://{NAME}/contract")
+def test_a_folder_and_a_bucket_keep_one_contract(tmp_path: Path, kind: type) -> None:
+    files = Folder(tmp_path) if kind is Folder else Bucket(f"gs://{NAME}/contract")
     assert (files.entries(), files.below("nothing").sizes()) == ([], {})
     files.check_room(1000)
     assert files.entries() == []
@@ -226,7 +228,8 @@ def test_an_address_is_told_from_a_path(written: str | Path, found: str | None) 
     assert address(written) == found
 
 
-def test_what_cannot_be_written_is_said_at_the_start(objects: Objects, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("objects")
+def test_what_cannot_be_written_is_said_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     cure = r"a checkpoint cannot be written here \(.*; look at the address.*roles/storage.objectUser"
     with (
         open_workdir("gs://no-such-bucket/run") as workdir,
@@ -243,7 +246,6 @@ def test_what_cannot_be_written_is_said_at_the_start(objects: Objects, monkeypat
 
 def test_without_its_packages_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    for name in ("gcs", "gs"):
-        fsspec.registry._registry.pop(name, None)
+    monkeypatch.delitem(_registry, "gcs", raising=False)
     with pytest.raises(OSError, match=r"pip install 'wavlm-jax\[gcs\]', or give a folder"):
         Bucket("gs://bucket/run").check_room(1000)

@@ -17,7 +17,8 @@ import toy_task
 
 from wavlm_jax.training import checkpoint, disk, manifest, stored
 from wavlm_jax.training.checkpoint import Checkpoints, CheckpointSettings, RunRecord
-from wavlm_jax.training.files import Files, Folder
+from wavlm_jax.training.disk import Folder
+from wavlm_jax.training.files import Files
 from wavlm_jax.training.host_memory import resident
 from wavlm_jax.training.manifest import CheckpointError
 from wavlm_jax.training.mesh import MeshSettings, make_mesh

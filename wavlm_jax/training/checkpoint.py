@@ -25,6 +25,7 @@ from wavlm_jax.training.manifest import (
     read,
     write,
 )
+from wavlm_jax.training.retention import CheckpointSettings
 from wavlm_jax.training.state import TrainState
 from wavlm_jax.training.storage import FOLDER, Storage
 from wavlm_jax.training.stored import newest_valid_of
@@ -35,24 +36,6 @@ _WRITE_AHEAD = 2**30
 """Bytes of host memory, besides the copy of this host's shards, that a save may take while it writes."""
 _WRITE_SECONDS = 1200.0
 """For the slowest host to have written its shards; the watchdog may be less patient."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointSettings:
-    """When a checkpoint is written, and which are kept."""
-
-    every: int
-    """Steps from one to the next; the last step always has one."""
-    keep_last: int
-    """The newest n stay."""
-    keep_every: int | None
-    """Those at multiples of this many steps stay for ever; None: none."""
-
-    def __post_init__(self) -> None:
-        if self.every < 1 or self.keep_last < 1 or (self.keep_every is not None and self.keep_every < 1):
-            raise ValueError(
-                f"every {self.every}, keep_last {self.keep_last}, keep_every {self.keep_every}: expected 1 or more"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,12 +192,8 @@ class Checkpoints:
 
     def _prune(self) -> None:
         good = [step for step in self.storage.steps() if step not in self.refused]
-        kept = set(good[-self.settings.keep_last :])
-        if self.settings.keep_every:
-            kept |= {step for step in good if step % self.settings.keep_every == 0}
-        for step in good:
-            if step not in kept:
-                self._quietly(self.storage.remove, step)
+        for step in self.settings.superfluous(good):
+            self._quietly(self.storage.remove, step)
 
     def poll(self) -> str | None:
         """What went wrong with the last save, said once; None while it runs and when it is fine. Never waits."""

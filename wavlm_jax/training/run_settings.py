@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from wavlm_jax.training.checkpoint import CheckpointSettings
 from wavlm_jax.training.mesh import MeshSettings
 from wavlm_jax.training.optim import OptimSettings
+from wavlm_jax.training.retention import CheckpointSettings
 from wavlm_jax.training.writers import MetricsSettings
 
 

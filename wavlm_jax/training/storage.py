@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from wavlm_jax.training.bucket import Bucket, address
-from wavlm_jax.training.disk import push
-from wavlm_jax.training.files import Files, Folder
+from wavlm_jax.training.disk import Folder, push
+from wavlm_jax.training.files import Files
 
 FOLDER = "checkpoints"
 NAME = "manifest.json"
