@@ -71,7 +71,7 @@ def attempt(workdir: Workdir) -> int:
         print(f"train.py: {error}", file=sys.stderr)
         with contextlib.suppress(OSError):  # the disk may be what is wrong
             (workdir.folder / "error.txt").write_text(traceback.format_exc())
-            print(f"(traceback: {workdir.folder / 'error.txt'})", file=sys.stderr)
+            print(f"(traceback: {workdir.lasting('error.txt')})", file=sys.stderr)
         return EXIT_WRONG
 
 

@@ -69,7 +69,6 @@ def config(tmp_path_factory) -> dict:
     found = pretraining(tmp_path_factory.mktemp("pretraining"))
     found["train"].update({"num_steps": STEPS, "eval_every": STEPS})
     found["checkpoint"].update({"every": 2, "keep_last": 2})
-    found["data"]["num_workers"] = 0
     make_labels(read(found["labels"], LabelSettings, "labels"), open_corpora(read(found["data"], DataSettings, "data")))
     return found
 
@@ -116,7 +115,6 @@ def test_a_run_in_a_bucket_is_fine_tuned_in_a_bucket_and_loaded(tmp_path: Path) 
     config["model"] = stored.newest_valid(BODY)[0].config["model"] | {"layerdrop": 0.0}
     config["init"]["path"] = BODY
     config["train"].update({"num_steps": 2, "eval_every": 2})
-    config["data"]["num_workers"] = 0
     tuned = f"gs://{NAME}/runs/tuned"
     assert "training from given parameters" in session(tmp_path / "machine", config, tuned)
     model = wavlm_jax.load(tuned)

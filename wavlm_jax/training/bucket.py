@@ -13,7 +13,7 @@ from typing import Any
 SCHEME = "gs://"
 _PIECE = 2**26
 """Bytes of an object that are in memory at a time, for each reader."""
-_RETRIES = {"gcs_request_retries": {"max_retries": 4, "max_delay": "2s"}}
+_RETRIES = {"gcs_request_retries": {"max_retries": 3, "max_delay": "1s"}}
 """Of the probe: TensorStore's own 32 take minutes to say that nobody is there."""
 _CURE = (
     "look at the address, at the network, and at who you are to Google (gcloud auth application-default login, or the "

@@ -77,6 +77,8 @@ def use_cache(place: str | Path) -> None:
 
     """
     jax.config.update("jax_compilation_cache_dir", str(place))
+    if "://" in str(place):  # XLA's own cache of tuned kernels (GPU), in the same place, is opened by XLA
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     compilation_cache.reset_cache()
 

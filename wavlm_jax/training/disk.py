@@ -32,7 +32,10 @@ class Folder:
 
     def exists(self, name: str) -> bool:
         """See `Files`. Looking into the folder makes NFS ask its server again."""
-        return name in self.entries() or (self.path / name).exists()
+        path = self.path / name
+        if not path.is_file():
+            self.entries()
+        return path.is_file()
 
     def read(self, name: str) -> bytes:
         """See `Files`."""

@@ -23,7 +23,8 @@ class Mirror:
         self.home = home
         self.folder = Path(tempfile.mkdtemp(prefix="wavlm_jax-"))
         self._uploaded: dict[str, tuple[int, int]] = {}
-        self._fetched = False
+        self.fetched = False
+        """Whether the home has shown that it can be read and written; nothing is uploaded before."""
 
     def fetch(self) -> None:
         """Brings the files directly in the home, but what this session has written already. From now on it uploads."""
@@ -32,11 +33,11 @@ class Mirror:
             if not path.exists() and self.home.exists(name):
                 path.write_bytes(self.home.read(name))
                 self._uploaded[name] = _stamp(path)
-        self._fetched = True
+        self.fetched = True
 
     def publish(self) -> None:
         """Uploads what has changed since it was last uploaded or fetched. Safe in any thread."""
-        if not self._fetched:
+        if not self.fetched:
             return
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder).as_posix()
@@ -60,7 +61,7 @@ class Mirror:
             raise OSError(
                 f"{self.folder}: the last lines of the run are here and not in its workdir: {error}"
             ) from error
-        if self._fetched:
+        if self.fetched:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -56,6 +56,11 @@ class Workdir:
         if self.mirror is not None:
             self.mirror.publish()
 
+    def lasting(self, name: str) -> str:
+        """Where a file of `folder` is found when the session is over."""
+        uploaded = self.mirror is not None and self.mirror.fetched
+        return f"{self.place}/{name}" if uploaded else str(self.folder / name)
+
     def within(self, name: str) -> str:
         """The path or address of something in it that JAX reads and writes by itself."""
         if self.mirror is None or Path(name).is_absolute():
