@@ -15,6 +15,8 @@ import pytest
 import toy_task
 from buckets import NAME, Objects, serving
 from fsspec.registry import _registry
+from gcsfs.core import GCSFileSystem
+from gcsfs.retry import HttpError
 from pods import CONFIG, finish, free_port, spawn
 from test_pod_runs import pretraining, recognition
 from test_train_processes import STEPS as TOY_STEPS
@@ -162,6 +164,26 @@ def test_only_a_workdir_with_our_mark_is_swept(objects: Objects) -> None:
 
 
 @pytest.mark.usefixtures("objects")
+def test_a_bucket_that_does_not_answer_loses_no_checkpoint(objects: Objects, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks whether there is a manifest, and gets no answer, must not take it for a no and sweep."""
+    for name in (MARK, "3/manifest.json", "3/model"):
+        objects.write(f"flaky/checkpoints/{name}", b"x")
+    ask = GCSFileSystem._call
+
+    async def unanswered(self, method, path, *arguments, **named):
+        if method == "GET" and "manifest.json" in str(arguments):
+            raise HttpError({"code": 503, "message": "try later"})
+        return await ask(self, method, path, *arguments, **named)
+
+    monkeypatch.setattr(GCSFileSystem, "_call", unanswered)
+    for do in ("steps", "sweep"):
+        with pytest.raises(
+            OSError, match=rf"gs://{NAME}/flaky/checkpoints/3/manifest.json: cannot be read .*try later"
+        ):
+            getattr(open_storage(f"gs://{NAME}/flaky"), do)()
+    assert "flaky/checkpoints/3/model" in objects.names("flaky/")
+
+
 @pytest.mark.parametrize("kind", [Folder, Bucket])
 def test_a_folder_and_a_bucket_keep_one_contract(tmp_path: Path, kind: type) -> None:
     files = Folder(tmp_path) if kind is Folder else Bucket(f"gs://{NAME}/contract")
