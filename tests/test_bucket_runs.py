@@ -116,14 +116,15 @@ def test_a_run_in_a_bucket_is_fine_tuned_in_a_bucket_and_loaded(tmp_path: Path) 
     config = recognition(tmp_path)
     config["model"] = stored.newest_valid(BODY)[0].config["model"] | {"layerdrop": 0.0}
     config["init"]["path"] = BODY
-    config["train"].update({"num_steps": 2, "eval_every": 2})
+    config["train"].update({"eval_every": config["train"]["num_steps"]})
     tuned = f"gs://{NAME}/runs/tuned"
     assert "training from given parameters" in session(tmp_path / "machine", config, tuned)
     model = wavlm_jax.load(tuned)
     assert f"run {stored.newest_valid(tuned)[0].run_id}" in model.weights.origin.notes[0]
     assert "last evaluation" in model.weights.origin.facts
     assert np.isfinite(model(np.ones(16_000, np.float32)).logits).all()
-    one, other = load_weights(f"{tuned}/checkpoints/2"), load_weights(Path(tuned), 2)  # pathlib makes one slash of two
+    last = config["train"]["num_steps"]
+    one, other = load_weights(f"{tuned}/checkpoints/{last}"), load_weights(Path(tuned), last)  # pathlib: one slash
     assert toy_task.digest(one.params) == toy_task.digest(other.params) == toy_task.digest(model.weights.params)
 
 
