@@ -188,12 +188,12 @@ class Checkpoints:
         write(replace(manifest, files=describe_files(draft)), draft)
         self.storage.commit(manifest.step)
         self.refused.pop(manifest.step, None)
-        self._prune()
+        self._tidy("older checkpoints", self._prune)
 
     def _prune(self) -> None:
         good = [step for step in self.storage.steps() if step not in self.refused]
         for step in self.settings.superfluous(good):
-            self._quietly(self.storage.remove, step)
+            self.storage.remove(step)
 
     def poll(self) -> str | None:
         """What went wrong with the last save, said once; None while it runs and when it is fine. Never waits."""
@@ -204,15 +204,15 @@ class Checkpoints:
         if error is None:
             return None
         if jax.process_index() == 0:
-            self._quietly(self.storage.discard, step)
+            self._tidy(f"what there is of checkpoint {step}", lambda: self.storage.discard(step))
         return f"checkpoint {step} was not written ({type(error).__name__}: {error}); the ones before it are untouched"
 
-    def _quietly(self, tidy: Callable[[int], None], step: int) -> None:
+    def _tidy(self, what: str, do: Callable[[], None]) -> None:
         """What cannot be removed now is no reason to lose a checkpoint, or a run; later saves and starts try again."""
         try:
-            tidy(step)
+            do()
         except OSError as error:
-            self.report(f"warning: checkpoint {step} could not be removed: {error}")
+            self.report(f"warning: {what} could not be removed: {error}")
 
     def wait(self) -> str | None:
         """Like `poll`, after the save under way has ended."""
