@@ -5,11 +5,14 @@ The bucket is fake-gcs-server, a process of its own that we did not write; it is
 
 import hashlib
 import json
+import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_task
@@ -25,19 +28,22 @@ from test_train_processes import Runner, digest
 import wavlm_jax
 from pretrain.labels import LabelSettings
 from tests.labelling import make_labels
+from wavlm_jax.config import WavLMConfig
 from wavlm_jax.data.corpora import DataSettings, open_corpora
 from wavlm_jax.loading import load_weights
+from wavlm_jax.model.wavlm import WavLM
 from wavlm_jax.settings import read
 from wavlm_jax.training import stored
 from wavlm_jax.training.bucket import Bucket, address
+from wavlm_jax.training.checkpoint import Checkpoints, CheckpointSettings, RunRecord
 from wavlm_jax.training.disk import Folder
 from wavlm_jax.training.manifest import CheckpointError
 from wavlm_jax.training.mirror import Mirror
+from wavlm_jax.training.state import TrainState
 from wavlm_jax.training.storage import MARK, open_storage
 from wavlm_jax.training.workdir import open_workdir
 
-STEPS, PREEMPTED = 6, 75
-BODY = f"gs://{NAME}/runs/body"
+PREEMPTED = 75
 
 
 @pytest.fixture(scope="module")
@@ -61,70 +67,82 @@ def session(folder: Path, config: dict, workdir: Path | str, stop: str = "", cod
 def trained(lines: list[dict]) -> dict[int, float]:
     """Step -> loss; each step once."""
     found = [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
-    assert [step for step, _ in found] == list(range(1, STEPS + 1))
+    assert [step for step, _ in found] == list(range(1, len(found) + 1))
     return dict(found)
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory) -> dict:
-    """Of a pre-training whose labels are there."""
-    found = pretraining(tmp_path_factory.mktemp("pretraining"))
-    found["train"].update({"num_steps": STEPS, "eval_every": STEPS})
-    found["checkpoint"].update({"every": 2, "keep_last": 2})
-    make_labels(read(found["labels"], LabelSettings, "labels"), open_corpora(read(found["data"], DataSettings, "data")))
-    return found
+def pretrained(root: Path) -> dict:
+    """The config of a pre-training whose labels are there."""
+    config = pretraining(root)
+    make_labels(
+        read(config["labels"], LabelSettings, "labels"), open_corpora(read(config["data"], DataSettings, "data"))
+    )
+    return config
 
 
-@pytest.fixture(scope="module")
-def body(objects: Objects, config: dict, tmp_path_factory) -> str:
-    """A finished pre-training in the bucket: stopped, harmed, gone on with; held against one in a folder."""
-    root = tmp_path_factory.mktemp("body")
-    session(root / "alone", config, root / "alone" / "run")
+def fine_tuned(root: Path) -> dict:
+    """The config of a recognition whose body comes from a run in the bucket."""
+    config, place = recognition(root), f"gs://{NAME}/body"
+    sizes = read(config["model"], WavLMConfig, "model")
+    params = jax.jit(WavLM(sizes).init)(jax.random.key(0), jnp.zeros((1, 8000)))["params"]
+    zero = jnp.zeros((), jnp.int32)
+    settings = CheckpointSettings(every=1, keep_last=1, keep_every=None)
+    checkpoints = Checkpoints(open_storage(place), settings)
+    record = RunRecord(run_id="body", config={"model": config["model"]}, fingerprints={})
+    checkpoints.save(TrainState(zero, {"wavlm": params}, {"m": zero}, zero, zero), 1, record, 0.0)
+    assert checkpoints.wait() is None
+    config["init"]["path"] = place
+    return config
+
+
+@pytest.mark.parametrize("kind", [fine_tuned, pytest.param(pretrained, marks=pytest.mark.slow)])
+def test_stopped_and_harmed_it_goes_on_to_the_bits_of_a_run_in_a_folder(
+    objects: Objects, tmp_path: Path, kind: Callable[[Path], dict]
+) -> None:
+    """Each session has an empty machine. The newest checkpoint is harmed in between, and refused by name."""
+    config, run, alone = kind(tmp_path), f"runs/{kind.__name__}", tmp_path / "alone" / "run"
+    config["train"]["eval_every"] = steps = config["train"]["num_steps"]
+    config["checkpoint"].update({"every": 2, "keep_last": 2})
+    place = f"gs://{NAME}/{run}"
+    session(tmp_path / "alone", config, alone)
     config["train"]["compilation_cache"] = "programs"  # in the bucket, too
-    session(root / "first", config, BODY, stop="0,4", code=PREEMPTED)
-    stopped, refused = stored.newest_valid(BODY)
+    session(tmp_path / "first", config, place, stop="0,4", code=PREEMPTED)
+    stopped, refused = stored.newest_valid(place)
     assert (stopped.step >= 4, refused) == (True, {})
-    assert objects.lines("runs/body/metrics.jsonl")[-1]["step"] == stopped.step
+    assert objects.lines(f"{run}/metrics.jsonl")[-1]["step"] == stopped.step
     harmed = max(stopped.files, key=lambda name: stopped.files[name][0])
-    objects.flip(f"runs/body/checkpoints/{stopped.step}/{harmed}")
-    output = session(root / "second", config, BODY)
-    assert f"checkpoint refused: {BODY}/checkpoints/{stopped.step}/{harmed}: contents have changed" in output
-    assert f"{BODY}: training resumed at step 2, run {stopped.run_id}" in output
+    objects.flip(f"{run}/checkpoints/{stopped.step}/{harmed}")
+    output = session(tmp_path / "second", config, place)
+    assert f"checkpoint refused: {place}/checkpoints/{stopped.step}/{harmed}: contents have changed" in output
+    assert re.search(rf"{place}: training resumed at step [24], run {stopped.run_id}", output)
     assert "(0 of them found in the cache)" not in output
-    alone = [json.loads(line) for line in (root / "alone" / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert trained(objects.lines("runs/body/metrics.jsonl")) == trained(alone)
-    ours, theirs = (toy_task.digest(stored.load_params(run)[1]) for run in (BODY, root / "alone" / "run"))
-    assert ours == theirs
-    return stopped.run_id
+    lines = [json.loads(line) for line in (alone / "metrics.jsonl").read_text().splitlines()]
+    assert trained(objects.lines(f"{run}/metrics.jsonl")) == trained(lines)
+    assert toy_task.digest(stored.load_params(place)[1]) == toy_task.digest(stored.load_params(alone)[1])
+    holds_what_a_folder_would(objects, run, steps, stopped.run_id)
 
 
-def test_the_bucket_holds_what_a_folder_would(objects: Objects, body: str) -> None:
-    found, refused = stored.newest_valid(BODY)
-    assert (found.step, found.run_id, refused) == (STEPS, body, {})
-    names = [name.removeprefix("runs/body/") for name in objects.names("runs/body/")]
+def holds_what_a_folder_would(objects: Objects, run: str, steps: int, run_id: str) -> None:
+    """By plain HTTP: the small files, the two newest checkpoints and no other, every file as its manifest says."""
+    found, refused = stored.newest_valid(f"gs://{NAME}/{run}")
+    assert (found.step, found.run_id, refused) == (steps, run_id, {})
+    names = [name.removeprefix(f"{run}/") for name in objects.names(f"{run}/")]
     assert {"config.json", "metrics.jsonl", "nonfinite.jsonl", "parameters.txt"} <= set(names)
-    steps = {name.split("/")[1] for name in names if name.startswith("checkpoints/")}
-    assert steps == {"4", str(STEPS), MARK}
+    kept = {name.split("/")[1] for name in names if name.startswith("checkpoints/")}
+    assert kept == {str(steps - 2), str(steps), MARK}
     for name, (size, checksum) in found.files.items():
-        content = objects.read(f"runs/body/checkpoints/{STEPS}/{name}")
+        content = objects.read(f"{run}/checkpoints/{steps}/{name}")
         assert (len(content), hashlib.sha256(content).hexdigest()) == (size, checksum)
     assert not any(name.startswith((".probe", ".shared")) for name in names)
 
 
-@pytest.mark.usefixtures("body")
-def test_a_run_in_a_bucket_is_fine_tuned_in_a_bucket_and_loaded(tmp_path: Path) -> None:
-    config = recognition(tmp_path)
-    config["model"] = stored.newest_valid(BODY)[0].config["model"] | {"layerdrop": 0.0}
-    config["init"]["path"] = BODY
-    config["train"].update({"eval_every": config["train"]["num_steps"]})
-    tuned = f"gs://{NAME}/runs/tuned"
-    assert "training from given parameters" in session(tmp_path / "machine", config, tuned)
-    model = wavlm_jax.load(tuned)
-    assert f"run {stored.newest_valid(tuned)[0].run_id}" in model.weights.origin.notes[0]
-    assert "last evaluation" in model.weights.origin.facts
-    assert np.isfinite(model(np.ones(16_000, np.float32)).logits).all()
-    last = config["train"]["num_steps"]
-    one, other = load_weights(f"{tuned}/checkpoints/{last}"), load_weights(Path(tuned), last)  # pathlib: one slash
+@pytest.mark.usefixtures("objects")
+def test_a_run_in_a_bucket_is_loaded_where_it_is(tmp_path: Path) -> None:
+    place = fine_tuned(tmp_path)["init"]["path"]
+    model = wavlm_jax.load(place)
+    assert model.weights.origin.notes == ("step 1 of run body",)
+    assert np.isfinite(model(np.ones(16_000, np.float32)).last_hidden_state).all()
+    one, other = load_weights(f"{place}/checkpoints/1"), load_weights(Path(place), 1)  # pathlib makes one slash of two
     assert toy_task.digest(one.params) == toy_task.digest(other.params) == toy_task.digest(model.weights.params)
 
 
