@@ -141,7 +141,7 @@ def test_a_run_in_a_bucket_is_loaded_where_it_is(tmp_path: Path) -> None:
     place = fine_tuned(tmp_path)["init"]["path"]
     model = wavlm_jax.load(place)
     assert model.weights.origin.notes == ("step 1 of run body",)
-    assert np.isfinite(model(np.ones(16_000, np.float32)).last_hidden_state).all()
+    assert np.isfinite(model(np.ones((1, 16_000), np.float32)).last_hidden_state).all()
     one, other = load_weights(f"{place}/checkpoints/1"), load_weights(Path(place), 1)  # pathlib makes one slash of two
     assert toy_task.digest(one.params) == toy_task.digest(other.params) == toy_task.digest(model.weights.params)
 
