@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import soundfile
+from ml_collections import ConfigDict
 
 from configs.finetune import classification, ctc
 from tests.speech import TINY
@@ -75,6 +76,7 @@ def tiny_ctc(train: Path, evaluation: Path, **changes) -> dict:
     """The CTC task."""
     config = ctc.get_config("digits")
     config.head.final_dropout = 0.0
+    config.optim.freeze = ConfigDict()
     stages = {"initial": 0.01, "hold_steps": 120, "decay_steps": 80, "final": 0.05}
     config.optim.update({"learning_rate": 3e-3, "warmup_steps": 20, "tri_stage": stages})
     return tiny(config, train, evaluation, **changes)
