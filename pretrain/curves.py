@@ -1,4 +1,7 @@
-"""The curves of a run as one picture: python -m pretrain.curves RUN/metrics.jsonl --out curves.png."""
+"""The curves of runs as one picture: python -m pretrain.curves RUN/metrics.jsonl --out curves.png.
+
+`--panels loss blank_rate cer wer` draws these metrics, one a panel, in the place of those of pre-training.
+"""
 
 import argparse
 import json
@@ -51,22 +54,44 @@ def names(records: Sequence[Record], metrics: Sequence[str]) -> list[str]:
     return [name for name in written if name.rpartition("/")[2] in metrics]
 
 
-def draw(runs: Mapping[str, Sequence[Record]], out: Path, levels: Mapping[str, float] | None = None) -> None:
-    """A PNG with one panel for each of `PANELS`; several runs share the axes.
+def _insist(runs: Mapping[str, Sequence[Record]], panels: Sequence[tuple[str, tuple[str, ...]]]) -> None:
+    for title, metrics in panels:
+        if not any(names(records, metrics) for records in runs.values()):
+            known = sorted(
+                {name.rpartition("/")[2] for records in runs.values() for record in records for name in record}
+            )
+            raise ValueError(f"{title}: in none of {', '.join(runs)}; they have {', '.join(known)}")
+
+
+def draw(
+    runs: Mapping[str, Sequence[Record]],
+    out: Path,
+    levels: Mapping[str, float] | None = None,
+    panels: Sequence[tuple[str, tuple[str, ...]]] = PANELS,
+) -> None:
+    """A PNG with one panel for each of `panels`; several runs share the axes.
 
     Args:
         runs: records by the name that the legend shows.
         out: where the PNG goes.
         levels: horizontal lines on the accuracy panel, by name (unigram accuracy).
+        panels: like `PANELS`.
+
+    Raises:
+        ValueError: no run has any metric of a panel.
 
     """
+    _insist(runs, panels)
     import matplotlib as mpl  # noqa: PLC0415  an optional dependency (extra `demo`)
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
-    for axis, (title, metrics) in zip(axes.flat, PANELS, strict=True):
+    lines = -(-len(panels) // 2)
+    figure, axes = plt.subplots(lines, 2, figsize=(11, 3.5 * lines), constrained_layout=True, squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (title, metrics) in zip(axes.flat, panels, strict=False):
         for index, (run, records) in enumerate(runs.items()):
             for number, name in enumerate(names(records, metrics)):
                 style: dict[str, str] = {"marker": "." if "/" in name else "", "label": name}
@@ -90,8 +115,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("metrics", nargs="+", type=Path, help="metrics.jsonl of one or more runs")
     parser.add_argument("--out", type=Path, required=True, help="the PNG to write")
+    parser.add_argument("--panels", nargs="+", metavar="METRIC", help="what to draw (default: pre-training's curves)")
     arguments = parser.parse_args()
-    draw({str(path.parent): read_records(path) for path in arguments.metrics}, arguments.out)
+    panels = [(metric, (metric,)) for metric in arguments.panels] if arguments.panels else PANELS
+    try:
+        draw({str(path.parent): read_records(path) for path in arguments.metrics}, arguments.out, panels=panels)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     print(arguments.out)
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pretrain.curves import draw, names, read_records, series
+from pretrain.curves import draw, main, names, read_records, series
 
 RECORDS = [
     {"step": 10, "masked_loss": 4.0, "masked_accuracy": 0.1, "grad_norm": 2.0},
@@ -29,6 +29,24 @@ def test_a_png_with_content_is_drawn(tmp_path):
     pixels = image.imread(tmp_path / "deep" / "curves.png")
     assert pixels.shape[:2] == (770, 1210)
     assert pixels[..., :3].std() > 0.05
+
+
+def test_any_metrics_are_drawn_a_panel_each(tmp_path, monkeypatch, capsys):
+    from matplotlib import image
+
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.parent.mkdir()
+    path.write_text('{"step": 10, "loss": 3.0, "kind": "train"}\n{"step": 10, "cer": 0.5, "kind": "eval/valid"}\n')
+    ask = ["curves", str(path), "--out", str(tmp_path / "two.png"), "--panels", "loss", "cer"]
+    monkeypatch.setattr("sys.argv", ask)
+    main()
+    pixels = image.imread(tmp_path / "two.png")
+    assert pixels.shape[:2] == (385, 1210)
+    assert all(half.std() > 0.05 for half in (pixels[:, :605, :3], pixels[:, 605:, :3]))
+    monkeypatch.setattr("sys.argv", [*ask, "wer"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "wer: in none of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("line", "message"), [('{"step": 1', "2: not a JSON line"), ("[1]", "2: found list")])
