@@ -106,9 +106,14 @@ def open_recordings(
         except AudioFault as fault:
             faults.append(str(fault))
     if faults:
-        more = f"\n... and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
-        raise RecordingError("\n".join(faults[:_LISTED]) + more)
+        raise RecordingError(first_of(faults))
     return recordings
+
+
+def first_of(faults: Sequence[str]) -> str:
+    """A message of what is wrong with several recordings: the first ten, a line each, and how many more there are."""
+    more = f"\n... and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
+    return "\n".join(faults[:_LISTED]) + more
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wavlm_jax.audio.inputs import Inputs
-from wavlm_jax.audio.recordings import Recording
+from wavlm_jax.audio.recordings import Recording, first_of
 from wavlm_jax.inference.running import RunSettings, by_recording, frames_of
 from wavlm_jax.model.heads import CTCOutput, WavLMForCTC
 from wavlm_jax.shapes import Params
@@ -18,8 +18,6 @@ from wavlm_jax.text.beam import BeamSearch
 from wavlm_jax.text.ctc import Span, Transcript, decode, seconds
 from wavlm_jax.text.ctm import TimedWord, write_ctm
 from wavlm_jax.text.vocabulary import UnknownCharactersError, Vocabulary, VocabularyError
-
-_LISTED = 10
 
 
 class Recognizer(NamedTuple):
@@ -87,8 +85,7 @@ def align_texts(
         except (UnknownCharactersError, AlignmentError) as error:
             faults.append(f"{recording.path}: {error}")
     if faults:
-        more = f"\n... and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
-        raise AlignmentError("\n".join(faults[:_LISTED]) + more)
+        raise AlignmentError(first_of(faults))
     heard = {}
     for recording, log_probs in _frames(recognizer, list(texts), running, progress, best_only=False):
         aligned: Alignment = align(log_probs, texts[recording], recognizer.vocabulary)

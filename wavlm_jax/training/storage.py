@@ -13,6 +13,7 @@ then on:
 
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -80,7 +81,7 @@ class FolderStorage:
 
     def steps(self) -> list[int]:
         """See `Storage`."""
-        return sorted(int(name) for name in self.files.below(FOLDER).entries() if name.isdecimal())
+        return _numbered(self.files.below(FOLDER).entries())
 
     def checkpoint(self, step: int) -> Files:
         """See `Storage`."""
@@ -124,8 +125,7 @@ class BucketStorage:
     def steps(self) -> list[int]:
         """See `Storage`. Where nobody has left the mark, folders without a manifest are not ours to ignore."""
         entries = self._checkpoints.entries()
-        found = sorted(int(name) for name in entries if name.isdecimal())
-        return [step for step in found if MARK not in entries or self._is_committed(step)]
+        return [step for step in _numbered(entries) if MARK not in entries or self._is_committed(step)]
 
     def checkpoint(self, step: int) -> Files:
         """See `Storage`."""
@@ -141,9 +141,8 @@ class BucketStorage:
         if MARK not in entries:
             self._checkpoints.write(MARK, _MARK_TEXT)
             return
-        for name in entries:
-            if name.isdecimal():
-                self.discard(int(name))
+        for step in _numbered(entries):
+            self.discard(step)
 
     def commit(self, step: int) -> None:
         """See `Storage`: the manifest was it."""
@@ -160,3 +159,8 @@ class BucketStorage:
 
     def _is_committed(self, step: int) -> bool:
         return self.checkpoint(step).exists(NAME)
+
+
+def _numbered(entries: Sequence[str]) -> list[int]:
+    """Steps among the names in a folder of checkpoints, oldest first."""
+    return sorted(int(name) for name in entries if name.isdecimal())

@@ -11,7 +11,7 @@ import jax
 
 from wavlm_jax.training.files import Files
 from wavlm_jax.training.mirror import Mirror
-from wavlm_jax.training.storage import Storage, open_storage
+from wavlm_jax.training.storage import BucketStorage, Storage, open_storage
 from wavlm_jax.training.waiting import agreed, from_first
 
 _VISIBLE_WITHIN = 90.0
@@ -81,7 +81,7 @@ def open_workdir(workdir: str) -> Iterator[Workdir]:
 
     """
     storage = open_storage(workdir)
-    if storage.files.place.startswith("gs://"):
+    if isinstance(storage, BucketStorage):
         mirror = Mirror(storage.files)
         try:
             yield Workdir(storage, mirror.folder, mirror)
