@@ -1,5 +1,6 @@
 """Random models of every class: transformers -> ours -> the same numbers -> transformers, not one bit changed."""
 
+import copy
 import logging
 import tempfile
 from functools import partial
@@ -125,10 +126,11 @@ def test_there_and_back(model):
         waveform = waveforms(lengths)
         with torch.no_grad():
             mask = attention_mask(lengths, waveform.shape[1]).long()
-            expected = theirs(torch.tensor(waveform), attention_mask=mask, output_hidden_states=True)
+            exact = copy.deepcopy(theirs).double()  # in float32 its group norm is further off than ours
+            expected = exact(torch.tensor(waveform).double(), attention_mask=mask, output_hidden_states=True)
         model = ready(weights)
         found = _forward(model.module, model.params, jnp.asarray(waveform), jnp.asarray(lengths, jnp.int32))
-        tolerance = 1e-4  # of a whole model, conv layers and head included, however few layers it has
+        tolerance = 1e-5 if config["num_hidden_layers"] == 1 else 1e-4
         for ours, states in zip(found.hidden_states, expected.hidden_states, strict=True):
             np.testing.assert_allclose(ours, states.numpy(), atol=tolerance, rtol=0)
         wanted = expected.logits if weights.task else expected.last_hidden_state
