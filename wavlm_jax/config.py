@@ -26,8 +26,9 @@ class Compute:
     remat: Remat = "none"
     """What a Transformer layer recomputes in the backward pass: nothing, everything, or ("dots") all but its
     matrix products and attention; docs/performance.md has what each costs."""
-    unroll: int = 1
-    """Transformer layers per iteration of the layer scan; the number of layers unrolls it entirely."""
+    unroll: int | None = None
+    """Transformer layers per iteration of the layer scan: 1 compiles fastest, the number of layers unrolls it entirely.
+    None: what suits device and width (`model/encoder.py`)."""
     attention: Attention = "auto"
     """All compute the same (`model/attention.py`); "auto" takes what suits the device and the frames of a row."""
 

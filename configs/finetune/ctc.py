@@ -118,12 +118,12 @@ def _demo() -> ConfigDict:
     config.batch.buckets = (128, 208)
     config.data.evaluation_buckets = (208,)
     config.batch.seconds_per_update = 10.5
-    config.train.num_steps = 800
-    config.train.eval_every = 400
-    config.checkpoint.every = 400
+    config.train.num_steps = 700
+    config.train.eval_every = 700
+    config.checkpoint.every = 700
     config.optim.learning_rate = 5e-4
     config.optim.warmup_steps = 100
-    config.optim.tri_stage.update({"hold_steps": 400, "decay_steps": 300})
+    config.optim.tri_stage.update({"hold_steps": 350, "decay_steps": 250})
     return config
 
 

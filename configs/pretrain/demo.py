@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
     )
     config.compute.dtype = "float32"
     config.compute.remat = "none"
+    config.compute.unroll = 4
     config.data.train = "runs/demo/corpus/train"
     config.data.evaluation = ("runs/demo/corpus/valid", "runs/demo/corpus/unseen_voices")
     config.data.evaluation_buckets = (128, 256)
@@ -48,13 +49,13 @@ def get_config() -> ConfigDict:
     config.labels.path = "runs/demo/labels/mfcc"
     config.labels.make = True
     config.labels.sample_seconds = placeholder(float)  # all
-    config.labels.kmeans.update({"sample_frames": 400_000, "passes": 20, "initialisations": 1})
+    config.labels.kmeans.update({"sample_frames": 400_000, "passes": 10, "initialisations": 1})
     config.labels.num_threads = 2
     config.optim.learning_rate = 1.5e-3
     config.optim.warmup_steps = 60
-    config.train.num_steps = 2_000
-    config.train.eval_every = 250
+    config.train.num_steps = 1_800
+    config.train.eval_every = 600
     config.train.eval_splits = ("valid", "unseen_voices")
-    config.checkpoint.update({"every": 250, "keep_last": 2, "keep_every": placeholder(int)})
+    config.checkpoint.update({"every": 600, "keep_last": 2, "keep_every": placeholder(int)})
     config.metrics.log_every = 20
     return config

@@ -9,6 +9,7 @@ from flax.linen.spmd import with_logical_constraint
 from jaxtyping import Array, Bool, Float, Int
 
 from wavlm_jax.config import Compute, WavLMConfig
+from wavlm_jax.model.attention_choice import current_device
 from wavlm_jax.model.attention_layer import ATTENDED, Attention, Method
 from wavlm_jax.model.elements import Site, dropout, gelu, keep_where, layer_norm, linear, site_keys
 from wavlm_jax.model.position import PairBias, Profile, RelativePositionTable, toeplitz
@@ -143,7 +144,7 @@ class Encoder(nn.Module):
             # Written out once for all layers: in each of them, its gradient would cost a pass over as much again.
             position = toeplitz(profile, hidden.shape[1], hidden.shape[1]) if method.takes_pairs else profile
         layers = LayerInput(jnp.arange(config.num_hidden_layers), kept_layers(config, step_key))
-        stack = scanned_layers(self.compute, config.num_hidden_layers)(
+        stack = scanned_layers(self.compute, config)(
             config, self.compute, wanted, method, name="layers"
         )
         last, (states, attentions) = stack(hidden, layers, LayerContext(position, frame_mask, row_keys))
@@ -168,7 +169,7 @@ def kept_layers(config: WavLMConfig, step_key: StepKey | None) -> Bool[Array, "l
     return keep if config.layerdrop_first else keep.at[0].set(True)
 
 
-def scanned_layers(compute: Compute, num_layers: int) -> Any:
+def scanned_layers(compute: Compute, config: WavLMConfig) -> Any:
     """`EncoderLayer` with parameters stacked on axis 0, recomputed in the backward pass as `compute.remat` says."""
     layer: Any = EncoderLayer
     if compute.remat != "none":
@@ -179,12 +180,25 @@ def scanned_layers(compute: Compute, num_layers: int) -> Any:
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=(0, nn.broadcast),
-        length=num_layers,
-        unroll=compute.unroll,
+        length=config.num_hidden_layers,
+        unroll=layers_per_iteration(compute, config),
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
 
 
+def layers_per_iteration(compute: Compute, config: WavLMConfig) -> int:
+    """`compute.unroll`, or what suits the device: on a CPU all layers of a model of Base's width or more.
+
+    There the scan copies each layer's parameters out of the stack and everything saved for the backward pass into one,
+    a tenth of a step; small models rather save the compiler's time, and accelerators its memory (docs/performance.md).
+    """
+    if compute.unroll is not None:
+        return compute.unroll
+    wide = config.hidden_size >= _WIDE
+    return config.num_hidden_layers if wide and current_device().platform == "cpu" else 1
+
+
+_WIDE = 512
 _POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.save_from_both_policies(

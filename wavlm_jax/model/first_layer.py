@@ -19,6 +19,8 @@ Windows = Float[Array, "rows taps frames"]
 Kernel = Float[Array, "taps channels"]
 Vector = Float[Array, " channels"]
 EXACT = jax.lax.Precision.HIGHEST
+BLOCK = 1024
+"""Frames whose squares a CPU sums at a time: 2 MB of Base's 512 channels."""
 
 
 class Layer(NamedTuple):
@@ -97,7 +99,21 @@ def channel_squares(windows: Windows, kernel: Kernel) -> Float[Array, "rows chan
     Squares are summed as they are: from the moments of the windows, a channel that listens to what is soft in a wave
     would be lost in rounding. The gradient has no such difference in it and is made of the moments alone.
     """
-    return jnp.square(_frames(windows, kernel)).sum(axis=1)
+    return jax.lax.platform_dependent(
+        windows,
+        kernel,
+        cpu=_channel_squares_in_blocks,
+        default=lambda windows, kernel: jnp.square(_frames(windows, kernel)).sum(axis=1),
+    )
+
+
+def _channel_squares_in_blocks(windows: Windows, kernel: Kernel) -> Float[Array, "rows channels"]:
+    """A block of frames at a time, which stays in a core's cache: a CPU writes the product out before it squares it."""
+    rows, taps, frames = windows.shape
+    blocks = -(-frames // BLOCK)
+    padded = jnp.pad(windows, ((0, 0), (0, 0), (0, blocks * BLOCK - frames)))
+    parts = padded.reshape(rows, taps, blocks, BLOCK).transpose(2, 0, 1, 3)
+    return jax.lax.map(lambda part: jnp.square(_frames(part, kernel)).sum(axis=1), parts).sum(axis=0)
 
 
 def _channel_forward(windows: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:

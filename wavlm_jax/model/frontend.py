@@ -61,10 +61,10 @@ def direct_convolution(x: Array, kernel: Array, stride: int) -> Array:
 
 
 def patch_convolution(x: Array, kernel: Array, stride: int) -> Array:
-    """`strided_convolution` as one matrix product.
+    """`strided_convolution` as matrix products.
 
-    With the input cut into blocks of `stride` steps, a patch is a block and the first steps of those that follow it, so
-    the patches are a few slices side by side.
+    With the input cut into blocks of `stride` steps, a patch is a block and the first steps of those that follow it.
+    Each of these parts has its own product, and their sum is the frame: side by side they would have to be written out.
     """
     rows, length, channels = x.shape
     taps, _, features = kernel.shape
@@ -72,10 +72,15 @@ def patch_convolution(x: Array, kernel: Array, stride: int) -> Array:
     num_blocks = num_frames - 1 + -(-taps // stride)
     fitted = jax.lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (0, num_blocks * stride - length, 0), (0, 0, 0)))
     blocks = fitted.reshape(rows, num_blocks, stride * channels)
-    slices = [
-        blocks[:, first // stride :, : (taps - first) * channels][:, :num_frames] for first in range(0, taps, stride)
-    ]
-    return matrix_product(jnp.concatenate(slices, axis=-1), kernel.reshape(taps * channels, features))
+    flat = kernel.reshape(taps * channels, features)
+
+    def part(first: int) -> Array:
+        width = min(stride, taps - first) * channels
+        start = first // stride
+        weights = flat[first * channels : first * channels + width]
+        return matrix_product(blocks[:, start : start + num_frames, :width], weights)
+
+    return sum((part(first) for first in range(stride, taps, stride)), part(0))
 
 
 class Convolution(nn.Module):
