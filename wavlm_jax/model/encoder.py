@@ -144,9 +144,7 @@ class Encoder(nn.Module):
             # Written out once for all layers: in each of them, its gradient would cost a pass over as much again.
             position = toeplitz(profile, hidden.shape[1], hidden.shape[1]) if method.takes_pairs else profile
         layers = LayerInput(jnp.arange(config.num_hidden_layers), kept_layers(config, step_key))
-        stack = scanned_layers(self.compute, config)(
-            config, self.compute, wanted, method, name="layers"
-        )
+        stack = scanned_layers(self.compute, config)(config, self.compute, wanted, method, name="layers")
         last, (states, attentions) = stack(hidden, layers, LayerContext(position, frame_mask, row_keys))
 
         if states is not None:
