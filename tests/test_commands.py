@@ -110,6 +110,38 @@ def test_two_files_and_a_trial_list_are_scored_alike(folder, capsys, monkeypatch
     assert "EER 0.00 %" in err
 
 
+@pytest.mark.parametrize(
+    ("command", "name", "flags"),
+    [
+        ("transcribe", "ctc", ["--format", "tsv"]),
+        ("align", "ctc", ["--texts", "texts.tsv"]),
+        ("embed", "speakers", []),
+        ("verify", "speakers", ["--root", "."]),
+        ("classify", "classes", []),
+        ("diarize", "turns", ["--threshold", "0.01"]),
+    ],
+)
+def test_answers_that_were_there_outlive_a_damaged_file(folder, capsys, monkeypatch, command, name, flags):
+    """Its header is right and its end is missing, so it is found when it is its turn, after the shorter one."""
+    monkeypatch.chdir(folder)
+    soundfile.write("half.flac", np.random.default_rng(2).normal(size=64_000) * 0.1, 16_000)
+    whole = (folder / "half.flac").read_bytes()
+    (folder / "half.flac").write_bytes(whole[: len(whole) // 2])
+    (folder / "texts.tsv").write_text("half\tAB\na\tC\n")
+    (folder / "half.txt").write_text("0 half.flac a.wav\n")
+    files = ["half.txt"] if command == "verify" else ["half.flac", "a.wav"]
+    assert main([command, *files, "--model", name, "--out", f"{command}.out", *flags]) == 2
+    err = capsys.readouterr().err
+    assert "half.flac" in err
+    assert f"stopped; answers of 1 of 2 recordings are in {command}.out.partial" in err
+    assert not (folder / f"{command}.out").exists()
+    assert main([command, "a.wav", *(["a.wav"] if command == "verify" else []), "--model", name, *flags]) == 0
+    alone = capsys.readouterr().out
+    assert alone
+    kept = (folder / f"{command}.out.partial").read_text()
+    assert kept == alone if command != "verify" else json.loads(kept)["name"] == "a"
+
+
 def test_classes_are_those_of_transformers(folder, capsys):
     assert main(["classify", str(folder / "b.wav"), "--model", str(folder / "classes"), "--top", "3"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -3,7 +3,9 @@
 import argparse
 import json
 import sys
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,14 +16,15 @@ from wavlm_jax.inference.options import (
     UsageError,
     add_shared,
     choose_device,
+    kept_if_stopped,
     paths_of,
     progress_bar,
     recordings_of,
     run_settings,
     write_text,
 )
-from wavlm_jax.inference.recognition import Recognizer
-from wavlm_jax.inference.utterances import classify, embed, scores
+from wavlm_jax.inference.recognition import Heard, Recognizer
+from wavlm_jax.inference.utterances import Answer, Embedding, classify, embed, scores
 from wavlm_jax.metrics.verification import equal_error_rate, minimum_detection_cost
 from wavlm_jax.text.beam import BeamSearch, BeamSettings
 from wavlm_jax.text.lexicon import read_lexicon
@@ -82,8 +85,14 @@ def _transcribe(options: argparse.Namespace) -> None:
     search = _search(options, recognizer)
     recordings = recordings_of(options, recognizer.module.config)
     bar = progress_bar(recordings, options)
-    heard = recognition.transcribe(recognizer, recordings, running, search, bar)
-    write_text(_FORMATS[options.format](heard), options)
+    written = _written(options)
+    with kept_if_stopped(recordings, written, options) as done:
+        heard = recognition.transcribe(recognizer, recordings, running, search, bar, done)
+    write_text(written(dict(zip(recordings, heard, strict=True))), options)
+
+
+def _written(options: argparse.Namespace) -> Callable[[Mapping[Recording, Heard]], str]:
+    return lambda found: _FORMATS[options.format](found.values())
 
 
 def _recognizer(options: argparse.Namespace) -> Recognizer:
@@ -107,8 +116,10 @@ def _align(options: argparse.Namespace) -> None:
     recordings = recordings_of(options, recognizer.module.config)
     texts = _texts(options, recordings)
     bar = progress_bar(recordings, options)
-    heard = recognition.align_texts(recognizer, texts, running, bar)
-    write_text(_FORMATS[options.format](heard), options)
+    written = _written(options)
+    with kept_if_stopped(recordings, written, options) as done:
+        heard = recognition.align_texts(recognizer, texts, running, bar, done)
+    write_text(written(dict(zip(recordings, heard, strict=True))), options)
 
 
 def _texts(options: argparse.Namespace, recordings: list[Recording]) -> dict[Recording, str]:
@@ -137,13 +148,24 @@ def _embed(options: argparse.Namespace) -> None:
     choose_device(options)
     running, opened = run_settings(options), open_model(options, *SPEAKERS)
     recordings = recordings_of(options, opened.module.config)
-    found = embed(opened.module, opened.params, recordings, running, progress_bar(recordings, options))
+    bar = progress_bar(recordings, options)
+    with kept_if_stopped(recordings, _embeddings, options) as done:
+        found = embed(opened.module, opened.params, recordings, running, bar, done)
     if options.out is not None and options.out.suffix == ".npy":
         np.save(options.out, np.stack(list(found.values())))
         options.out.with_suffix(".json").write_text(json.dumps([str(one.path) for one in found], indent=1) + "\n")
         return
-    lines = ({"name": one.name, "path": str(one.path), "embedding": value.tolist()} for one, value in found.items())
-    write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), options)
+    write_text(_embeddings(found), options)
+
+
+def _embeddings(found: Mapping[Recording, Embedding]) -> str:
+    return _json_lines(
+        {"name": one.name, "path": str(one.path), "embedding": value.tolist()} for one, value in found.items()
+    )
+
+
+def _json_lines(lines: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def _verify(options: argparse.Namespace) -> None:
@@ -156,7 +178,9 @@ def _verify(options: argparse.Namespace) -> None:
     trials = read_trials(Path(files[0])) if len(files) == 1 else []
     paths = files_of(trials, options.root) if trials else {name: Path(name) for name in files}
     recordings = recordings_of(options, opened.module.config, list(dict.fromkeys(paths.values())))
-    found = embed(opened.module, opened.params, recordings, running, progress_bar(recordings, options))
+    bar = progress_bar(recordings, options)
+    with kept_if_stopped(recordings, _embeddings, options) as done:
+        found = embed(opened.module, opened.params, recordings, running, bar, done)
     by_path = {recording.path: value for recording, value in found.items()}
     if not trials:
         left, right = (by_path[Path(name)] for name in files)
@@ -180,14 +204,18 @@ def _classify(options: argparse.Namespace) -> None:
     running, opened = run_settings(options), open_model(options, "WavLMForSequenceClassification")
     recordings = recordings_of(options, opened.module.config)
     bar = progress_bar(recordings, options)
-    found = classify(opened.module, opened.params, recordings, labels_of(opened), running, bar)
-    lines = (
-        {
-            "name": recording.name,
-            "path": str(recording.path),
-            "label": answers[0].label,
-            "classes": {answer.label: round(answer.probability, 6) for answer in answers[: options.top]},
-        }
-        for recording, answers in found.items()
-    )
-    write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), options)
+
+    def written(found: Mapping[Recording, list[Answer]]) -> str:
+        return _json_lines(
+            {
+                "name": recording.name,
+                "path": str(recording.path),
+                "label": answers[0].label,
+                "classes": {answer.label: round(answer.probability, 6) for answer in answers[: options.top]},
+            }
+            for recording, answers in found.items()
+        )
+
+    with kept_if_stopped(recordings, written, options) as done:
+        found = classify(opened.module, opened.params, recordings, labels_of(opened), running, bar, done)
+    write_text(written(found), options)

@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from wavlm_jax.audio.chunks import ChunkSettings
 from wavlm_jax.audio.inputs import Inputs
 from wavlm_jax.audio.recordings import Recording
-from wavlm_jax.inference.running import Applied, Result, RunSettings, by_recording, geometry_of
+from wavlm_jax.inference.running import Applied, Result, RunSettings, by_recording, geometry_of, in_order
 from wavlm_jax.shapes import STANDARD, Geometry, Params, num_frames
 from wavlm_jax.text.ctc import seconds
 from wavlm_jax.text.rttm import Turn
@@ -58,8 +58,9 @@ def diarize(
     running: RunSettings,
     settings: TurnSettings,
     progress: Callable[[int], Any] = lambda _: None,
+    done: dict[Recording, list[Turn]] | None = None,
 ) -> dict[Recording, list[Turn]]:
-    """The turns of each recording; speakers are numbered.
+    """The turns of each recording; speakers are numbered; `done` gets each answer as it comes.
 
     Speakers have no order from piece to piece of a long file: see `join`. How long pieces should be: `pieces_of`.
 
@@ -72,10 +73,12 @@ def diarize(
     def compute(inputs: Inputs) -> jax.Array:
         return jax.nn.sigmoid(module.apply({"params": params}, *inputs).logits)
 
-    found = {}
-    for recording, results in by_recording(recordings, compute, module.config, running, progress, framewise=False):
-        found[recording] = turns(recording.name, join(results, geometry_of(module.config)), settings)
-    return {recording: found[recording] for recording in recordings}
+    found = by_recording(recordings, compute, module.config, running, progress, framewise=False)
+    answers = (
+        (recording, turns(recording.name, join(results, geometry_of(module.config)), settings))
+        for recording, results in found
+    )
+    return in_order(recordings, answers, done)
 
 
 def join(results: Sequence[Result], geometry: Geometry = STANDARD) -> Activity:

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from wavlm_jax.inference.diarization import TurnSettings, diarize, pieces_of
 from wavlm_jax.inference.models import open_model
@@ -11,6 +12,7 @@ from wavlm_jax.inference.options import (
     UsageError,
     add_shared,
     choose_device,
+    kept_if_stopped,
     progress_bar,
     recordings_of,
     run_settings,
@@ -54,11 +56,16 @@ def _diarize(options: argparse.Namespace) -> None:
     recordings = recordings_of(options, opened.module.config)
     truth, regions = _reference(options, {recording.name: recording.seconds for recording in recordings})
     bar = progress_bar(recordings, options)
-    found = diarize(opened.module, opened.params, recordings, running, settings, bar)
-    write_text("".join(map(write_rttm, found.values())), options)
+    with kept_if_stopped(recordings, _as_rttm, options) as done:
+        found = diarize(opened.module, opened.params, recordings, running, settings, bar, done)
+    write_text(_as_rttm(found), options)
     if truth:
         heard = [turn for turns in found.values() for turn in turns]
         print(report(truth, heard, regions, options.collar, options.score_windows), file=sys.stderr)
+
+
+def _as_rttm(found: Mapping[Any, list[Turn]]) -> str:
+    return "".join(map(write_rttm, found.values()))
 
 
 def _reference(options: argparse.Namespace, seconds: Mapping[str, float]) -> tuple[dict[str, list[Turn]], list[Region]]:

@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tqdm import tqdm
 from wavlm_jax.audio.chunks import ChunkSettings
 from wavlm_jax.audio.recordings import Recording, open_recordings
 from wavlm_jax.config import WavLMConfig
-from wavlm_jax.inference.running import RunSettings, geometry_of
+from wavlm_jax.inference.running import Answer, RunSettings, geometry_of
 from wavlm_jax.shapes import SAMPLE_RATE
 
 FROM_STDIN = "-"
@@ -129,11 +130,33 @@ def progress_bar(recordings: Sequence[Recording], options: argparse.Namespace) -
     return lambda samples: bar.update(samples / SAMPLE_RATE)
 
 
+@contextmanager
+def kept_if_stopped(
+    recordings: Sequence[Recording], text_of: Callable[[dict[Recording, Answer]], str], options: argparse.Namespace
+) -> Iterator[dict[Recording, Answer]]:
+    """A dict to fill with answers as they come. Whatever stops the work, those that are there go to OUT.partial."""
+    done: dict[Recording, Answer] = {}
+    try:
+        yield done
+    except BaseException:  # a damaged file, no memory, Ctrl-C
+        if done:
+            text = text_of({recording: done[recording] for recording in recordings if recording in done})
+            partial = None if options.out is None else options.out.with_name(options.out.name + ".partial")
+            _write(text, partial)
+            place = "above" if partial is None else f"in {partial}"
+            print(f"stopped; answers of {len(done)} of {len(recordings)} recordings are {place}", file=sys.stderr)
+        raise
+
+
 def write_text(text: str, options: argparse.Namespace) -> None:
     """Results to the file that was named, replaced at once, or to stdout."""
-    if options.out is None:
+    _write(text, options.out)
+
+
+def _write(text: str, path: Path | None) -> None:
+    if path is None:
         sys.stdout.write(text)
         return
-    temporary = options.out.with_name(options.out.name + ".tmp")
+    temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
-    temporary.replace(options.out)
+    temporary.replace(path)

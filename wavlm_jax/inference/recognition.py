@@ -10,7 +10,7 @@ import numpy as np
 
 from wavlm_jax.audio.inputs import Inputs
 from wavlm_jax.audio.recordings import Recording, first_of
-from wavlm_jax.inference.running import RunSettings, by_recording, frames_of
+from wavlm_jax.inference.running import RunSettings, by_recording, frames_of, in_order
 from wavlm_jax.model.heads import CTCOutput, WavLMForCTC
 from wavlm_jax.shapes import Params
 from wavlm_jax.text.alignment import Alignment, AlignmentError, align, check_fit
@@ -42,6 +42,7 @@ def transcribe(
     running: RunSettings,
     search: BeamSearch | None = None,
     progress: Callable[[int], Any] = lambda _: None,
+    done: dict[Recording, Heard] | None = None,
 ) -> list[Heard]:
     """What is said in each recording, in their order.
 
@@ -51,17 +52,21 @@ def transcribe(
         running: batches and chunks.
         search: beam search; None: greedily, and only the best token of each frame leaves the device.
         progress: told how many samples were just done.
+        done: gets each answer as it comes, so that whoever interrupts this has those.
 
     Raises:
         VocabularyError: vocabulary and model do not fit.
         AudioFault: a file that cannot be read to its end.
 
     """
-    heard = {}
-    for recording, frames in _frames(recognizer, recordings, running, progress, best_only=search is None):
+
+    def heard(recording: Recording, frames: np.ndarray) -> Heard:
         found = decode(frames, recognizer.vocabulary) if search is None else search(frames)[0].transcript
-        heard[recording] = Heard(recording, found)
-    return [heard[recording] for recording in recordings]
+        return Heard(recording, found)
+
+    frames = _frames(recognizer, recordings, running, progress, best_only=search is None)
+    answers = ((recording, heard(recording, values)) for recording, values in frames)
+    return list(in_order(recordings, answers, done).values())
 
 
 def align_texts(
@@ -69,6 +74,7 @@ def align_texts(
     texts: Mapping[Recording, str],
     running: RunSettings,
     progress: Callable[[int], Any] = lambda _: None,
+    done: dict[Recording, Heard] | None = None,
 ) -> list[Heard]:
     """When the words of each recording's text were said, in their order; texts are checked before anything is computed.
 
@@ -86,11 +92,14 @@ def align_texts(
             faults.append(f"{recording.path}: {error}")
     if faults:
         raise AlignmentError(first_of(faults))
-    heard = {}
-    for recording, log_probs in _frames(recognizer, list(texts), running, progress, best_only=False):
+
+    def heard(recording: Recording, log_probs: np.ndarray) -> Heard:
         aligned: Alignment = align(log_probs, texts[recording], recognizer.vocabulary)
-        heard[recording] = Heard(recording, aligned.transcript, aligned.confidence)
-    return [heard[recording] for recording in texts]
+        return Heard(recording, aligned.transcript, aligned.confidence)
+
+    frames = _frames(recognizer, list(texts), running, progress, best_only=False)
+    answers = ((recording, heard(recording, values)) for recording, values in frames)
+    return list(in_order(texts, answers, done).values())
 
 
 def as_json(heard: Iterable[Heard]) -> str:

@@ -6,7 +6,7 @@ Rows are padded to a few widths and batches to a few numbers of rows, so a run c
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from wavlm_jax.audio.recordings import Recording
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.shapes import SAMPLE_RATE, Geometry, num_frames, samples_for
 
+Answer = TypeVar("Answer")
 Compute: TypeAlias = Callable[[Inputs], Any]
 """A batch -> a tree of arrays whose first axis is rows and whose second axis is frames."""
 
@@ -135,6 +136,16 @@ def by_recording(
             progress(recording.num_samples)
             yield recording, parts
             parts = []
+
+
+def in_order(
+    recordings: Iterable[Recording], answers: Iterable[tuple[Recording, Answer]], done: dict[Recording, Answer] | None
+) -> dict[Recording, Answer]:
+    """The answers in the order of `recordings`; each is in `done` as soon as it is there, whatever happens later."""
+    found = {} if done is None else done
+    for recording, answer in answers:
+        found[recording] = answer
+    return {recording: found[recording] for recording in recordings}
 
 
 def samples_of(job: Job, config: WavLMConfig, of: Statistics | None) -> Samples:

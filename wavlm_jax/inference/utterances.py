@@ -1,6 +1,6 @@
 """One answer a recording: speaker embeddings and their scores, classes. Long files are averaged over their pieces."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from wavlm_jax.audio.inputs import Inputs
 from wavlm_jax.audio.recordings import Recording
-from wavlm_jax.inference.running import Compute, RunSettings, by_recording
+from wavlm_jax.inference.running import Compute, RunSettings, by_recording, in_order
 from wavlm_jax.model.heads import ClassOutput, Headed, WavLMForSequenceClassification
 from wavlm_jax.shapes import Params
 from wavlm_jax.text.trials import Trial
@@ -30,8 +30,9 @@ def embed(
     recordings: Sequence[Recording],
     running: RunSettings,
     progress: Callable[[int], Any] = lambda _: None,
+    done: dict[Recording, Embedding] | None = None,
 ) -> dict[Recording, Embedding]:
-    """The speaker embedding of each recording, of length 1: compare by dot product.
+    """The speaker embedding of each recording, of length 1: compare by dot product; `done` gets each as it comes.
 
     Raises:
         AudioFault: a file that cannot be read to its end.
@@ -43,7 +44,7 @@ def embed(
         output: Any = module.apply({"params": params}, *inputs)
         return output.embeddings
 
-    return _averaged(module, compute, _unit, recordings, running, progress)
+    return in_order(recordings, _averaged(module, compute, _unit, recordings, running, progress), done)
 
 
 def scores(trials: Sequence[Trial], embeddings: Mapping[str, Embedding]) -> Float[np.ndarray, "trials"]:
@@ -58,6 +59,7 @@ def classify(
     labels: Sequence[str],
     running: RunSettings,
     progress: Callable[[int], Any] = lambda _: None,
+    done: dict[Recording, list[Answer]] | None = None,
 ) -> dict[Recording, list[Answer]]:
     """The classes of each recording, the likeliest first.
 
@@ -68,6 +70,7 @@ def classify(
         labels: the names of the classes.
         running: batches and chunks.
         progress: told how many samples were just done.
+        done: gets each answer as it comes, so that whoever interrupts this has those.
 
     Raises:
         ValueError: another number of labels than the model has classes.
@@ -84,11 +87,11 @@ def classify(
         output = applied
         return jax.nn.softmax(output.logits, axis=-1)
 
+    def named(values: np.ndarray) -> list[Answer]:
+        return [Answer(labels[number], float(values[number])) for number in np.argsort(-values, kind="stable")]
+
     found = _averaged(module, compute, lambda values: values, recordings, running, progress)
-    return {
-        recording: [Answer(labels[number], float(values[number])) for number in np.argsort(-values, kind="stable")]
-        for recording, values in found.items()
-    }
+    return in_order(recordings, ((recording, named(values)) for recording, values in found), done)
 
 
 def _averaged(
@@ -98,13 +101,11 @@ def _averaged(
     recordings: Sequence[Recording],
     running: RunSettings,
     progress: Callable[[int], Any],
-) -> dict[Recording, np.ndarray]:
+) -> Iterator[tuple[Recording, np.ndarray]]:
     """Of each recording, the mean over its pieces, each weighted by the frames that it stands for."""
-    found: dict[Recording, np.ndarray] = {}
     for recording, results in by_recording(recordings, compute, module.config, running, progress, framewise=False):
         weights = [result.job.piece.keep_to - result.job.piece.keep_from for result in results]
-        found[recording] = shape(np.average([shape(result.values) for result in results], axis=0, weights=weights))
-    return {recording: found[recording] for recording in recordings}
+        yield recording, shape(np.average([shape(result.values) for result in results], axis=0, weights=weights))
 
 
 def _unit(vector: np.ndarray) -> np.ndarray:
