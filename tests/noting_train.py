@@ -18,7 +18,7 @@ import train
 import wavlm_jax.command_line
 from wavlm_jax.training import loop
 
-AFTER_THE_SIGNAL = 3.0
+AFTER_THE_SIGNAL = 1.0
 """Seconds a step from then on: the hosts agree on a step while the run is still going."""
 
 

@@ -74,13 +74,17 @@ def same_training(run: Run, other: Run) -> None:
 
 
 def test_pretraining_on_two_processes_stopped_by_one_and_gone_on_with(alone: Run, config: dict, tmp_path: Path) -> None:
-    """SIGTERM reaches process 1 at step 3; both save the same step, and two processes go on."""
+    """SIGTERM reaches process 1 at step 3; both save the same step. The next session is stopped before its first step
+    boundary, and another one goes on.
+    """
     run = Run.of(tmp_path / "run", config)
     outputs = run.session(2, stop="1,3", code=PREEMPTED)
     stopped = run.newest()
     assert 3 <= stopped.step < STEPS, outputs
     assert [line["step"] for line in run.lines("train")] == list(range(1, stopped.step + 1))
     assert [line["step"] for line in run.lines("eval/valid")] == list(range(1, stopped.step))  # the last is still due
+    run.session(2, stop=f"0,{stopped.step + 1}", code=PREEMPTED)
+    assert stopped.step < run.newest().step < STEPS
     run.session(2)
     assert run.newest().run_id == stopped.run_id
     same_training(run, alone)

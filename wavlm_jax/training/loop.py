@@ -144,7 +144,7 @@ class _Session:
         if complaint := self.checkpoints.poll():
             say(f"warning: {complaint}")
         stop = Status.DIVERGED if self.diverged else None
-        if self.preemption.requested(self.step):
+        if self.preemption.requested():
             stop = stop or Status.PREEMPTED
         if stop is not None:
             self.settle_last()

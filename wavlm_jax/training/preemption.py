@@ -16,6 +16,7 @@ class Preemption:
 
     def __init__(self) -> None:
         self._asked = False
+        self._boundaries = 0
 
     def hear(self, number: int, _frame: FrameType | None) -> None:
         """The signal handler."""
@@ -30,10 +31,16 @@ class Preemption:
         """Whether to stop at once. Never on several hosts, which could not agree between two steps."""
         return self._asked and jax.process_count() == 1
 
-    def requested(self, step: int) -> bool:
-        """Whether to stop after `step`; the same answer on all hosts. Call it once a step on each."""
+    def requested(self) -> bool:
+        """Whether to stop at this step boundary; the same answer on all hosts. Call it once a step on each.
+
+        JAX agrees on the boundary after the last that any host has counted, and stops there and nowhere else. So they
+        are counted from the start of the session: a signal that comes before the first one means number 1, which the
+        steps of a run that was resumed would never come by.
+        """
+        self._boundaries += 1
         if jax.process_count() > 1:
-            return bool(multihost_utils.reached_preemption_sync_point(step))
+            return bool(multihost_utils.reached_preemption_sync_point(self._boundaries))
         return self._asked
 
 
