@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -20,6 +21,7 @@ import wavlm_jax
 from wavlm_jax.__main__ import main
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.convert.huggingface import export_huggingface
+from wavlm_jax.inference import commands
 from wavlm_jax.inference.running import RunSettings
 from wavlm_jax.model.head_config import HeadConfig, TaskHead
 from wavlm_jax.model.heads import module_of, tree_shapes
@@ -140,6 +142,23 @@ def test_answers_that_were_there_outlive_a_damaged_file(folder, capsys, monkeypa
     assert alone
     kept = (folder / f"{command}.out.partial").read_text()
     assert kept == alone if command != "verify" else json.loads(kept)["name"] == "a"
+
+
+def test_answers_that_were_there_outlive_sigterm(folder, capsys, monkeypatch):
+    """It comes when the first of two recordings is done."""
+    monkeypatch.setattr(commands, "progress_bar", lambda *_: lambda _: signal.raise_signal(signal.SIGTERM))
+    files = [str(folder / name) for name in ("b.wav", "a.wav")]
+    out = folder / "ended.tsv"
+    call = ["transcribe", *files, "--model", str(folder / "ctc"), "--format", "tsv", "--out", str(out)]
+    with pytest.raises(SystemExit) as ended:
+        main([*call, "--batch-seconds", "0.1"])
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    monkeypatch.undo()
+    assert not out.exists()
+    assert "stopped; answers of 1 of 2 recordings are in" in capsys.readouterr().err
+    assert main(call) == 0
+    assert (folder / "ended.tsv.partial").read_text() in out.read_text()
 
 
 def test_classes_are_those_of_transformers(folder, capsys):

@@ -1,10 +1,13 @@
 """What all commands share: options, files from the command line or stdin, the device, progress, and messages."""
 
 import argparse
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import jax
@@ -137,8 +140,9 @@ def kept_if_stopped(
     """A dict to fill with answers as they come. Whatever stops the work, those that are there go to OUT.partial."""
     done: dict[Recording, Answer] = {}
     try:
-        yield done
-    except BaseException:  # a damaged file, no memory, Ctrl-C
+        with _ended_by_sigterm():
+            yield done
+    except BaseException:  # a damaged file, no memory, Ctrl-C, SIGTERM
         if done:
             text = text_of({recording: done[recording] for recording in recordings if recording in done})
             partial = None if options.out is None else options.out.with_name(options.out.name + ".partial")
@@ -146,6 +150,23 @@ def kept_if_stopped(
             place = "above" if partial is None else f"in {partial}"
             print(f"stopped; answers of {len(done)} of {len(recordings)} recordings are {place}", file=sys.stderr)
         raise
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the work as an exception; outside the main thread Python allows no handlers."""
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)  # as shells tell it
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def write_text(text: str, options: argparse.Namespace) -> None:

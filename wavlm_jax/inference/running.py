@@ -133,8 +133,8 @@ def by_recording(
         parts.append(result)
         recording, piece = result.job
         if piece.keep_to == frames_of(recording, config):
-            progress(recording.num_samples)
             yield recording, parts
+            progress(recording.num_samples)
             parts = []
 
 
