@@ -29,3 +29,12 @@ def _flags_parsed() -> None:
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory):
+    """A bucket of a server of its own; imported here, because few tests need what serves it."""
+    from buckets import serving
+
+    with serving(tmp_path_factory.mktemp("server")) as found:
+        yield found

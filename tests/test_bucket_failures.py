@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 import toy_task
-from buckets import NAME, Objects, serving
+from buckets import NAME, Objects
 from fsspec.registry import _registry
 from gcsfs.core import GCSFileSystem
 from gcsfs.retry import HttpError
@@ -26,12 +25,6 @@ from wavlm_jax.training.storage import MARK, open_storage
 from wavlm_jax.training.workdir import open_workdir
 
 DIVERGED, STUCK = 76, 77
-
-
-@pytest.fixture(scope="module")
-def objects(tmp_path_factory) -> Iterator[Objects]:
-    with serving(tmp_path_factory.mktemp("server")) as found:
-        yield found
 
 
 def test_stuck_it_ends_with_its_code_and_leaves_the_stacks_in_the_bucket(objects: Objects, tmp_path: Path) -> None:

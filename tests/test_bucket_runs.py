@@ -8,7 +8,7 @@ import json
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_task
-from buckets import NAME, Objects, serving
+from buckets import NAME, Objects
 from pods import CONFIG, finish, free_port, spawn
 from test_pod_runs import pretraining, recognition
 from test_train_processes import STEPS as TOY_STEPS
@@ -40,12 +40,6 @@ from wavlm_jax.training.state import TrainState
 from wavlm_jax.training.storage import MARK, open_storage
 
 PREEMPTED = 75
-
-
-@pytest.fixture(scope="module")
-def objects(tmp_path_factory) -> Iterator[Objects]:
-    with serving(tmp_path_factory.mktemp("server")) as found:
-        yield found
 
 
 def session(folder: Path, config: dict, workdir: Path | str, stop: str = "", code: int = 0) -> str:

@@ -22,6 +22,7 @@ WITHOUT_DOCSTRING = {
     "docs/demo-curves.png": "curves of make demo",
     "docs/diarisation-curves.png": "curves of docs/results.md, diarisation",
     "docs/real-curves.png": "curves of docs/results.md, real speech",
+    "docs/sentences-curves.png": "curves of docs/results.md, read sentences",
     "docs/speaker-curves.png": "curves of docs/results.md, speakers",
     "docs/LOG.md": "dated experiments, the failed ones too",
     "pyproject.toml": "package, extras, ruff, mypy, pytest, import contracts",

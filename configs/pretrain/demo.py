@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
     )
     config.compute.dtype = "float32"
     config.compute.remat = "none"
-    config.compute.unroll = 4
+    config.compute.unroll = 4  # all of them: two thousand steps are worth the compilation
     config.data.train = "runs/demo/corpus/train"
     config.data.evaluation = ("runs/demo/corpus/valid", "runs/demo/corpus/unseen_voices")
     config.data.evaluation_buckets = (128, 256)

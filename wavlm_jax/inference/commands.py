@@ -85,10 +85,9 @@ def _transcribe(options: argparse.Namespace) -> None:
     search = _search(options, recognizer)
     recordings = recordings_of(options, recognizer.module.config)
     bar = progress_bar(recordings, options)
-    written = _written(options)
-    with kept_if_stopped(recordings, written, options) as done:
+    with kept_if_stopped(recordings, _written(options), options) as done:
         heard = recognition.transcribe(recognizer, recordings, running, search, bar, done)
-    write_text(written(dict(zip(recordings, heard, strict=True))), options)
+    write_text(_FORMATS[options.format](heard), options)
 
 
 def _written(options: argparse.Namespace) -> Callable[[Mapping[Recording, Heard]], str]:
@@ -116,10 +115,9 @@ def _align(options: argparse.Namespace) -> None:
     recordings = recordings_of(options, recognizer.module.config)
     texts = _texts(options, recordings)
     bar = progress_bar(recordings, options)
-    written = _written(options)
-    with kept_if_stopped(recordings, written, options) as done:
+    with kept_if_stopped(recordings, _written(options), options) as done:
         heard = recognition.align_texts(recognizer, texts, running, bar, done)
-    write_text(written(dict(zip(recordings, heard, strict=True))), options)
+    write_text(_FORMATS[options.format](heard), options)
 
 
 def _texts(options: argparse.Namespace, recordings: list[Recording]) -> dict[Recording, str]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from wavlm_jax.audio.chunks import ChunkSettings
 from wavlm_jax.audio.recordings import Recording, open_recordings
 from wavlm_jax.config import WavLMConfig
-from wavlm_jax.inference.running import Answer, RunSettings, geometry_of
+from wavlm_jax.inference.running import AnyAnswer, RunSettings, geometry_of
 from wavlm_jax.shapes import SAMPLE_RATE
 
 FROM_STDIN = "-"
@@ -135,10 +135,10 @@ def progress_bar(recordings: Sequence[Recording], options: argparse.Namespace) -
 
 @contextmanager
 def kept_if_stopped(
-    recordings: Sequence[Recording], text_of: Callable[[dict[Recording, Answer]], str], options: argparse.Namespace
-) -> Iterator[dict[Recording, Answer]]:
+    recordings: Sequence[Recording], text_of: Callable[[dict[Recording, AnyAnswer]], str], options: argparse.Namespace
+) -> Iterator[dict[Recording, AnyAnswer]]:
     """A dict to fill with answers as they come. Whatever stops the work, those that are there go to OUT.partial."""
-    done: dict[Recording, Answer] = {}
+    done: dict[Recording, AnyAnswer] = {}
     try:
         with _ended_by_sigterm():
             yield done

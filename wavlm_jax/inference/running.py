@@ -17,7 +17,8 @@ from wavlm_jax.audio.recordings import Recording
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.shapes import SAMPLE_RATE, Geometry, num_frames, samples_for
 
-Answer = TypeVar("Answer")
+AnyAnswer = TypeVar("AnyAnswer")
+"""What a command finds out of one recording."""
 Compute: TypeAlias = Callable[[Inputs], Any]
 """A batch -> a tree of arrays whose first axis is rows and whose second axis is frames."""
 
@@ -139,8 +140,10 @@ def by_recording(
 
 
 def in_order(
-    recordings: Iterable[Recording], answers: Iterable[tuple[Recording, Answer]], done: dict[Recording, Answer] | None
-) -> dict[Recording, Answer]:
+    recordings: Iterable[Recording],
+    answers: Iterable[tuple[Recording, AnyAnswer]],
+    done: dict[Recording, AnyAnswer] | None,
+) -> dict[Recording, AnyAnswer]:
     """The answers in the order of `recordings`; each is in `done` as soon as it is there, whatever happens later."""
     found = {} if done is None else done
     for recording, answer in answers:
