@@ -1,6 +1,6 @@
 """The table of docs/pods.md: every pre-training preset on its TPUs, by libtpu's own optimized program; nothing is run.
 
-    python -m bench.plan_table compile            # a process a cell, about 15 s of CPU each; finished cells are kept
+    python -m bench.plan_table compile            # a process a cell, about 20 s of CPU each; finished cells are kept
     python -m bench.plan_table print              # the rows of the table, from docs/plans/
 
 A TPU's cell waits for the optimized program and the assignment of its buffers, and not for machine code, which takes
@@ -12,6 +12,7 @@ compiled to the end, where JAX's CUDA plugin is installed.
 import argparse
 import importlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -209,36 +210,40 @@ def rows(folder: Path) -> list[str]:
 
 
 def row(train: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
-    """One config on one machine; a dash where evaluation was not compiled yet."""
-    chip, chips = train["chip"], 1
-    for size in train["mesh"].values():
-        chips *= size
+    """One config on one machine; a dash where evaluation was not compiled yet, or where the compiler gave up."""
+    chip, chips = train["chip"], math.prod(train["mesh"].values())
     done = [train, evaluation] if evaluation is not None else [train]
-    memory = [found["buffers"] / GIB if "buffers" in found else float("inf") for found in done]
-    limit = chip["memory"] / GIB
+    fits = all("failed" not in found and found["buffers"] <= chip["memory"] for found in done)
+    cells = [
+        train["config"],
+        f"{chips} {chip['name'].removeprefix('TPU ')}",
+        "yes" if fits else "NO",
+        *(f"{found['buffers'] / GIB:.2f}" if found.get("buffers") else "-" for found in done),
+        *(["-"] if evaluation is None else []),
+        f"{chip['memory'] / GIB:.2f}",
+        f"{train['flops'] / 1e12:.2f}",
+    ]
+    cells += ["-"] * (len(COLUMNS) - len(cells)) if "failed" in train else _update(train, chips)
+    return f"| {' | '.join(cells)} |"
+
+
+def _update(train: dict[str, Any], chips: int) -> list[str]:
+    """What an update moves, and its roofline."""
+    chip = train["chip"]
     seconds = {
         "arithmetic": train["flops"] / chip["peak_flops"],
         "memory": train["traffic"] / chip["bandwidth"],
         "network": sum(found["seconds"] for found in train["collectives"]),
     }
     bound = max(seconds, key=lambda name: seconds[name])
-    rate = train["audio_seconds"] / seconds[bound] / chips
-    cells = [
-        train["config"],
-        f"{chips} {chip['name'].removeprefix('TPU ')}",
-        "yes" if max(memory) <= limit else "NO",
-        *(f"{value:.2f}" for value in memory),
-        *(["-"] if evaluation is None else []),
-        f"{limit:.2f}",
-        f"{train['flops'] / 1e12:.2f}",
+    return [
         f"{train['traffic'] / 1e9:.1f}",
         f"{sum(found['sent'] for found in train['collectives']) / 1e6:,.0f}",
         bound,
         f"{seconds[bound] * 1e3:.1f}",
-        f"{rate:,.0f}",
+        f"{train['audio_seconds'] / seconds[bound] / chips:,.0f}",
         f"{train['num_steps'] * seconds[bound] / 3600 * chips:,.0f}",
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":
