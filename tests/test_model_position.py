@@ -11,6 +11,7 @@ from wavlm_jax.config import Compute, WavLMConfig
 from wavlm_jax.model.position import GateProjection, RelativePositionTable, gate, relative_buckets, toeplitz
 from wavlm_jax.model.positional_conv import (
     PositionalConvolution,
+    block_convolution,
     direct_convolution,
     grouped_convolution,
     spectral_convolution,
@@ -68,7 +69,10 @@ def test_gate_at_initialisation_is_about_one_and_three_quarters():
     assert (values < 2).all()
 
 
-@pytest.mark.parametrize("convolution", [grouped_convolution, direct_convolution, spectral_convolution])
+CONVOLUTIONS = [grouped_convolution, block_convolution, direct_convolution, spectral_convolution]
+
+
+@pytest.mark.parametrize("convolution", CONVOLUTIONS)
 @pytest.mark.parametrize(("taps", "num_frames"), [(16, 49), (16, 1), (16, 5), (9, 30), (128, 60)])
 def test_grouped_convolution_and_its_gradients_equal_torch(convolution, taps, num_frames):
     generator = np.random.default_rng(0)

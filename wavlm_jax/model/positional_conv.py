@@ -1,24 +1,22 @@
 """The convolutional position embedding: a grouped convolution over 128 frames with its weight normalised tap by tap.
 
-XLA's CPU backend takes the gradient of a grouped convolution channel by channel, which would be a third of a training
-step. On a CPU the convolution therefore goes through the frequency domain, with the Fourier transforms as matrix
-products; elsewhere it is XLA's own. Both give the same numbers up to rounding (docs/LOG.md has the times).
+XLA's CPU backend takes the gradient of a grouped convolution channel by channel, and cuDNN computes one without matrix
+units: a third of a training step on either. On a CPU the convolution therefore goes through the frequency domain, with
+the Fourier transforms as matrix products; on a GPU it is one product of windows with moved taps; elsewhere it is XLA's
+own. All give the same numbers up to rounding (docs/performance.md has the times).
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from wavlm_jax.config import Compute, WavLMConfig
 from wavlm_jax.model.elements import gelu
-from wavlm_jax.model.placement import mesh_axes
 from wavlm_jax.shapes import Hidden
 
 TapWeights = Float[Array, "width group_width taps"]
@@ -29,19 +27,13 @@ def grouped_convolution(x: Hidden, weight: TapWeights, groups: int) -> Hidden:
 
     As many frames come out as go in (FACTS A3: 64 before and 63 after for 128 taps).
     """
-    direct = partial(direct_convolution, groups=groups)
     return jax.lax.platform_dependent(
-        x, weight, cpu=partial(spectral_convolution, groups=groups), cuda=partial(on_own_rows, direct), default=direct
+        x,
+        weight,
+        cpu=partial(spectral_convolution, groups=groups),
+        cuda=partial(block_convolution, groups=groups),
+        default=partial(direct_convolution, groups=groups),
     )
-
-
-def on_own_rows(convolve: Callable[[Hidden, TapWeights], Hidden], x: Hidden, weight: TapWeights) -> Hidden:
-    """`convolve` on each device's own rows: for GPUs, XLA would bring all rows of a grouped convolution everywhere."""
-    rows = mesh_axes({"rows": x.shape[0]})["rows"]
-    if not rows:
-        return convolve(x, weight)
-    spread = PartitionSpec(rows)
-    return jax.shard_map(convolve, in_specs=(spread, PartitionSpec()), out_specs=spread)(x, weight)
 
 
 def direct_convolution(x: Hidden, weight: TapWeights, groups: int) -> Hidden:
@@ -55,6 +47,35 @@ def direct_convolution(x: Hidden, weight: TapWeights, groups: int) -> Hidden:
         dimension_numbers=("NWC", "WIO", "NWC"),
         feature_group_count=groups,
     )
+
+
+def block_convolution(x: Hidden, weight: TapWeights, groups: int) -> Hidden:
+    """`grouped_convolution` as one matrix product a group, of blocks of frames and the windows that they see.
+
+    The outputs of BLOCK frames are a linear map of the taps + BLOCK - 1 frames around them: the taps, moved by each
+    place in the block. That is an eighth more arithmetic than the convolution has, in products that are wide enough for
+    matrix units.
+    """
+    rows, frames, width = x.shape
+    taps, group_width = weight.shape[-1], width // groups
+    blocks, parts = -(-frames // BLOCK), -(-(taps + BLOCK - 1) // BLOCK)
+    after = (blocks + parts - 1) * BLOCK - frames - taps // 2
+    padded = jnp.pad(x, ((0, 0), (taps // 2, after), (0, 0)))
+    cut = padded.reshape(rows, blocks + parts - 1, BLOCK, groups, group_width)
+    windows = jnp.stack([cut[:, part : part + blocks] for part in range(parts)], axis=2)
+
+    kernel = weight.reshape(groups, group_width, group_width, taps)
+    places = ((first, parts * BLOCK - taps - first) for first in range(BLOCK))
+    moved = jnp.stack([jnp.pad(kernel, ((0, 0), (0, 0), (0, 0), place)) for place in places])
+    filters = moved.reshape(BLOCK, groups, group_width, group_width, parts, BLOCK)
+
+    # r row, n block, p part of its window, u frame in the part, f frame in the block, g group, i and o channels
+    outputs = jnp.einsum("rnpugi,fgoipu->rnfgo", windows, filters)
+    return outputs.reshape(rows, blocks * BLOCK, width)[:, :frames]
+
+
+BLOCK = 16
+"""Frames of one product of `block_convolution`: so many make windows and moved taps alike in size."""
 
 
 def spectral_convolution(x: Hidden, weight: TapWeights, groups: int) -> Hidden:
