@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 Padding = Literal["exact", "huggingface", "microsoft"]
 Remat = Literal["none", "full", "dots"]
-Attention = Literal["auto", "dense", "chunked", "pallas_tpu", "cudnn"]
+Attention = Literal["auto", "dense", "chunked", "pallas_tpu", "pallas_gpu", "cudnn"]
 
 BASE_STRIDES = (5, 2, 2, 2, 2, 2, 2)
 BASE_KERNELS = (10, 3, 3, 3, 3, 2, 2)

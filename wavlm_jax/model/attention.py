@@ -1,8 +1,8 @@
 """Self-attention with a gated relative position bias: one function `attend`, several ways to compute it.
 
 "dense" holds all logits at once and is the measure of the others; "chunked" goes over blocks of queries and recomputes
-each in the backward pass; "pallas_tpu" is a fused TPU kernel; "cudnn" is NVIDIA's. All give the same numbers up to
-rounding, gradients and dropout included. `attention_choice` has what "auto" picks.
+each in the backward pass; "pallas_tpu" and "pallas_gpu" are fused kernels; "cudnn" is NVIDIA's. All give the same
+numbers up to rounding, gradients and dropout included. `attention_choice` has what "auto" picks.
 """
 
 from wavlm_jax.config import Attention as Implementation
@@ -10,6 +10,8 @@ from wavlm_jax.config import Compute, WavLMConfig
 from wavlm_jax.model.attention_choice import choose, current_device
 from wavlm_jax.model.attention_layer import Method
 from wavlm_jax.model.attention_rules import AttentionDropout
+from wavlm_jax.model.fused_attention import attend_by
+from wavlm_jax.model.gpu_attention import on_gpu
 from wavlm_jax.model.plain_attention import (
     attend_at_once,
     attend_by_cudnn,
@@ -18,7 +20,7 @@ from wavlm_jax.model.plain_attention import (
     mix,
 )
 from wavlm_jax.model.position import Bias
-from wavlm_jax.model.tpu_attention import attend_on_tpu
+from wavlm_jax.model.tpu_attention import on_tpu
 from wavlm_jax.shapes import FrameMask, Heads, Probabilities
 
 
@@ -55,7 +57,9 @@ def attend(
     if implementation == "chunked":
         return attend_in_blocks(query, key, value, bias, frame_mask, drop)
     if implementation == "pallas_tpu":
-        return attend_on_tpu(query, key, value, bias, frame_mask, drop)
+        return attend_by(on_tpu, query, key, value, bias, frame_mask, drop)
+    if implementation == "pallas_gpu":
+        return attend_by(on_gpu, query, key, value, bias, frame_mask, drop)
     if implementation == "cudnn" and drop.seeds is None:
         return attend_by_cudnn(query, key, value, bias, frame_mask)
     raise ValueError(

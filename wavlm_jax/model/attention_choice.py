@@ -19,6 +19,13 @@ KERNEL_KINDS = {
     "TPU v6 lite": KERNEL_FRAMES,
 }
 """Device kinds that the kernel is compiled for in the tests, and the most frames of a row there."""
+GPUS = ("gpu", "cuda")
+GPU_HEAD_DIMS = (16, 32, 64, 128)
+"""Widths of heads that the GPU kernels' tiles can have."""
+GPU_FRAMES = KERNEL_FRAMES
+"""The longest row for them: the gradient of the bias of all pairs is 1.3 GB there."""
+OLD_GPUS = ("GTX", "RTX 20", "TITAN", "Quadro")
+"""In the names of NVIDIA GPUs before Ampere, which Triton does not compile for; others of that age are called Tesla."""
 CUDNN_HEAD_DIM = 128
 
 
@@ -58,18 +65,36 @@ def choose(config: WavLMConfig, compute: Compute, num_frames: int, device: Devic
         dropping: whether dropouts are on, as in training.
 
     """
+    if compute.attention == "auto":
+        return _automatic(config, num_frames, device)
+    hindrance = None
+    if compute.attention == "pallas_gpu" and (found := _gpu_hindrance(config, num_frames, device.kind)):
+        hindrance = f"the GPU kernels {found}"
     if compute.attention == "cudnn":
-        hindrance = _cudnn_hindrance(config, compute, num_frames, dropping=dropping and config.attention_dropout > 0)
-        return Choice("chunked", f"cuDNN {hindrance}") if hindrance else Choice("cudnn", "as configured")
-    if compute.attention != "auto":
-        return Choice(compute.attention, "as configured")
+        dropping = dropping and config.attention_dropout > 0
+        found = _cudnn_hindrance(config, compute, num_frames, dropping=dropping)
+        hindrance = f"cuDNN {found}" if found else None
+    return Choice("chunked", hindrance) if hindrance else Choice(compute.attention, "as configured")
+
+
+def _automatic(config: WavLMConfig, num_frames: int, device: Device) -> Choice:
     if device.kind in KERNEL_KINDS:
         if num_frames <= KERNEL_KINDS[device.kind]:
             return Choice("pallas_tpu", f"{device.kind}, a fused kernel")
         return Choice("chunked", f"{device.kind}, above {KERNEL_KINDS[device.kind]} frames")
+    if device.platform in GPUS and _gpu_hindrance(config, num_frames, device.kind) is None:
+        return Choice("pallas_gpu", f"{device.kind}, fused kernels")
     if num_frames <= DENSE_FRAMES:
         return Choice("dense", f"{device.kind}, up to {DENSE_FRAMES} frames")
     return Choice("chunked", f"{device.kind}, above {DENSE_FRAMES} frames")
+
+
+def _gpu_hindrance(config: WavLMConfig, num_frames: int, kind: str) -> str | None:
+    if config.head_dim not in GPU_HEAD_DIMS:
+        return f"have tiles of {', '.join(map(str, GPU_HEAD_DIMS))}, heads are {config.head_dim} wide"
+    if not kind.startswith("NVIDIA") or any(name in kind for name in OLD_GPUS):
+        return f"need an NVIDIA GPU from Ampere on, this is {kind}"
+    return f"take up to {GPU_FRAMES} frames, these are {num_frames}" if num_frames > GPU_FRAMES else None
 
 
 def _cudnn_hindrance(config: WavLMConfig, compute: Compute, num_frames: int, *, dropping: bool) -> str | None:
@@ -86,10 +111,10 @@ def check_platform(compute: Compute, device: Device) -> None:
     """Whether what is asked for by name can run at all.
 
     Raises:
-        ValueError: a TPU kernel without a TPU, cuDNN without an NVIDIA GPU.
+        ValueError: a TPU kernel without a TPU, a GPU kernel or cuDNN without a GPU.
 
     """
-    needed = {"pallas_tpu": ("tpu",), "cudnn": ("gpu", "cuda")}.get(compute.attention)
+    needed = {"pallas_tpu": ("tpu",), "pallas_gpu": GPUS, "cudnn": GPUS}.get(compute.attention)
     if needed is not None and device.platform not in needed:
         raise ValueError(
             f"config.compute.attention: {compute.attention!r} needs a {needed[0].upper()}, found {device.kind}; "

@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from wavlm_jax.config import Compute, WavLMConfig
 from wavlm_jax.model.attention_rules import NO_DROPOUT, AttentionDropout, attention_dropout
 from wavlm_jax.model.elements import Site, linear, site_keys
+from wavlm_jax.model.kernel_rules import ATTENDED
 from wavlm_jax.model.position import Bias, GateProjection, PairBias, Profile, gate
 from wavlm_jax.shapes import FrameMask, Heads, Hidden, Probabilities, RowKeys
 
@@ -16,10 +17,6 @@ Attend = Callable[
     [Heads, Heads, Heads, Bias | None, FrameMask | None, AttentionDropout], tuple[Heads, Probabilities | None]
 ]
 """From query (divided by sqrt(head_dim)), key, value, bias, mask and dropout to mixed values, and maps if wanted."""
-
-
-ATTENDED = "attended"
-"""Name of the mixed values for recomputation policies: a fused kernel is no matrix product that they would know."""
 
 
 class Method(NamedTuple):

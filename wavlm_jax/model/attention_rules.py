@@ -11,13 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Key, UInt32
 
+from wavlm_jax.model.kernel_rules import HALF, RESOLUTION, random_words, scale_of_kept, shifted_right
+
 EXCLUDED = -1e30
 """Logit of a key that is padding. Finite, so that a row without a valid frame gives a uniform softmax and not 0 / 0."""
-RESOLUTION = 1 << 16
-"""Rates are rounded to 1 / 65,536: two decisions from one 32-bit word."""
-HALF = 64
-"""Queries q and q + HALF of each block of 2 * HALF share a word, so that a kernel's block splits between registers."""
-
 Seeds = UInt32[Array, "rows heads words=2"]
 
 
@@ -30,7 +27,7 @@ class AttentionDropout(NamedTuple):
     @property
     def scale(self) -> float:
         """What is kept is multiplied by this."""
-        return RESOLUTION / (RESOLUTION - self.threshold)
+        return scale_of_kept(self.threshold)
 
 
 NO_DROPOUT = AttentionDropout(0, None)
@@ -51,24 +48,3 @@ def kept(
     words = random_words(signed[..., 0], signed[..., 1], pairs[None, None, :, None], keys[None, None, None, :])
     upper = (queries // HALF % 2 == 1)[None, None, :, None]
     return jnp.where(upper, shifted_right(words, 16), words & (RESOLUTION - 1)) >= threshold
-
-
-def random_words(first: Array, second: Array, pairs: Array, keys: Array) -> Array:
-    """One random int32 for each pair of queries and each key frame, under two int32 seeds; shapes broadcast."""
-    return _scrambled(_scrambled(pairs * _ODD + first) ^ _scrambled(keys * _ODD + second))
-
-
-def _scrambled(x: Array) -> Array:
-    """A bijection of 32-bit words in which each bit of the result depends on all (multipliers: C. Wellons, 2018)."""
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32))):
-        x = (x ^ shifted_right(x, shift)) * factor
-    return x ^ shifted_right(x, 16)
-
-
-def shifted_right(x: Array, bits: int) -> Array:
-    """The upper bits of int32 words, zeros moving in."""
-    return jax.lax.shift_right_logical(x, jnp.full_like(x, bits))
-
-
-_ODD = 0x9E3779B9 - (1 << 32)
-"""The golden ratio's bits: successive multiples spread over all words."""

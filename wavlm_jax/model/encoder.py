@@ -10,8 +10,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from wavlm_jax.config import Compute, WavLMConfig
 from wavlm_jax.model.attention_choice import current_device
-from wavlm_jax.model.attention_layer import ATTENDED, Attention, Method
+from wavlm_jax.model.attention_layer import Attention, Method
 from wavlm_jax.model.elements import Site, dropout, gelu, keep_where, layer_norm, linear, site_keys
+from wavlm_jax.model.kernel_rules import ATTENDED
 from wavlm_jax.model.position import PairBias, Profile, RelativePositionTable, toeplitz
 from wavlm_jax.model.positional_conv import PositionalConvolution
 from wavlm_jax.shapes import FrameMask, Hidden, RowKeys, StepKey

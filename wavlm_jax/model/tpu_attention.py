@@ -5,23 +5,18 @@ mesh each device runs the kernel on its own rows and heads.
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from wavlm_jax.model.attention_rules import EXCLUDED, AttentionDropout
-from wavlm_jax.model.placement import mesh_axes
-from wavlm_jax.model.position import Bias
+from wavlm_jax.model.kernel_rules import BLOCK, OPERANDS, Differentiable, Facts, Fixed
+from wavlm_jax.model.placement import on_each_device
 from wavlm_jax.model.tpu_kernels import (
-    BLOCK,
     Gradients,
     Operands,
     Plan,
@@ -29,100 +24,41 @@ from wavlm_jax.model.tpu_kernels import (
     backward_kernel,
     forward_kernel,
 )
-from wavlm_jax.shapes import FrameMask, Heads
 
 LANES = 128
 
 
-def attend_on_tpu(
-    query: Heads, key: Heads, value: Heads, bias: Bias | None, frame_mask: FrameMask | None, drop: AttentionDropout
-) -> Heads:
-    """`attention.attend` as a TPU kernel."""
-    rows, frames, heads, head_dim = query.shape
-    padding = -frames % BLOCK
-    flat = [jnp.pad(x.reshape(rows, frames, -1), ((0, 0), (0, padding), (0, 0))) for x in (query, key, value)]
-    given = Bias(jnp.zeros((heads, 2 * frames - 1)), jnp.zeros((rows, frames, heads))) if bias is None else bias
-    # Distance d stands at place padded frames + d, so that the windows of blocks are whole registers apart.
-    profile = jnp.pad(given.position.astype(jnp.float32), ((0, 0), (padding + 1, padding)))
-    gate = jnp.pad(given.gate.astype(jnp.float32).swapaxes(1, 2), ((0, 0), (0, 0), (0, padding)))
-    seeds = jnp.zeros((rows, heads, 2), jnp.uint32) if drop.seeds is None else drop.seeds
-    has_fill = frame_mask is not None or padding > 0
-    plan = Plan(heads, 1, head_dim, frames + padding, bias is not None, has_fill, drop.threshold)
-    fixed = _fill(frame_mask, rows, frames, padding), jax.lax.bitcast_convert_type(seeds, jnp.int32)
-    return _fused(plan, (*flat, profile, gate), fixed)[:, :frames].reshape(query.shape)
-
-
-def _fill(frame_mask: FrameMask | None, rows: int, frames: int, padding: int) -> Array:
-    """float32 (rows, frames + padding): 0 for a key that counts, else what its logit becomes."""
-    inside = jnp.zeros((rows, frames)) if frame_mask is None else jnp.where(frame_mask, 0.0, EXCLUDED)
-    return jnp.pad(inside.astype(jnp.float32), ((0, 0), (0, padding)), constant_values=-np.inf)
-
-
-Differentiable = tuple[Array, Array, Array, Array, Array]
-"""Query, key, value (rows, frames, width), profile (heads, 2 * frames) and gate (rows, heads, frames)."""
-Fixed = tuple[Array, Array]
-"""Fill (rows, frames) and seeds (rows, heads, 2)."""
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(plan: Plan, inputs: Differentiable, fixed: Fixed) -> Array:
-    return _on_each_device(plan, _forward_call, _RESULT, (*inputs, *fixed))[0]
+def on_tpu(facts: Facts, inputs: Differentiable, fixed: Fixed) -> Array:
+    """Mixed values of all rows and heads: (rows, frames, width), dtype of the query; differentiable in `inputs`."""
+    mixed: Array
+    (mixed,) = on_each_device(facts.num_heads, partial(_forward_call, facts), OPERANDS, ("result",), (*inputs, *fixed))
+    return mixed
 
 
-def _fused_forward(plan: Plan, inputs: Differentiable, fixed: Fixed) -> tuple[Array, tuple[Differentiable, Fixed]]:
-    return _fused(plan, inputs, fixed), (inputs, fixed)
+def _fused_forward(facts: Facts, inputs: Differentiable, fixed: Fixed) -> tuple[Array, tuple[Differentiable, Fixed]]:
+    return on_tpu(facts, inputs, fixed), (inputs, fixed)
 
 
-def _fused_backward(plan: Plan, saved: tuple[Differentiable, Fixed], direction: Array) -> tuple[Any, Any]:
+def _fused_backward(facts: Facts, saved: tuple[Differentiable, Fixed], direction: Array) -> tuple[Any, Any]:
     inputs, fixed = saved
-    gradients = _on_each_device(plan, _backward_call, Gradients._fields, (*inputs, *fixed, direction))
-    return tuple(gradients), (None, None)
+    given = (*inputs, *fixed, direction)
+    call, names = partial(_backward_call, facts), (*OPERANDS, "direction")
+    return on_each_device(facts.num_heads, call, names, Gradients._fields, given), (None, None)
 
 
-_fused.defvjp(_fused_forward, _fused_backward)
-
-_RESULT = ("value",)
-_AXES = {
-    "query": ("rows", None, "heads"),
-    "key": ("rows", None, "heads"),
-    "value": ("rows", None, "heads"),
-    "profile": ("heads", None),
-    "gate": ("rows", "heads", None),
-    "fill": ("rows", None),
-    "seeds": ("rows", "heads", None),
-    "direction": ("rows", None, "heads"),
-}
-"""Logical axes of the arguments, in their order; the training tower says which mesh axes they lie on."""
+on_tpu.defvjp(_fused_forward, _fused_backward)
 
 
-def _on_each_device(plan: Plan, call: Callable[..., Any], results: tuple[str, ...], arguments: tuple[Any, ...]) -> Any:
-    """`call` on each device's own rows and heads; the profile's gradient is summed over the devices' rows."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return call(_grouped(plan, plan.num_heads), *arguments)
-    axes = mesh_axes({"rows": arguments[0].shape[0], "heads": plan.num_heads})
-    local = _grouped(plan, plan.num_heads // math.prod(mesh.shape[axis] for axis in axes["heads"]))
-
-    def spec(name: str) -> PartitionSpec:
-        return PartitionSpec(*(axes[axis] if axis else None for axis in _AXES[name]))
-
-    def body(*arguments: Any) -> Any:
-        found = dict(zip(results, call(local, *arguments), strict=True))
-        if "profile" in found:
-            found["profile"] = jax.lax.psum(found["profile"], axes["rows"])
-        return tuple(found.values())
-
-    given = tuple(spec(name) for name in list(_AXES)[: len(arguments)])
-    return jax.shard_map(body, in_specs=given, out_specs=tuple(map(spec, results)), check_vma=False)(*arguments)
+def _grouped(facts: Facts) -> Plan:
+    """The plan of a device: groups of heads that fill whole registers, else all heads at once."""
+    group = LANES // math.gcd(LANES, facts.head_dim)
+    return Plan(*facts, group if facts.num_heads % group == 0 else facts.num_heads)
 
 
-def _grouped(plan: Plan, num_heads: int) -> Plan:
-    """The plan of a device with `num_heads` heads: groups that fill whole registers, else all heads at once."""
-    group = LANES // math.gcd(LANES, plan.head_dim)
-    return plan._replace(num_heads=num_heads, group=group if num_heads % group == 0 else num_heads)
+def _forward_call(facts: Facts, num_heads: int, *arguments: Array) -> list[Array]:
+    plan = _grouped(facts._replace(num_heads=num_heads))
 
-
-def _forward_call(plan: Plan, *arguments: Array) -> list[Array]:
     def kernel(*references: Any) -> None:
         forward_kernel(plan, Operands(*references[:7]), *references[7:])
 
@@ -141,7 +77,9 @@ def _forward_call(plan: Plan, *arguments: Array) -> list[Array]:
     return list(mixed)
 
 
-def _backward_call(plan: Plan, *arguments: Array) -> list[Array]:
+def _backward_call(facts: Facts, num_heads: int, *arguments: Array) -> list[Array]:
+    plan = _grouped(facts._replace(num_heads=num_heads))
+
     def kernel(*references: Any) -> None:
         operands, results, scratch = references[:7], references[8:13], references[13:]
         backward_kernel(plan, Operands(*operands), references[7], Gradients(*results), Scratch(*scratch))

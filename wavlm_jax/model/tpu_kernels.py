@@ -17,26 +17,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from wavlm_jax.model.attention_rules import HALF, RESOLUTION, AttentionDropout, random_words, shifted_right
+from wavlm_jax.model.kernel_rules import BLOCK, HALF, RESOLUTION, matmul, random_words, scale_of_kept, shifted_right
 
-BLOCK = 2 * HALF
-"""Queries at a time: the lanes of a register, so that every window starts at a whole register."""
 SUBLANES = 8
 
 
 class Plan(NamedTuple):
-    """What a kernel knows beforehand."""
+    """What a kernel knows beforehand: `Facts`, and how many heads are one block."""
 
     num_heads: int
-    group: int
-    """Heads of one block."""
     head_dim: int
     frames: int
-    """A multiple of BLOCK."""
     has_bias: bool
     has_fill: bool
     drop_threshold: int
-    """Of `AttentionDropout`; 0: no dropout."""
+    group: int
+    """Heads of one block."""
 
     @property
     def width(self) -> int:
@@ -98,8 +94,8 @@ def forward_kernel(plan: Plan, operands: Operands, output: Any, sheared: Any) ->
             total = scores.total
             if plan.drop_threshold:
                 weights = jnp.where(_kept(plan, operands, block), weights, 0.0)
-                total = total / AttentionDropout(plan.drop_threshold, None).scale
-            product = _matmul(weights.astype(value.dtype), value, 1, 0)
+                total = total / scale_of_kept(plan.drop_threshold)
+            product = matmul(weights.astype(value.dtype), value, 1, 0)
             mixed = jnp.where(_lanes(plan, block.head), product / total, mixed)
         output[0, _rows(number), :] = mixed.astype(output.dtype)
 
@@ -165,14 +161,14 @@ def _backward_of_block(
     scores = _scores(plan, operands, scratch.sheared, block)
     probabilities = scores.exponentials / scores.total
     arriving = _masked_to_head(plan, direction[0, _rows(block.number), :], block.head)
-    to_weights = _matmul(arriving, operands.value[0], 1, 1)
+    to_weights = matmul(arriving, operands.value[0], 1, 1)
     weights = probabilities
     if plan.drop_threshold:
         keep = _kept(plan, operands, block)
-        scale = AttentionDropout(plan.drop_threshold, None).scale
+        scale = scale_of_kept(plan.drop_threshold)
         weights = jnp.where(keep, probabilities * scale, 0.0)
         to_weights = jnp.where(keep, to_weights * scale, 0.0)
-    scratch.value[...] += _matmul(weights.astype(arriving.dtype), arriving, 0, 0)
+    scratch.value[...] += matmul(weights.astype(arriving.dtype), arriving, 0, 0)
 
     mean = (probabilities * to_weights).sum(axis=1, keepdims=True)
     to_logits = probabilities * (to_weights - mean)
@@ -185,8 +181,8 @@ def _backward_of_block(
         gradients.gate[0, 0, block.head : block.head + 1, _rows(block.number)] = line(to_gate)
     rounded = to_logits.astype(arriving.dtype)
     query = _masked_to_head(plan, operands.query[0, _rows(block.number), :], block.head)
-    scratch.key[...] += _matmul(rounded, query, 0, 0)
-    return _matmul(rounded, operands.key[0], 1, 0)
+    scratch.key[...] += matmul(rounded, query, 0, 0)
+    return matmul(rounded, operands.key[0], 1, 0)
 
 
 def _heads(plan: Plan, number: Array, first_seed: Array) -> Iterator[Block]:
@@ -217,16 +213,9 @@ def _masked_to_head(plan: Plan, x: Array, head: int) -> Array:
     return x if plan.group == 1 else jnp.where(_lanes(plan, head), x, jnp.zeros((), x.dtype))
 
 
-def _matmul(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
-    """Product over the named axes, float32; float32 operands are not rounded."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    axes = (((x_axis,), (y_axis,)), ((), ()))
-    return jax.lax.dot_general(x, y, axes, precision=precision, preferred_element_type=jnp.float32)
-
-
 def _scores(plan: Plan, operands: Operands, sheared: Any, block: Block) -> Scores:
     query = _masked_to_head(plan, operands.query[0, _rows(block.number), :], block.head)
-    logits = _matmul(query, operands.key[0], 1, 1)
+    logits = matmul(query, operands.key[0], 1, 1)
     gate = tile = None
     if plan.has_bias:
         gate = column(operands.gate[0, 0, block.head : block.head + 1, _rows(block.number)])
