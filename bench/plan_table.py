@@ -69,9 +69,9 @@ def main() -> None:
 
 def compile_all() -> None:
     """Every cell in a process of its own: only the end of the process stops the compiler."""
-    from wavlm_jax.plan.targets import installed
+    from wavlm_jax.plan.targets import has_cuda
 
-    machines = [name for name in TOPOLOGIES if not name.startswith("h100") or installed("jax_plugins.xla_cuda12")]
+    machines = [name for name in TOPOLOGIES if not name.startswith("h100") or has_cuda()]
     for split in ("train", "valid"):
         for machine in machines:
             for model in MODELS:

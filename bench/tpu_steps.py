@@ -6,14 +6,14 @@ The real step of the config, dropouts and mixing on, in rows of 768 frames. Minu
 """
 
 import argparse
-import importlib
 import json
 import os
 from typing import Any
 
+from bench.row_configs import row_config
+
 FIGURES = {"v5e_base": ("base", "v5e:1x1", 16, 2), "v5p_large": ("large", "v5p:1x1x1", 8, 1)}
 """Name -> config, topology, rows of an update, micro-batches that they come in."""
-FRAMES = 768
 AGAINST = {
     "v5e_base_hbm_mb_per_audio_s": ("dense attention in a plain prototype (issue 6)", 525.0),
     "v5e_base_bound": ("dense attention in a plain prototype (issue 6)", 0.36),
@@ -50,16 +50,11 @@ def planned(config_name: str, topology: str, rows: int, microbatches: int) -> An
 
     """
     from pretrain.task import outline
-    from wavlm_jax.data.plan import seconds_of
     from wavlm_jax.plan.program import Counted
     from wavlm_jax.plan.run import plan_run
     from wavlm_jax.plan.targets import open_target
 
-    config = importlib.import_module(f"configs.pretrain.{config_name}").get_config()
-    seconds = rows * seconds_of(FRAMES)
-    config.batch.buckets = (FRAMES,)
-    config.batch.update({"seconds_per_update": seconds, "row_multiple": rows})
-    config.batch.seconds_per_device = seconds / microbatches
+    config = row_config(config_name, rows, microbatches)
     plan = plan_run(json.loads(config.to_json()), outline, open_target(topology), splits=("train",))
     (step,) = plan.programs.values()
     if not isinstance(step, Counted):

@@ -170,6 +170,11 @@ def installed(module: str) -> bool:
         return False
 
 
+def has_cuda() -> bool:
+    """Whether JAX's CUDA plugin is there, of either CUDA that there is one for."""
+    return any(installed(f"jax_plugins.xla_cuda{version}") for version in (12, 13))
+
+
 def _tpu_devices(topology: str, chip: Chip, sizes: tuple[int, ...], slices: int) -> Sequence[jax.Device]:
     if not installed("libtpu"):
         raise PlanTargetError("planning for a TPU needs its compiler, not a TPU: pip install 'wavlm-jax[plan]'")
@@ -191,10 +196,10 @@ def _tpu_devices(topology: str, chip: Chip, sizes: tuple[int, ...], slices: int)
 
 
 def _gpu_devices(count: int) -> Sequence[jax.Device]:
-    if not installed("jax_plugins.xla_cuda12"):
+    if not has_cuda():
         raise PlanTargetError(
             "planning for GPUs needs JAX's CUDA plugin, not a GPU: pip install --no-deps "
-            f"jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}"
+            f"jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__} (or cuda13)"
         )
     hosts, rest = divmod(count, GPUS_A_HOST)
     if hosts and rest:
