@@ -117,7 +117,7 @@ def test_rows_that_the_mesh_does_not_divide_are_computed_everywhere(interpreted)
 
 
 def test_model_with_the_kernel_equals_the_model_without(interpreted):
-    interpreted(pltpu.InterpretParams())
+    interpreted(True)  # as plain JAX: with newer JAX, Flax does not scan over the TPU interpreter's callbacks
     config = small_config(padding="exact", attention_dropout=0.2)
     model = WavLM(config)
     waveform, lengths = jax.random.normal(jax.random.key(1), (2, 5000)), jnp.array([5000, 3000])
