@@ -124,6 +124,7 @@ def test_chunked_needs_memory_for_a_block_only():
         (V5E, "dense", 768, "bfloat16", True, "dense", "as configured"),
         (Device("tpu", "TPU v3"), "auto", 900, "bfloat16", True, "chunked", "TPU v3, above 800"),
         (H100, "auto", 1500, "bfloat16", True, "pallas_gpu", "NVIDIA H100 80GB HBM3, fused kernels"),
+        (H100, "auto", 768, "float32", True, "dense", "up to 800 frames"),
         (H100, "auto", 6000, "bfloat16", True, "chunked", "above 800 frames"),
         (H100, "pallas_gpu", 6000, "bfloat16", True, "chunked", "take up to 5120 frames, these are 6000"),
         (H100, "pallas_gpu", 300, "float32", True, "pallas_gpu", "as configured"),
@@ -154,7 +155,7 @@ def test_start_of_a_run_says_what_was_chosen_or_that_it_cannot_be():
         with pytest.raises(ValueError, match=f"'{name}' needs a GPU, found TPU v5 lite"):
             describe(BASE, Compute(attention=name), (768,), V5E)
     odd = dataclasses.replace(BASE, hidden_size=12 * 48)
-    assert choose(odd, Compute(), 768, H100, dropping=True).implementation == "dense"
+    assert choose(odd, Compute(dtype="bfloat16"), 768, H100, dropping=True).implementation == "dense"
     assert "heads are 48 wide" in choose(odd, Compute(attention="pallas_gpu"), 768, H100, dropping=True).reason
     assert V5E.kind in KERNEL_KINDS
 

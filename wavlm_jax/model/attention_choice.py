@@ -66,7 +66,7 @@ def choose(config: WavLMConfig, compute: Compute, num_frames: int, device: Devic
 
     """
     if compute.attention == "auto":
-        return _automatic(config, num_frames, device)
+        return _automatic(config, compute, num_frames, device)
     hindrance = None
     if compute.attention == "pallas_gpu" and (found := _gpu_hindrance(config, num_frames, device.kind)):
         hindrance = f"the GPU kernels {found}"
@@ -77,12 +77,13 @@ def choose(config: WavLMConfig, compute: Compute, num_frames: int, device: Devic
     return Choice("chunked", hindrance) if hindrance else Choice(compute.attention, "as configured")
 
 
-def _automatic(config: WavLMConfig, num_frames: int, device: Device) -> Choice:
+def _automatic(config: WavLMConfig, compute: Compute, num_frames: int, device: Device) -> Choice:
     if device.kind in KERNEL_KINDS:
         if num_frames <= KERNEL_KINDS[device.kind]:
             return Choice("pallas_tpu", f"{device.kind}, a fused kernel")
         return Choice("chunked", f"{device.kind}, above {KERNEL_KINDS[device.kind]} frames")
-    if device.platform in GPUS and _gpu_hindrance(config, num_frames, device.kind) is None:
+    measured = device.platform in GPUS and compute.dtype == "bfloat16"  # float32 was never timed
+    if measured and _gpu_hindrance(config, num_frames, device.kind) is None:
         return Choice("pallas_gpu", f"{device.kind}, fused kernels")
     if num_frames <= DENSE_FRAMES:
         return Choice("dense", f"{device.kind}, up to {DENSE_FRAMES} frames")
