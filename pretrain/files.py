@@ -1,7 +1,6 @@
 """Small files that are whole or absent: JSON objects, and safetensors with a JSON header."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,8 @@ from typing import Any
 import numpy as np
 import safetensors
 import safetensors.numpy
+
+from wavlm_jax.whole_file import replacing
 
 _MAX_JSON_BYTES = 64 * 2**20
 _HEADER_KEY = "header"
@@ -72,10 +73,5 @@ def read_tensors(path: Path, expected: Mapping[str, tuple[str, int]]) -> tuple[d
 
 
 def _replace(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with replacing(path) as draft:
+        draft.write_bytes(content)

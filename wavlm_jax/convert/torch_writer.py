@@ -4,7 +4,6 @@ The zip layout of torch >= 1.6: a pickle of protocol 2 that names three function
 tensor, aligned so that torch can map it into memory. The same content gives the same bytes.
 """
 
-import os
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from wavlm_jax.convert.torch_tensor import DTYPES
+from wavlm_jax.whole_file import replacing
 
 _ROOT = "archive"
 _ALIGNMENT = 64
@@ -39,18 +39,12 @@ def write_torch_file(path: Path, value: Any) -> None:
     """
     pickle = _Pickle()
     pickle.add(value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-            _add(archive, "data.pkl", pickle.content())
-            _add(archive, "byteorder", b"little")
-            for key, array in enumerate(pickle.arrays):
-                _add(archive, f"data/{key}", np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-            _add(archive, "version", b"3\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as draft, zipfile.ZipFile(draft, "w", zipfile.ZIP_STORED) as archive:
+        _add(archive, "data.pkl", pickle.content())
+        _add(archive, "byteorder", b"little")
+        for key, array in enumerate(pickle.arrays):
+            _add(archive, f"data/{key}", np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        _add(archive, "version", b"3\n")
 
 
 def _add(archive: zipfile.ZipFile, name: str, content: bytes | memoryview) -> None:

@@ -22,6 +22,7 @@ from wavlm_jax.config import WavLMConfig
 from wavlm_jax.inference.running import RunSettings, frames_of, geometry_of, jobs_of, run
 from wavlm_jax.model.wavlm import WavLM, WavLMOutput
 from wavlm_jax.shapes import Params
+from wavlm_jax.whole_file import replacing
 
 HEADER = "features.json"
 
@@ -206,6 +207,5 @@ def _claim(folder: Path, header: dict[str, Any]) -> None:
 
 
 def _write_json(path: Path, values: Any) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as draft:
+        draft.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

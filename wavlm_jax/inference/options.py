@@ -18,6 +18,7 @@ from wavlm_jax.audio.recordings import Recording, open_recordings
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.inference.running import AnyAnswer, RunSettings, geometry_of
 from wavlm_jax.shapes import SAMPLE_RATE
+from wavlm_jax.whole_file import replacing
 
 FROM_STDIN = "-"
 
@@ -178,6 +179,5 @@ def _write(text: str, path: Path | None) -> None:
     if path is None:
         sys.stdout.write(text)
         return
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as draft:
+        draft.write_text(text, encoding="utf-8")

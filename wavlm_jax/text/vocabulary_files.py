@@ -4,7 +4,6 @@ What is written, `Wav2Vec2CTCTokenizer.from_pretrained(folder)` reads; the pad t
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from wavlm_jax.text.vocabulary import (
     Vocabulary,
     VocabularyError,
 )
+from wavlm_jax.whole_file import replacing
 
 VOCABULARY, SETTINGS = "vocab.json", "tokenizer_config.json"
 SPECIAL, ADDED = "special_tokens_map.json", "added_tokens.json"
@@ -108,14 +108,9 @@ def parse_vocabulary(files: Mapping[str, bytes], folder: Path, language: str | N
 
 def write_vocabulary(vocabulary: Vocabulary, folder: Path) -> None:
     """Write vocab.json and tokenizer_config.json into `folder`, which is made; files of these names are replaced."""
-    folder.mkdir(parents=True, exist_ok=True)
     for name, content in files_of(vocabulary).items():
-        temporary = folder / f".{name}.{os.getpid()}.tmp"
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(folder / name) as draft:
+            draft.write_bytes(content)
 
 
 def files_of(vocabulary: Vocabulary) -> dict[str, bytes]:
