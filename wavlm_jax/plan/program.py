@@ -32,7 +32,8 @@ class Memory:
     limit: int
     """What a program may use."""
     peak: int
-    """The compiler's own peak; where it gave up, what it says it would need."""
+    """What the program reserves, as the compiler has laid it out: arguments, results that are not updated in place,
+    temporaries. Where it gave up, what it says it would need."""
     fits: bool
     arguments: int
     """State and batch; 0 where the compiler gave up."""
@@ -156,9 +157,12 @@ def program_text(compiled: Printable, dumped: Path) -> str:
 
 
 def _memory(stats: Any, limit: int, kept: int) -> Memory:
-    peak = int(stats.peak_memory_in_bytes)
-    whole = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    peak = max(peak, whole + stats.temp_size_in_bytes if peak == 0 else 0)
+    """Without `peak_memory_in_bytes`: what lives at the fullest moment, with what then lies on the chip and not in HBM.
+
+    The temporaries are reserved as one block, which is larger than what lives in it at any moment.
+    """
+    results = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    peak = int(stats.argument_size_in_bytes + results + stats.temp_size_in_bytes)
     return Memory(
         limit=limit,
         peak=peak,
