@@ -106,7 +106,7 @@ def compile_cell(model: str, machine: str, split: str, file: str) -> None:
         "audio_seconds": spec.seconds,
         "num_steps": config["train"]["num_steps"],
         "state_bytes": state,
-        "flops": matrix_flops(traced.jaxpr) / mesh.size,
+        "flops": matrix_flops(traced.jaxpr, target.platform) / mesh.size,
     }
     figures = finished if target.platform == "cuda" else stopped
     found |= figures(traced, spec, mesh, target)

@@ -92,7 +92,7 @@ def test_flops_of_a_step_are_those_of_the_formula(module, split, remat):
         training=split == "train",
         remat=remat,
     )
-    assert matrix_flops(traced.jaxpr) == pytest.approx(expected, rel=0.03)
+    assert matrix_flops(traced.jaxpr, "tpu") == pytest.approx(expected, rel=0.03)
 
 
 def test_loops_branches_and_gradients_of_convolutions_are_counted_as_often_as_they_run():
@@ -118,6 +118,27 @@ def test_loops_branches_and_gradients_of_convolutions_are_counted_as_often_as_th
     once = 2 * 4 * 200 * 32 * 3 * 8
     assert matrix_flops(jax.make_jaxpr(convolve)(signal, kernel)) == once
     assert matrix_flops(jax.make_jaxpr(jax.grad(convolve, (0, 1)))(signal, kernel)) == pytest.approx(3 * once, rel=0.02)
+
+
+def test_what_another_platform_computes_does_not_count():
+    """In loops and gradients as well; where no platform is said, the costliest of them."""
+    x = jnp.ones((8, 8))
+
+    def step(c, _):
+        once, twice = (lambda c, x: c @ x), (lambda c, x: c @ x @ x)
+        return jax.lax.platform_dependent(c, x, cpu=once, cuda=twice, default=lambda c, x: c + x), None
+
+    forward = jax.make_jaxpr(lambda x: jax.lax.scan(step, x, None, length=3)[0].sum())(x)
+    backward = jax.make_jaxpr(jax.grad(lambda x: jax.lax.scan(jax.checkpoint(step), x, None, length=3)[0].sum()))(x)
+    once = 3 * 2 * 8**3
+    assert [matrix_flops(forward, platform) for platform in ("tpu", "cpu", "cuda", None)] == [
+        0,
+        once,
+        2 * once,
+        2 * once,
+    ]
+    assert matrix_flops(backward, "tpu") == 0
+    assert 0 < matrix_flops(backward, "cpu") < matrix_flops(backward, "cuda") == matrix_flops(backward)
 
 
 def test_a_shard_mapped_product_counts_on_every_device():

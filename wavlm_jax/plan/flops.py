@@ -12,16 +12,17 @@ from typing import Any
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 
-def matrix_flops(jaxpr: ClosedJaxpr | Jaxpr) -> int:
+def matrix_flops(jaxpr: ClosedJaxpr | Jaxpr, platform: str | None = None) -> int:
     """FLOPs of one execution.
 
     Args:
         jaxpr: of `jax.jit(f).trace(...).jaxpr` or `jax.make_jaxpr`. Of a `cond` the costliest branch counts, of a
             `while` whose turns depend on the data one turn.
+        platform: "tpu", "cuda", "cpu": of `jax.lax.platform_dependent` its branch counts; None: the costliest.
 
     """
     body = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
-    return sum(_flops(equation) for equation in body.eqns)
+    return sum(_flops(equation, platform) for equation in body.eqns)
 
 
 def loop_outputs(jaxpr: ClosedJaxpr | Jaxpr) -> int:
@@ -40,14 +41,23 @@ def loop_outputs(jaxpr: ClosedJaxpr | Jaxpr) -> int:
     return total
 
 
-def _flops(equation: JaxprEqn) -> int:
+def _flops(equation: JaxprEqn, platform: str | None) -> int:
     name = equation.primitive.name
     if name in _COUNTED:
         return _COUNTED[name](equation)
-    inner = [matrix_flops(part) for part in _inner(equation)]
+    inner = [matrix_flops(part, platform) for part in _inner(equation)]
     if name == "cond":
-        return max(inner, default=0)
+        taken = _taken(equation, platform)
+        return max(inner, default=0) if taken is None else inner[taken]
     return _times(equation) * sum(inner)
+
+
+def _taken(equation: JaxprEqn, platform: str | None) -> int | None:
+    """Which branch of a `cond` runs on the platform; None: the data decide."""
+    platforms = equation.params.get("branches_platforms")
+    if platform is None or platforms is None:
+        return None
+    return next(number for number, names in enumerate(platforms) if names is None or platform in names)
 
 
 def _times(equation: JaxprEqn) -> int:

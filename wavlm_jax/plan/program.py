@@ -97,7 +97,7 @@ def count(
     """
     started = time.monotonic()
     kept = loop_outputs(traced.jaxpr) // mesh.size
-    flops = matrix_flops(traced.jaxpr) / mesh.size
+    flops = matrix_flops(traced.jaxpr, target.platform) / mesh.size
     with tempfile.TemporaryDirectory(prefix="wavlm-plan-") as folder:
         dump: dict[str, Any] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         try:
