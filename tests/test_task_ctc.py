@@ -106,6 +106,22 @@ def test_init_path_gives_the_body_and_leaves_the_head_fresh(run, folders):
         ctc.build(other, ONE).initial_params(fresh)
 
 
+def test_a_further_stage_has_the_vocabulary_that_its_head_learned(root, run, folders):
+    """The same letters in another order are other outputs of the same shape."""
+    turned = [text.translate(str.maketrans("ABCDE", "BCDEA")) for text, _, _ in ten_texts()]
+    other = make_corpus(root, "turned", [(text, 0, text) for text in turned])
+    given = {"init": {"path": str(run[0]), "head": True}}
+    task = ctc.build(tiny_ctc(folders["train"], folders["same"], **given), ONE)
+    fresh = jax.jit(task.init)(jax.random.key(0))
+    _, trained = load_params(run[0])
+    jax.tree.map(np.testing.assert_array_equal, dict(task.initial_params(fresh)), trained)
+    with pytest.raises(SettingsError, match=r"config\.init\.head: the vocabulary of .* \(<pad>.*\) is not the one"):
+        ctc.build(tiny_ctc(other, other, **given), ONE).initial_params(fresh)
+    wide = {**fresh, "lm_head": {"kernel": np.zeros((32, 11)), "bias": np.zeros(11)}}
+    with pytest.raises(SettingsError, match=r"other sizes: \['lm_head'\]\['bias'\]: found \(10,\), expected \(11,\)"):
+        task.initial_params(wide)
+
+
 def totals(task, split):
     """Sums of an evaluation, and the utterances that were shown."""
     params = jax.jit(task.init)(jax.random.key(0))
@@ -177,6 +193,8 @@ def test_every_preset_can_be_read(preset):
     task = read_sections(config, ctc.CTCSettings)
     assert settings.optim.schedule == "tri_stage"
     assert task.model.hidden_size == {"base": 768, "large": 1024}.get(preset.partition("_")[0], 128)
+    assert preset in recipes._SMALL or config["data"]["evaluation"] == ["corpora/librispeech/dev_other"]
+    assert list(settings.train.eval_splits) == [folder.split("/")[-1] for folder in config["data"]["evaluation"]]
 
 
 def test_layer_groups_cover_the_model(folders):

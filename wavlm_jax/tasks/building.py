@@ -22,7 +22,7 @@ from wavlm_jax.model import heads
 from wavlm_jax.model.head_config import HeadConfig
 from wavlm_jax.settings import SettingsError, read, read_sections, refuse_unknown_sections
 from wavlm_jax.shapes import Batch, Params, StepKey, samples_for
-from wavlm_jax.starting import Load, fitting_weights
+from wavlm_jax.starting import CheckFiles, Load, fitting_head, fitting_weights
 from wavlm_jax.training.freeze import Freeze
 from wavlm_jax.training.loss_sums import LossSums
 from wavlm_jax.training.run_settings import RunSettings
@@ -120,6 +120,8 @@ class Parts:
     """Whether training shows random crops instead of whole padded utterances."""
     names: tuple[str, ...] | None = None
     """Of the classes; a head that `init.path` brings along has to have the same."""
+    check_head: CheckFiles = lambda _files, _path: None
+    """Raises where the outputs of such a head mean something else than here."""
     score: Score = no_score
     """See `training.task.Task`; as the next."""
     freeze: Mapping[str, Freeze] = field(default_factory=dict)
@@ -166,7 +168,7 @@ def assemble(settings: TaskSettings, parts: Parts, topology: Topology, load: Loa
         init=_initialiser(parts.model, settings),
         loss=parts.loss if settings.lora.pattern is None else _adapted_loss(parts.loss, settings.lora),
         stream=_streams(settings, parts, topology, augment),
-        initial_params=lambda fresh: _initial_params(settings, fresh, load, parts.names),
+        initial_params=lambda fresh: _initial_params(settings, fresh, load, parts),
         freeze=parts.freeze if settings.lora.pattern is None else {**parts.freeze, **_WITHOUT_ADAPTERS},
         score=parts.score,
         fingerprints={**corpora, **parts.fingerprints},
@@ -217,7 +219,7 @@ def _adapted_loss(loss: Loss, settings: LoRASettings) -> Loss:
     return of
 
 
-def _initial_params(settings: TaskSettings, fresh: Params, load: Load, names: tuple[str, ...] | None) -> Params:
+def _initial_params(settings: TaskSettings, fresh: Params, load: Load, parts: Parts) -> Params:
     """Fresh parameters, or the same with the body, and where it is asked for the head, that `init.path` holds."""
     init = settings.init
     if init.path is None:
@@ -225,19 +227,9 @@ def _initial_params(settings: TaskSettings, fresh: Params, load: Load, names: tu
     weights = fitting_weights(init.path, init.step, settings.model, fresh["wavlm"], load)
     if not init.head:
         return {**fresh, "wavlm": weights.params}
-    task, wanted = weights.task, sorted({*fresh} - {"wavlm", BRANCH})
-    found = sorted(task.params) if task is not None else []
-    if task is None or found != wanted:
-        raise SettingsError(
-            f"config.init.head: {init.path} has a head of {', '.join(found) or 'no parts'}, expected one of "
-            f"{', '.join(wanted)}; a fresh head is config.init.head = False"
-        )
-    if names is not None and task.labels is not None and task.labels != names:
-        raise SettingsError(
-            f"config.init.head: the classes of {init.path} are not those of config.data.train "
-            f"({len(task.labels)} there, {len(names)} here); train on the same, or with config.init.head = False"
-        )
-    return {**fresh, **task.params, "wavlm": weights.params}
+    head = {name: part for name, part in fresh.items() if name not in ("wavlm", BRANCH)}
+    found = fitting_head(init.path, weights, head, parts.names, parts.check_head)
+    return {**fresh, **found, "wavlm": weights.params}
 
 
 def _streams(

@@ -29,7 +29,7 @@ from wavlm_jax.tasks.ctc_loss import ctc_loss, has_alignment
 from wavlm_jax.tasks.decodings import Decodings, listed
 from wavlm_jax.tasks.edits import Sequences, edit_distance, greedy, tidy, words
 from wavlm_jax.tasks.forward import arguments
-from wavlm_jax.tasks.texts import TextLabels, TextSettings, make_vocabulary, most_labels, survey
+from wavlm_jax.tasks.texts import SameVocabulary, TextLabels, TextSettings, make_vocabulary, most_labels, survey
 from wavlm_jax.training.topology import Topology
 
 _SHOWN = 3
@@ -96,6 +96,7 @@ def _assembled(settings: CTCSettings, corpora: Corpora, topology: Topology) -> T
         splits=splits,
         resolved={"vocabulary": dataclasses.asdict(vocabulary)},
         fingerprints={"vocabulary": vocabulary.fingerprint},
+        check_head=SameVocabulary(vocabulary),
         score=Decodings(vocabulary.spell, spoken, _SHOWN if topology.process_index == 0 else 0),
     )
     return assemble(settings, parts, topology, load_weights)

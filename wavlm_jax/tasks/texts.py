@@ -15,7 +15,7 @@ from wavlm_jax.settings import SettingsError
 from wavlm_jax.shapes import samples_for
 from wavlm_jax.text.ctc import frames_needed
 from wavlm_jax.text.vocabulary import UnknownCharactersError, Vocabulary
-from wavlm_jax.text.vocabulary_files import read_vocabulary
+from wavlm_jax.text.vocabulary_files import VOCABULARY, parse_vocabulary, read_vocabulary
 
 FRAMES_A_CHARACTER = 2
 """Of texts that nobody has seen yet: 25 characters a second are more than people say (LibriSpeech has about 15)."""
@@ -82,6 +82,33 @@ class TextLabels:
             "labels": jax.ShapeDtypeStruct((max(frames // FRAMES_A_CHARACTER, 1),), np.int32),
             "num_labels": jax.ShapeDtypeStruct((), np.int32),
         }
+
+
+@dataclass(frozen=True)
+class SameVocabulary:
+    """Whether a head that `config.init.path` brings along has learned this vocabulary.
+
+    An output is a token by its number alone, and texts with the same letters can number them in another order.
+    """
+
+    here: Vocabulary
+
+    def __call__(self, files: Mapping[str, bytes], path: str) -> None:
+        """Compare with the vocabulary among the files that came with the head, if there is one.
+
+        Raises:
+            SettingsError: it is another one.
+
+        """
+        if VOCABULARY not in files:
+            return
+        there = parse_vocabulary(files, Path(path))
+        if (there.tokens, there.blank, there.delimiter) != (self.here.tokens, self.here.blank, self.here.delimiter):
+            raise SettingsError(
+                f"config.init.head: the vocabulary of {path} ({' '.join(there.tokens)}) is not the one "
+                f"here ({' '.join(self.here.tokens)}). Export that run (python -m wavlm_jax.convert export) and name "
+                "the folder in config.text.vocabulary, or take config.init.head = False"
+            )
 
 
 def make_vocabulary(settings: TextSettings, train: Corpus | None) -> Vocabulary:
