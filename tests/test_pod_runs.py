@@ -96,6 +96,8 @@ def test_recognition_on_two_processes(tmp_path: Path) -> None:
     one.session(1)
     two.session(2)
     same_training(two, one)
+    for rate in ("cer", "wer"):
+        assert two.values("eval/valid", rate) == one.values("eval/valid", rate)
 
 
 @pytest.mark.slow

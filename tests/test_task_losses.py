@@ -8,11 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from head_twins import small_head, torch_head
+from head_twins import head_twins, small_head, torch_head
 from torch_twins import attention_mask, small_config, waveforms
 from transformers.models.wavlm.modeling_wavlm import AMSoftmaxLoss
 
-from wavlm_jax.model.heads import WavLMForAudioFrameClassification, WavLMForCTC
+from wavlm_jax.model.heads import (
+    WavLMForAudioFrameClassification,
+    WavLMForCTC,
+    WavLMForSequenceClassification,
+    WavLMForXVector,
+)
 from wavlm_jax.model.xvector import unit_length
 from wavlm_jax.tasks.ctc_loss import ctc_loss
 from wavlm_jax.tasks.losses import cross_entropy, margin_loss, one_speaker_a_frame, speakers_in_any_order
@@ -32,6 +37,22 @@ def test_ctc_loss_is_that_of_transformers_class(reduction):
     loss = ctc_loss(jnp.array(given.logits), jnp.array(frames), jnp.array(labels), jnp.array(counts), 0)
     expected = loss.sum() if reduction == "sum" else (loss / counts).mean()
     np.testing.assert_allclose(expected, given.loss.item(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [WavLMForXVector, WavLMForSequenceClassification])
+def test_losses_of_whole_rows_are_those_of_transformers_classes(kind):
+    """From our own model's outputs: x-vectors by the cosines with its speaker vectors, classes by their scores."""
+    twin = head_twins(kind, small_config(), small_head())
+    labels, waveform = np.array([4, 1]), waveforms(LENGTHS)
+    mask = attention_mask(LENGTHS, 9000).long()
+    with torch.no_grad():
+        given = twin.torch(torch.tensor(waveform), attention_mask=mask, labels=torch.tensor(labels))
+    output = jax.jit(twin.model.apply)({"params": twin.params}, jnp.array(waveform), jnp.array(LENGTHS))
+    if kind is WavLMForXVector:
+        found = margin_loss(output.cosines, jnp.array(labels), "additive", scale=30.0, margin=0.4)
+    else:
+        found = cross_entropy(output.logits, jnp.array(labels))
+    np.testing.assert_allclose(found.mean(), given.loss.item(), atol=1e-4)
 
 
 def test_frame_loss_is_that_of_transformers_class_where_asked_for():
