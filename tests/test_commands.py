@@ -201,6 +201,8 @@ def test_turns_are_those_of_transformers(folder):
         (["classify", "empty.wav", "--model", "classes"], "empty.wav"),
         (["verify", "lost.txt", "--model", "speakers"], "gone.wav"),
         (["transcribe", "a.wav", "--model", "ctc", "--lm", "none.arpa"], "none.arpa: no such file"),
+        (["transcribe", "a.wav", "--model", "ctc", "--lm-weight", "3"], "--lm-weight: found without --lm"),
+        (["transcribe", "a.wav", "--model", "ctc", "--beam", "2", "--word-score", "3"], "found without --lexicon"),
         (["verify", "a.wav", "a.wav", "a.wav", "--model", "ctc"], "expected two recordings or one trial list"),
         (["transcribe", "a.wav", "--model", "nowhere"], "nowhere"),
         (["transcribe", "a.wav", "--model", "ctc", "--chunk-seconds", "0"], "found a piece of 0.0 s"),

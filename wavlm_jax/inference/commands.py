@@ -43,8 +43,8 @@ def add_transcribe(parser: argparse.ArgumentParser) -> None:
     add("--lm", type=Path, help="n-gram model (ARPA or KenLM): of characters, or of words with --lexicon")
     add("--lexicon", type=Path, help="words that can be heard, one a line, with or without spelling")
     add("--beam", type=int, help="beam search of this width, without a language model too")
-    add("--lm-weight", type=float, default=defaults.lm_weight, help=f"default: {defaults.lm_weight}")
-    add("--word-score", type=float, default=defaults.word_score, help=f"with --lexicon; default: {defaults.word_score}")
+    add("--lm-weight", type=float, help=f"with --lm; default: {defaults.lm_weight}")
+    add("--word-score", type=float, help=f"with --lexicon; default: {defaults.word_score}")
     add("--lm-unknown", choices=("refuse", "allow"), default="refuse", help="tokens or words that the model lacks")
     parser.set_defaults(command=_transcribe)
 
@@ -100,11 +100,14 @@ def _recognizer(options: argparse.Namespace) -> Recognizer:
 
 
 def _search(options: argparse.Namespace, recognizer: Recognizer) -> BeamSearch | None:
+    for name, needed in (("lm_weight", "lm"), ("word_score", "lexicon")):
+        if getattr(options, name) is not None and getattr(options, needed) is None:
+            raise UsageError(f"--{name.replace('_', '-')}: found without --{needed}, where it counts nothing")
     if options.lm is None and options.lexicon is None and options.beam is None:
         return None
-    beam = BeamSettings().beam if options.beam is None else options.beam
-    weights = {"lm_weight": options.lm_weight, "word_score": options.word_score}
-    settings = BeamSettings(beam=beam, lm_unknown=options.lm_unknown, **weights)
+    numbers = {name: getattr(options, name) for name in ("beam", "lm_weight", "word_score")}
+    given = {name: value for name, value in numbers.items() if value is not None}
+    settings = BeamSettings(lm_unknown=options.lm_unknown, **given)
     lexicon = None if options.lexicon is None else read_lexicon(options.lexicon, recognizer.vocabulary)
     return BeamSearch(recognizer.vocabulary, settings, options.lm, lexicon)
 
