@@ -57,7 +57,7 @@ def count(name: str) -> None:
     found = stopped(traced, spec, mesh, target)
     if "failed" in found:
         raise SystemExit(f"{model} on {topology}: {found['failed']}")
-    compute = matrix_flops(traced.jaxpr) / target.chip.peak_flops
+    compute = matrix_flops(traced.jaxpr, target.platform) / target.chip.peak_flops
     memory = found["traffic"] / target.chip.bandwidth
     for figure, value, unit in (
         (f"{name}_hbm_mb_per_audio_s", found["traffic"] / 1e6 / spec.seconds, "MB/s"),
