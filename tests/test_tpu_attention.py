@@ -65,7 +65,7 @@ def test_race_detection_tells_a_race_from_none(shared, racing):
         result[...] = source[...]
 
     own = pl.BlockSpec((8, 128), lambda i: (i, 0))
-    pl.pallas_call(
+    call = pl.pallas_call(
         copy,
         grid=(2,),
         in_specs=[own],
@@ -73,9 +73,13 @@ def test_race_detection_tells_a_race_from_none(shared, racing):
         out_shape=jax.ShapeDtypeStruct((16, 128), jnp.float32),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         interpret=RACES,
-    )(jnp.ones((16, 128))).block_until_ready()
-    assert interpreter.races is not None
-    assert interpreter.races.races_found == racing
+    )
+    try:
+        call(jnp.ones((16, 128))).block_until_ready()
+        found = interpreter.races.races_found
+    except jax.errors.JaxRuntimeError as error:  # what JAX from 0.12 on does with one
+        found = "RACE DETECTED" in str(error)
+    assert found == racing
 
 
 @settings(max_examples=4, deadline=None)
