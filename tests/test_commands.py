@@ -203,6 +203,10 @@ def test_turns_are_those_of_transformers(folder):
         (["transcribe", "a.wav", "--model", "ctc", "--lm", "none.arpa"], "none.arpa: no such file"),
         (["transcribe", "a.wav", "--model", "ctc", "--lm-weight", "3"], "--lm-weight: found without --lm"),
         (["transcribe", "a.wav", "--model", "ctc", "--beam", "2", "--word-score", "3"], "found without --lexicon"),
+        (
+            ["verify", "a.wav", "--model", "speakers"],
+            "one file is taken for a trial list, to compare recordings name two",
+        ),
         (["verify", "a.wav", "a.wav", "a.wav", "--model", "ctc"], "expected two recordings or one trial list"),
         (["transcribe", "a.wav", "--model", "nowhere"], "nowhere"),
         (["transcribe", "a.wav", "--model", "ctc", "--chunk-seconds", "0"], "found a piece of 0.0 s"),

@@ -28,8 +28,8 @@ from wavlm_jax.inference.utterances import Answer, Embedding, classify, embed, s
 from wavlm_jax.metrics.verification import equal_error_rate, minimum_detection_cost
 from wavlm_jax.text.beam import BeamSearch, BeamSettings
 from wavlm_jax.text.lexicon import read_lexicon
-from wavlm_jax.text.lines import read_lines
-from wavlm_jax.text.trials import files_of, read_trials
+from wavlm_jax.text.lines import RecordError, read_lines
+from wavlm_jax.text.trials import Trial, files_of, read_trials
 
 _FORMATS = {"json": recognition.as_json, "ctm": recognition.as_ctm, "tsv": recognition.as_tsv}
 
@@ -169,6 +169,14 @@ def _json_lines(lines: Iterable[dict[str, Any]]) -> str:
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
+def _trials_alone(path: Path) -> list[Trial]:
+    """The trials of the only file that was named."""
+    try:
+        return read_trials(path)
+    except RecordError as error:
+        raise RecordError(f"{error}; one file is taken for a trial list, to compare recordings name two") from error
+
+
 def _verify(options: argparse.Namespace) -> None:
     choose_device(options)
     files = [str(path) for path in paths_of(options.files)]
@@ -176,7 +184,7 @@ def _verify(options: argparse.Namespace) -> None:
     if len(files) not in (1, pair):
         raise UsageError(f"FILES: found {len(files)}, expected two recordings or one trial list")
     running, opened = run_settings(options), open_model(options, *SPEAKERS)
-    trials = read_trials(Path(files[0])) if len(files) == 1 else []
+    trials = _trials_alone(Path(files[0])) if len(files) == 1 else []
     paths = files_of(trials, options.root) if trials else {name: Path(name) for name in files}
     recordings = recordings_of(options, opened.module.config, list(dict.fromkeys(paths.values())))
     bar = progress_bar(recordings, options)
