@@ -1,12 +1,15 @@
 """Inputs of attention, ragged masks, and values with all gradients of an implementation."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 
 from wavlm_jax.model.attention import attend
-from wavlm_jax.model.attention_rules import attention_dropout
+from wavlm_jax.model.attention_rules import NO_DROPOUT, attention_dropout
 from wavlm_jax.model.position import Bias
+from wavlm_jax.training.sharding import RULES
 
 ROWS, HEADS, HEAD_DIM = 3, 2, 8
 DROP = attention_dropout(0.2, jax.random.split(jax.random.key(5), ROWS), HEADS)
@@ -57,3 +60,36 @@ def assert_agree(found, expected, tolerance):
         scale = max(np.abs(theirs).max(), 1e-3)
         np.testing.assert_allclose(ours / scale, theirs / scale, atol=tolerance, rtol=0, err_msg=name)
         assert np.isfinite(theirs).all()
+
+
+def compare_with_dense(
+    implementation,
+    num_frames,
+    *,
+    head_dim,
+    mask=None,
+    drop=NO_DROPOUT,
+    with_bias=True,
+    dtype=jnp.float32,
+    tolerance=1e-5,
+):
+    """Values and gradients of an implementation are those of "dense", in the same dtypes."""
+    inputs, direction = inputs_and_direction(num_frames, head_dim, dtype)
+    dense, found = (
+        values_and_gradients(run(name, with_bias, mask, drop), inputs, direction) for name in ("dense", implementation)
+    )
+    assert [x.dtype for x in found] == [x.dtype for x in dense]
+    assert_agree(found, dense, tolerance)
+
+
+def compare_under_a_mesh(implementation):
+    """Rows over data and fsdp, heads over tensor: as "dense" on one device, and every row and head in its place."""
+    inputs, direction = jax.tree.map(lambda x: x[:2] if x.shape[0] == ROWS else x, inputs_and_direction(130))
+    drop = DROP._replace(seeds=DROP.seeds[:2])
+    mask = ragged(130)[:2]
+    dense = values_and_gradients(run("dense", True, mask, drop), inputs, direction)
+    mesh = jax.make_mesh((1, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        sharded = values_and_gradients(run(implementation, True, mask, drop), inputs, direction)
+    assert_agree(sharded, dense, 1e-5)
+    assert sharded[0].sharding.shard_shape(sharded[0].shape) == (1, 130, 1, 8)

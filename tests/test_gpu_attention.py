@@ -4,12 +4,19 @@ import warnings
 from functools import partial
 from types import SimpleNamespace
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import DROP, assert_agree, inputs_and_direction, ragged, run, values_and_gradients
+from attention_cases import (
+    DROP,
+    compare_under_a_mesh,
+    compare_with_dense,
+    inputs_and_direction,
+    ragged,
+    run,
+    values_and_gradients,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import pallas as pl
@@ -20,7 +27,6 @@ from wavlm_jax.config import Compute
 from wavlm_jax.model import gpu_attention
 from wavlm_jax.model.attention_rules import NO_DROPOUT
 from wavlm_jax.model.wavlm import WavLM
-from wavlm_jax.training.sharding import RULES
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -33,13 +39,7 @@ def interpreted():
         yield
 
 
-def compare(num_frames, *, head_dim=16, mask=None, drop=NO_DROPOUT, with_bias=True, dtype=jnp.float32, tolerance=1e-5):
-    inputs, direction = inputs_and_direction(num_frames, head_dim, dtype)
-    dense, kernel = (
-        values_and_gradients(run(name, with_bias, mask, drop), inputs, direction) for name in ("dense", "pallas_gpu")
-    )
-    assert [x.dtype for x in kernel] == [x.dtype for x in dense]
-    assert_agree(kernel, dense, tolerance)
+compare = partial(compare_with_dense, "pallas_gpu", head_dim=16)
 
 
 def test_kernels_equal_dense():
@@ -70,15 +70,7 @@ def test_kernels_in_bfloat16():
 
 def test_kernels_under_a_mesh_equal_one_device():
     """Rows over data and fsdp, heads over tensor: the profile's gradient is summed, every other one stays in place."""
-    inputs, direction = jax.tree.map(lambda x: x[:2] if x.shape[0] == 3 else x, inputs_and_direction(130))
-    drop = DROP._replace(seeds=DROP.seeds[:2])
-    mask = ragged(130)[:2]
-    dense = values_and_gradients(run("dense", True, mask, drop), inputs, direction)
-    mesh = jax.make_mesh((1, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        sharded = values_and_gradients(run("pallas_gpu", True, mask, drop), inputs, direction)
-    assert_agree(sharded, dense, 1e-5)
-    assert sharded[0].sharding.shard_shape(sharded[0].shape) == (1, 130, 1, 8)
+    compare_under_a_mesh("pallas_gpu")
 
 
 def lowered(function, *arguments):

@@ -12,7 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import DROP, assert_agree, inputs_and_direction, ragged, run, values_and_gradients
+from attention_cases import (
+    DROP,
+    assert_agree,
+    compare_under_a_mesh,
+    compare_with_dense,
+    inputs_and_direction,
+    ragged,
+    run,
+    values_and_gradients,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
@@ -40,13 +49,7 @@ def interpreted(monkeypatch):
     return interpret
 
 
-def compare(num_frames, *, head_dim=64, mask=None, drop=NO_DROPOUT, with_bias=True, dtype=jnp.float32, tolerance=1e-5):
-    inputs, direction = inputs_and_direction(num_frames, head_dim, dtype)
-    dense, kernel = (
-        values_and_gradients(run(name, with_bias, mask, drop), inputs, direction) for name in ("dense", "pallas_tpu")
-    )
-    assert [x.dtype for x in kernel] == [x.dtype for x in dense]
-    assert_agree(kernel, dense, tolerance)
+compare = partial(compare_with_dense, "pallas_tpu", head_dim=64)
 
 
 def test_kernel_equals_dense_and_no_two_threads_touch_the_same_memory(interpreted):
@@ -100,15 +103,7 @@ def test_kernel_in_bfloat16(interpreted, head_dim):
 def test_kernel_under_a_mesh_equals_one_device(interpreted):
     """Rows over data and fsdp, heads over tensor: the profile's gradient is summed, every other one stays in place."""
     interpreted(pltpu.InterpretParams())
-    inputs, direction = jax.tree.map(lambda x: x[:2] if x.shape[0] == 3 else x, inputs_and_direction(130))
-    drop = DROP._replace(seeds=DROP.seeds[:2])
-    mask = ragged(130)[:2]
-    dense = values_and_gradients(run("dense", True, mask, drop), inputs, direction)
-    mesh = jax.make_mesh((1, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        sharded = values_and_gradients(run("pallas_tpu", True, mask, drop), inputs, direction)
-    assert_agree(sharded, dense, 1e-5)
-    assert sharded[0].sharding.shard_shape(sharded[0].shape) == (1, 130, 1, 8)
+    compare_under_a_mesh("pallas_tpu")
 
 
 def test_rows_that_the_mesh_does_not_divide_are_computed_everywhere(interpreted):
