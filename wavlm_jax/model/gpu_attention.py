@@ -18,19 +18,18 @@ from jaxtyping import Array
 from wavlm_jax.model.gpu_kernels import (
     KEYS,
     Known,
-    Operands,
     forward_kernel,
     key_kernel,
     pair_kernel,
     query_kernel,
 )
-from wavlm_jax.model.kernel_rules import ATTENDED, BLOCK, OPERANDS, Differentiable, Facts, Fixed
+from wavlm_jax.model.kernel_rules import ATTENDED, BLOCK, OPERANDS, Differentiable, Facts, Fixed, Operands
 from wavlm_jax.model.placement import on_each_device
 from wavlm_jax.model.position import toeplitz
 
 _PARAMS = pltriton.CompilerParams(num_warps=4, num_stages=2)
 _GIVEN = (*OPERANDS, "direction", "statistics", "statistics", "statistics")
-_GRADIENTS = ("query", "key", "value", "profile", "gate")
+_GRADIENTS = OPERANDS[:5]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

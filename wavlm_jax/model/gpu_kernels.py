@@ -4,6 +4,9 @@ A tile is HALF queries by KEYS keys. Its bias is read from the profile, where ne
 never exists in memory. Two tiles, of queries q and q + HALF, share the random words of dropout. The forward kernel
 keeps the largest logit and the sum of exponentials of each query; the backward kernels compute probabilities anew:
 one for keys and values, one for queries and gates, and one for the bias of pairs, which sums over rows.
+
+The blocks of `Operands`, of one row and head: query, key and value (frames, head_dim), as many frames as the kernel
+needs, profile (2 * frames), gate (queries), fill (frames), seeds (2).
 """
 
 from typing import Any, NamedTuple
@@ -19,6 +22,7 @@ from wavlm_jax.model.kernel_rules import (
     HALF,
     RESOLUTION,
     Facts,
+    Operands,
     matmul,
     random_words,
     scale_of_kept,
@@ -27,23 +31,6 @@ from wavlm_jax.model.kernel_rules import (
 
 KEYS = 64
 """Keys at a time."""
-
-
-class Operands(NamedTuple):
-    """References to one row and head of what all kernels read."""
-
-    query: Any
-    """(queries, head_dim), as `key` and `value`, each as many as the kernel needs."""
-    key: Any
-    value: Any
-    profile: Any
-    """float32 (2 * frames): the bias of distance d at place frames + d."""
-    gate: Any
-    """float32 (queries)."""
-    fill: Any
-    """float32 (frames): 0, or what stands in for the logits of a key that is padding."""
-    seeds: Any
-    """int32 (2)."""
 
 
 class Known(NamedTuple):

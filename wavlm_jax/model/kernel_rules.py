@@ -4,7 +4,7 @@ The hash is of (row's key, head, query, key frame): whoever computes a tile of p
 stores none.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,14 +31,42 @@ class Facts(NamedTuple):
     has_fill: bool
     drop_threshold: int
     """Of `AttentionDropout`; 0: no dropout."""
+    group: int = 1
+    """Heads that are one block."""
+
+    @property
+    def width(self) -> int:
+        """Numbers of a frame in a group."""
+        return self.group * self.head_dim
+
+    @property
+    def num_groups(self) -> int:
+        """Blocks in which the heads are handled."""
+        return self.num_heads // self.group
 
 
+class Operands(NamedTuple):
+    """What all kernels read, as references inside of them; each module of kernels says in which blocks."""
+
+    query: Any
+    key: Any
+    value: Any
+    profile: Any
+    """float32: the bias of distance d at place frames + d."""
+    gate: Any
+    """float32, one a query."""
+    fill: Any
+    """float32, one a key: 0, or what stands in for the logits of a key that is padding."""
+    seeds: Any
+    """int32, two a row and head."""
+
+
+OPERANDS = Operands._fields
 Differentiable = tuple[Array, Array, Array, Array, Array]
 """Query, key, value (rows, frames, width), profile (heads, 2 * frames) with distance d at place frames + d, and gate
 (rows, heads, frames)."""
 Fixed = tuple[Array, Array]
 """Fill (rows, frames): 0 for a key that counts, else what its logit becomes; and int32 seeds (rows, heads, 2)."""
-OPERANDS = ("query", "key", "value", "profile", "gate", "fill", "seeds")
 
 
 def matmul(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:

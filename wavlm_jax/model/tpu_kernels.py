@@ -6,6 +6,9 @@ padded in HBM. A product with one head masks the lanes of the others, which a ma
 The bias of 128 queries is a window of one sheared array: its line i is the profile moved i places to the right, so the
 tile of block n starts n * 128 places further left. It is built once a group of heads and serves all rows and blocks;
 its gradient gathers in an array of the same form and is folded back to the profile once.
+
+The blocks of `Operands`: query, key and value (1, frames, width), profile (1, group, 2 * frames), gate (1, 1, group,
+frames), fill (1, 1, frames), and all seeds, (rows * heads * 2), in scalar memory.
 """
 
 from collections.abc import Iterator
@@ -17,49 +20,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from wavlm_jax.model.kernel_rules import BLOCK, HALF, RESOLUTION, matmul, random_words, scale_of_kept, shifted_right
+from wavlm_jax.model.kernel_rules import (
+    BLOCK,
+    HALF,
+    RESOLUTION,
+    Facts,
+    Operands,
+    matmul,
+    random_words,
+    scale_of_kept,
+    shifted_right,
+)
 
 SUBLANES = 8
-
-
-class Plan(NamedTuple):
-    """What a kernel knows beforehand: `Facts`, and how many heads are one block."""
-
-    num_heads: int
-    head_dim: int
-    frames: int
-    has_bias: bool
-    has_fill: bool
-    drop_threshold: int
-    group: int
-    """Heads of one block."""
-
-    @property
-    def width(self) -> int:
-        """Lanes of a group."""
-        return self.group * self.head_dim
-
-    @property
-    def num_groups(self) -> int:
-        """Blocks in which the heads are handled."""
-        return self.num_heads // self.group
-
-
-class Operands(NamedTuple):
-    """References to what both kernels read; None where the plan says that it is not there."""
-
-    query: Any
-    """(1, frames, width), as `key` and `value`."""
-    key: Any
-    value: Any
-    profile: Any
-    """float32 (1, group, 2 * frames): the bias of distance d at place frames + d."""
-    gate: Any
-    """float32 (1, 1, group, frames)."""
-    fill: Any
-    """float32 (1, 1, frames): 0, or what stands in for the logits of a key that is padding."""
-    seeds: Any
-    """int32 (rows * heads * 2) in scalar memory."""
 
 
 class Block(NamedTuple):
@@ -80,26 +53,26 @@ class Scores(NamedTuple):
     tile: Array | None
 
 
-def forward_kernel(plan: Plan, operands: Operands, output: Any, sheared: Any) -> None:
+def forward_kernel(facts: Facts, operands: Operands, output: Any, sheared: Any) -> None:
     """Mixed values of one row and group; `sheared` (group, BLOCK, 2 * frames) stays from row to row."""
-    _shear_once(plan, operands, sheared)
-    seeds = _first_seed(plan)
+    _shear_once(facts, operands, sheared)
+    seeds = _first_seed(facts)
 
     def one_block(number: Array, _: None) -> None:
-        mixed = jnp.zeros((BLOCK, plan.width), jnp.float32)
+        mixed = jnp.zeros((BLOCK, facts.width), jnp.float32)
         value = operands.value[0]
-        for block in _heads(plan, number, seeds):
-            scores = _scores(plan, operands, sheared, block)
+        for block in _heads(facts, number, seeds):
+            scores = _scores(facts, operands, sheared, block)
             weights = scores.exponentials
             total = scores.total
-            if plan.drop_threshold:
-                weights = jnp.where(_kept(plan, operands, block), weights, 0.0)
-                total = total / scale_of_kept(plan.drop_threshold)
+            if facts.drop_threshold:
+                weights = jnp.where(_kept(facts, operands, block), weights, 0.0)
+                total = total / scale_of_kept(facts.drop_threshold)
             product = matmul(weights.astype(value.dtype), value, 1, 0)
-            mixed = jnp.where(_lanes(plan, block.head), product / total, mixed)
+            mixed = jnp.where(_lanes(facts, block.head), product / total, mixed)
         output[0, _rows(number), :] = mixed.astype(output.dtype)
 
-    jax.lax.fori_loop(0, plan.frames // BLOCK, one_block, None)
+    jax.lax.fori_loop(0, facts.frames // BLOCK, one_block, None)
 
 
 class Gradients(NamedTuple):
@@ -123,10 +96,10 @@ class Scratch(NamedTuple):
     sheared_gradient: Any
 
 
-def backward_kernel(plan: Plan, operands: Operands, direction: Any, gradients: Gradients, scratch: Scratch) -> None:
+def backward_kernel(facts: Facts, operands: Operands, direction: Any, gradients: Gradients, scratch: Scratch) -> None:
     """Gradients of one row and group for the gradient `direction` of the mixed values; the softmax is computed anew."""
-    _shear_once(plan, operands, scratch.sheared)
-    if plan.has_bias:
+    _shear_once(facts, operands, scratch.sheared)
+    if facts.has_bias:
 
         @pl.when(pl.program_id(1) == 0)
         def _() -> None:
@@ -134,116 +107,116 @@ def backward_kernel(plan: Plan, operands: Operands, direction: Any, gradients: G
 
     scratch.key[...] = jnp.zeros_like(scratch.key)
     scratch.value[...] = jnp.zeros_like(scratch.value)
-    seeds = _first_seed(plan)
+    seeds = _first_seed(facts)
 
     def one_block(number: Array, _: None) -> None:
-        to_query = jnp.zeros((BLOCK, plan.width), jnp.float32)
-        for block in _heads(plan, number, seeds):
-            product = _backward_of_block(plan, operands, direction, gradients, scratch, block)
-            to_query = jnp.where(_lanes(plan, block.head), product, to_query)
+        to_query = jnp.zeros((BLOCK, facts.width), jnp.float32)
+        for block in _heads(facts, number, seeds):
+            product = _backward_of_block(facts, operands, direction, gradients, scratch, block)
+            to_query = jnp.where(_lanes(facts, block.head), product, to_query)
         gradients.query[0, _rows(number), :] = to_query.astype(gradients.query.dtype)
 
-    jax.lax.fori_loop(0, plan.frames // BLOCK, one_block, None)
+    jax.lax.fori_loop(0, facts.frames // BLOCK, one_block, None)
     gradients.key[0] = scratch.key[...].astype(gradients.key.dtype)
     gradients.value[0] = scratch.value[...].astype(gradients.value.dtype)
-    if plan.has_bias:
+    if facts.has_bias:
 
         @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
         def _() -> None:
-            for head in range(plan.group):
+            for head in range(facts.group):
                 gradients.profile[0, head : head + 1, :] = fold(scratch.sheared_gradient[head])
 
 
 def _backward_of_block(
-    plan: Plan, operands: Operands, direction: Any, gradients: Gradients, scratch: Scratch, block: Block
+    facts: Facts, operands: Operands, direction: Any, gradients: Gradients, scratch: Scratch, block: Block
 ) -> Array:
     """Adds this block's share to the gradients; returns that of the query, right in the head's own lanes."""
-    scores = _scores(plan, operands, scratch.sheared, block)
+    scores = _scores(facts, operands, scratch.sheared, block)
     probabilities = scores.exponentials / scores.total
-    arriving = _masked_to_head(plan, direction[0, _rows(block.number), :], block.head)
+    arriving = _masked_to_head(facts, direction[0, _rows(block.number), :], block.head)
     to_weights = matmul(arriving, operands.value[0], 1, 1)
     weights = probabilities
-    if plan.drop_threshold:
-        keep = _kept(plan, operands, block)
-        scale = scale_of_kept(plan.drop_threshold)
+    if facts.drop_threshold:
+        keep = _kept(facts, operands, block)
+        scale = scale_of_kept(facts.drop_threshold)
         weights = jnp.where(keep, probabilities * scale, 0.0)
         to_weights = jnp.where(keep, to_weights * scale, 0.0)
     scratch.value[...] += matmul(weights.astype(arriving.dtype), arriving, 0, 0)
 
     mean = (probabilities * to_weights).sum(axis=1, keepdims=True)
     to_logits = probabilities * (to_weights - mean)
-    if plan.has_fill:
+    if facts.has_fill:
         to_logits = jnp.where(operands.fill[0] == 0, to_logits, 0.0)
     if scores.tile is not None and scores.gate is not None:
-        window = _window(plan, block.number)
+        window = _window(facts, block.number)
         scratch.sheared_gradient[block.head, :, window] += scores.gate * to_logits
         to_gate = (to_logits * scores.tile).sum(axis=1, keepdims=True)
         gradients.gate[0, 0, block.head : block.head + 1, _rows(block.number)] = line(to_gate)
     rounded = to_logits.astype(arriving.dtype)
-    query = _masked_to_head(plan, operands.query[0, _rows(block.number), :], block.head)
+    query = _masked_to_head(facts, operands.query[0, _rows(block.number), :], block.head)
     scratch.key[...] += matmul(rounded, query, 0, 0)
     return matmul(rounded, operands.key[0], 1, 0)
 
 
-def _heads(plan: Plan, number: Array, first_seed: Array) -> Iterator[Block]:
-    return (Block(number, head, first_seed + 2 * head) for head in range(plan.group))
+def _heads(facts: Facts, number: Array, first_seed: Array) -> Iterator[Block]:
+    return (Block(number, head, first_seed + 2 * head) for head in range(facts.group))
 
 
-def _first_seed(plan: Plan) -> Array:
+def _first_seed(facts: Facts) -> Array:
     """Where the seeds of this row and group begin."""
-    return 2 * (pl.program_id(1) * plan.num_heads + pl.program_id(0) * plan.group)
+    return 2 * (pl.program_id(1) * facts.num_heads + pl.program_id(0) * facts.group)
 
 
 def _rows(number: Array) -> Any:
     return pl.ds(pl.multiple_of(number * BLOCK, BLOCK), BLOCK)
 
 
-def _window(plan: Plan, number: Array) -> Any:
+def _window(facts: Facts, number: Array) -> Any:
     """Where the tile of block `number` lies in the sheared profile."""
-    return pl.ds(pl.multiple_of(plan.frames - number * BLOCK, BLOCK), plan.frames)
+    return pl.ds(pl.multiple_of(facts.frames - number * BLOCK, BLOCK), facts.frames)
 
 
-def _lanes(plan: Plan, head: int) -> Array:
+def _lanes(facts: Facts, head: int) -> Array:
     """(1, width), True in the head's own lanes."""
-    lane = jax.lax.broadcasted_iota(jnp.int32, (1, plan.width), 1)
-    return (lane >= head * plan.head_dim) & (lane < (head + 1) * plan.head_dim)
+    lane = jax.lax.broadcasted_iota(jnp.int32, (1, facts.width), 1)
+    return (lane >= head * facts.head_dim) & (lane < (head + 1) * facts.head_dim)
 
 
-def _masked_to_head(plan: Plan, x: Array, head: int) -> Array:
-    return x if plan.group == 1 else jnp.where(_lanes(plan, head), x, jnp.zeros((), x.dtype))
+def _masked_to_head(facts: Facts, x: Array, head: int) -> Array:
+    return x if facts.group == 1 else jnp.where(_lanes(facts, head), x, jnp.zeros((), x.dtype))
 
 
-def _scores(plan: Plan, operands: Operands, sheared: Any, block: Block) -> Scores:
-    query = _masked_to_head(plan, operands.query[0, _rows(block.number), :], block.head)
+def _scores(facts: Facts, operands: Operands, sheared: Any, block: Block) -> Scores:
+    query = _masked_to_head(facts, operands.query[0, _rows(block.number), :], block.head)
     logits = matmul(query, operands.key[0], 1, 1)
     gate = tile = None
-    if plan.has_bias:
+    if facts.has_bias:
         gate = column(operands.gate[0, 0, block.head : block.head + 1, _rows(block.number)])
-        tile = sheared[block.head, :, _window(plan, block.number)]
+        tile = sheared[block.head, :, _window(facts, block.number)]
         logits = logits + gate * tile
-    if plan.has_fill:
+    if facts.has_fill:
         fill = operands.fill[0]
         logits = jnp.where(fill == 0, logits, fill)
     exponentials = jnp.exp(logits - logits.max(axis=1, keepdims=True))
     return Scores(exponentials, exponentials.sum(axis=1, keepdims=True), gate, tile)
 
 
-def _kept(plan: Plan, operands: Operands, block: Block) -> Array:
+def _kept(facts: Facts, operands: Operands, block: Block) -> Array:
     """`attention_rules.kept` for one block: two decisions a word."""
     pair = block.number * HALF + jax.lax.broadcasted_iota(jnp.int32, (HALF, 1), 0)
-    key = jax.lax.broadcasted_iota(jnp.int32, (1, plan.frames), 1)
+    key = jax.lax.broadcasted_iota(jnp.int32, (1, facts.frames), 1)
     words = random_words(operands.seeds[block.seeds], operands.seeds[block.seeds + 1], pair, key)
     halves = [words & (RESOLUTION - 1), shifted_right(words, 16)]
-    return jnp.concatenate(halves) >= plan.drop_threshold
+    return jnp.concatenate(halves) >= facts.drop_threshold
 
 
-def _shear_once(plan: Plan, operands: Operands, sheared: Any) -> None:
-    if not plan.has_bias:
+def _shear_once(facts: Facts, operands: Operands, sheared: Any) -> None:
+    if not facts.has_bias:
         return
 
     @pl.when(pl.program_id(1) == 0)
     def _() -> None:
-        for head in range(plan.group):
+        for head in range(facts.group):
             sheared[head] = shear(operands.profile[0, head : head + 1, :])
 
 
