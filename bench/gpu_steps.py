@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bench.base_cpu import seconds
 from bench.row_configs import FRAMES, row_config
 
 ROWS = {"base": 16, "large": 8}
@@ -114,13 +115,6 @@ def measure(model: str, attention: str, options: argparse.Namespace) -> None:
         (f"{name}_peak_gib", round(facts["peak"] / 2**30, 2), "GiB", {"compile_s": round(facts["compile_s"], 1)}),
     ):
         print(json.dumps({"name": figure, "value": value, "unit": unit, "runs": options.runs, **more}), flush=True)
-
-
-def seconds(run: Run) -> float:
-    """Wall-clock time of one run."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def profiled(run: Run, folder: str) -> None:
