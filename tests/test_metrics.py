@@ -166,6 +166,18 @@ def test_a_tracker_that_is_not_installed_is_reported_and_left_out(tmp_path: Path
     assert len(lines(tmp_path / "metrics.jsonl")) == 1
 
 
+def test_a_run_at_wandb_has_a_project(tmp_path: Path) -> None:
+    """Without one, as the configs are, nothing is opened there; other settings without one are a mistake."""
+    nothing = dict.fromkeys(("project", "entity", "name", "group", "mode"))
+    writers = open_writers(
+        settings(wandb=WandbSettings(**nothing)), tmp_path, resume=0, num_steps=1, run_id="ab", config={}
+    )
+    Metrics(writers).close()
+    assert list(writers) == ["metrics.jsonl"]
+    with pytest.raises(ValueError, match=r"project: found None beside \{'group': 'g'\}"):
+        WandbSettings(**(nothing | {"group": "g"}))
+
+
 def test_tensorboard_finds_the_scalars(tmp_path: Path) -> None:
     metrics = open_all(tmp_path, tensorboard=True)
     metrics.write("eval/valid", 3, {"loss": 0.25})

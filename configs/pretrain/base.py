@@ -241,5 +241,9 @@ def get_config(machine: str | None = None) -> ConfigDict:
     )
     config.checkpoint = ConfigDict({"every": 1_000, "keep_last": 3, "keep_every": 50_000})
     config.mesh = mesh()
-    config.metrics = ConfigDict({"log_every": 100, "tensorboard": True, "progress": True, "wandb": None})
+    config.metrics = ConfigDict({"log_every": 100, "tensorboard": True, "progress": True})
+    # --config.metrics.wandb.project=NAME: at Weights & Biases too, with the extra `wandb`
+    config.metrics.wandb = ConfigDict(
+        {name: placeholder(str) for name in ("project", "entity", "name", "group", "mode")}
+    )
     return place(config, machine, PRESETS)

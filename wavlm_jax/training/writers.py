@@ -19,11 +19,18 @@ from tqdm import tqdm
 class WandbSettings:
     """Goes to `wandb.init` whole."""
 
-    project: str
+    project: str | None
+    """None: no run there."""
     entity: str | None
     name: str | None
     group: str | None
     mode: str | None
+    """None: as WANDB_MODE says; "offline", for hosts without a way out."""
+
+    def __post_init__(self) -> None:
+        others = {name: value for name, value in asdict(self).items() if name != "project" and value is not None}
+        if self.project is None and others:
+            raise ValueError(f"project: found None beside {others}, expected the project that the run belongs to")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +197,7 @@ def open_writers(
     if settings.tensorboard and find_spec("tensorboardX") is not None:
         makers["tensorboard"] = lambda: Tensorboard(workdir / "tensorboard", resume)
     wandb = settings.wandb
-    if wandb is not None:
+    if wandb is not None and wandb.project is not None:
         makers["wandb"] = lambda: Wandb(wandb, run_id, config)
     if settings.progress:
         makers["terminal"] = lambda: Terminal(resume, num_steps)
