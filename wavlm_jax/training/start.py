@@ -194,9 +194,11 @@ def summarize(task: Task, layout: Layout, start: Start, workdir: str) -> str:
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     kind = jax.devices()[0].device_kind
     sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    precision = jax.config.values["jax_default_matmul_precision"] or "the device's default"
     lines = [
         f"{workdir}: training {start.mode}, run {start.record.run_id}",
         f"{jax.device_count()} x {kind} on {jax.process_count()} hosts, mesh {sizes}",
+        f"float32 matrix products: precision {precision}",
     ]
     for spec in task.stream("train").specs:
         rows = next(iter(spec.arrays.values())).shape[0]
