@@ -33,7 +33,6 @@ FLAGS = (
     "--config.loader.workers=0",
     "--config.labels.make=True",
     "--config.labels.num_clusters=20",
-    "--config.labels.sample_seconds=None",
     "--config.labels.kmeans.passes=2",
 )
 

@@ -84,7 +84,7 @@ def _corpus(folder: Path, utterances: int) -> Path:
 
 def _measured(what: str, corpus: Path) -> dict[str, float]:
     command = [sys.executable, "-m", "bench.labels", "--measure", what, "--corpus", str(corpus)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     result: dict[str, float] = json.loads(output.splitlines()[-1])
     return result
 
@@ -124,6 +124,7 @@ def _ours(folder: Path) -> dict[str, float]:
     from pretrain.labelling import make_labels
     from pretrain.labels import LabelSettings
     from wavlm_jax.data.corpus import Corpus
+    from wavlm_jax.loading import load_weights
 
     kmeans = KMeansSettings(sample_frames=SAMPLE, batch_frames=BATCH, passes=PASSES, tolerance=0.0, initialisations=1)
     with tempfile.TemporaryDirectory() as out:
