@@ -26,9 +26,9 @@ class Compute:
     remat: Remat = "none"
     """What a Transformer layer recomputes in the backward pass: nothing, everything, or ("dots") all but its
     matrix products and attention; docs/performance.md has what each costs."""
-    unroll: int | None = None
-    """Transformer layers per iteration of the layer scan: 1 compiles fastest, the number of layers unrolls it entirely.
-    None: what suits device and width (`model/encoder.py`)."""
+    unroll: int = 1
+    """Transformer layers per iteration of the layer scan: 1 compiles fastest, the number of layers unrolls it entirely
+    (docs/performance.md: nothing gained on a wide model, a little on the demo's)."""
     attention: Attention = "auto"
     """All compute the same (`model/attention.py`); "auto" takes what suits the device and the frames of a row."""
 

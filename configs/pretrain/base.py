@@ -197,7 +197,7 @@ def get_config(machine: str | None = None) -> ConfigDict:
         {
             "dtype": "bfloat16",  # chosen: float32 parameters and Adam, bf16 activations
             "remat": "dots",
-            "unroll": placeholder(int),  # what suits the device
+            "unroll": 1,
             "attention": "auto",
         }
     )

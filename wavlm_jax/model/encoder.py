@@ -9,7 +9,6 @@ from flax.linen.spmd import with_logical_constraint
 from jaxtyping import Array, Bool, Float, Int
 
 from wavlm_jax.config import Compute, WavLMConfig
-from wavlm_jax.model.attention_choice import current_device
 from wavlm_jax.model.attention_layer import Attention, Method
 from wavlm_jax.model.elements import Site, dropout, gelu, keep_where, layer_norm, linear, site_keys
 from wavlm_jax.model.kernel_rules import ATTENDED
@@ -180,24 +179,11 @@ def scanned_layers(compute: Compute, config: WavLMConfig) -> Any:
         split_rngs={"params": True},
         in_axes=(0, nn.broadcast),
         length=config.num_hidden_layers,
-        unroll=layers_per_iteration(compute, config),
+        unroll=compute.unroll,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
 
 
-def layers_per_iteration(compute: Compute, config: WavLMConfig) -> int:
-    """`compute.unroll`, or what suits the device: on a CPU all layers of a model of Base's width or more.
-
-    There the scan copies each layer's parameters out of the stack and everything saved for the backward pass into one,
-    a tenth of a step; small models rather save the compiler's time, and accelerators its memory (docs/performance.md).
-    """
-    if compute.unroll is not None:
-        return compute.unroll
-    wide = config.hidden_size >= _WIDE
-    return config.num_hidden_layers if wide and current_device().platform == "cpu" else 1
-
-
-_WIDE = 512
 _POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.save_from_both_policies(
