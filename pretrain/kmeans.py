@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import sklearn.cluster
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int, UInt32
 
@@ -195,12 +194,14 @@ def _seeds(
     frames: Float32[np.ndarray, "batches batch dim"], num_clusters: int, settings: KMeansSettings, seed: int
 ) -> Float32[np.ndarray, "clusters dim"]:
     """The best of several k-means++ seedings, each on its own part of the frames; scored on the first batches."""
+    from sklearn.cluster import kmeans_plusplus  # noqa: PLC0415 a second of every launch, for those who make labels
+
     flat = frames.reshape(-1, frames.shape[-1])
     size = min(len(flat), max(3 * frames.shape[1], 3 * num_clusters))
     candidates = []
     for number in range(settings.initialisations):
         start = number * size % (len(flat) - size + 1)
-        seeds, _ = sklearn.cluster.kmeans_plusplus(flat[start : start + size], num_clusters, random_state=seed + number)
+        seeds, _ = kmeans_plusplus(flat[start : start + size], num_clusters, random_state=seed + number)
         candidates.append(of_first(np.asarray(seeds, np.float32)))
     scored = _place(frames[: max(1, size // frames.shape[1])])
     return min(candidates, key=lambda centroids: _mean_inertia(scored, centroids))

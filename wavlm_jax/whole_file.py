@@ -21,3 +21,9 @@ def replacing(path: Path) -> Iterator[Path]:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`text` in UTF-8 as the whole of `path`, on disk before it has its name; see `replacing`."""
+    with replacing(path) as draft:
+        draft.write_text(text, encoding="utf-8")

@@ -3,7 +3,6 @@
 from fractions import Fraction
 
 import numpy as np
-import scipy.signal
 from jaxtyping import Float32
 
 Wave = Float32[np.ndarray, "samples"]
@@ -22,8 +21,10 @@ def noise_below(wave: Wave, noise: Float32[np.ndarray, "noise"], snr_db: float) 
 
 def with_echoes(wave: Wave, response: Float32[np.ndarray, "response"]) -> Float32[np.ndarray, "heard"]:
     """`wave` in the room of an impulse response, to the end of the last echo; its direct sound is where it was."""
+    from scipy.signal import fftconvolve  # noqa: PLC0415 a second of every launch, for those who augment
+
     direct = int(np.argmax(np.abs(response)))
-    return np.asarray(scipy.signal.fftconvolve(wave, response)[direct:], np.float32)
+    return np.asarray(fftconvolve(wave, response)[direct:], np.float32)
 
 
 def in_room(wave: Wave, response: Float32[np.ndarray, "response"]) -> Wave:
@@ -38,8 +39,10 @@ def change_speed(wave: Float32[np.ndarray, "source"], speed: float) -> Wave:
     """`wave` played `speed` times as fast, pitch and all: band-limited interpolation (scipy's `resample_poly`)."""
     if speed == 1:
         return wave
+    from scipy.signal import resample_poly  # noqa: PLC0415 as above
+
     ratio = _ratio(speed)
-    return np.asarray(scipy.signal.resample_poly(wave, ratio.denominator, ratio.numerator), np.float32)
+    return np.asarray(resample_poly(wave, ratio.denominator, ratio.numerator), np.float32)
 
 
 def after_speed(num_samples: int, speed: float) -> int:

@@ -22,10 +22,11 @@ from wavlm_jax.data.conform import Policy
 from wavlm_jax.data.header import FORMAT, CorpusHeader, Shard, is_corpus, read_header, write_header
 from wavlm_jax.data.hub import write_dataset_info
 from wavlm_jax.data.pool import unordered
-from wavlm_jax.data.shard import ShardReport, report_file, write_atomically, write_shard
+from wavlm_jax.data.shard import ShardReport, report_file, write_shard
 from wavlm_jax.data.sources import AudioReader, Entry, Source, digest
 from wavlm_jax.shapes import SAMPLE_RATE
 from wavlm_jax.version import __version__
+from wavlm_jax.whole_file import write_text
 
 FREE_FAULTS = 5
 """Bad files that are always tolerated, however small the corpus."""
@@ -134,7 +135,7 @@ def _claim(partial: Path, source: Source, policy: Policy) -> None:
                 )
         return
     partial.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps(plan, indent=2))
+    write_text(file, json.dumps(plan, indent=2))
 
 
 def _jobs(source: Source, partial: Path) -> list[_Job]:
@@ -194,7 +195,7 @@ def _check_cap(reports: Iterable[ShardReport], allowed: int, total: int, partial
 
 
 def _write_bad_files(folder: Path, bad: Iterable[dict[str, str]]) -> None:
-    write_atomically(folder / BAD_FILES, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in bad))
+    write_text(folder / BAD_FILES, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in bad))
 
 
 def _header(

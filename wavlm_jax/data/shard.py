@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,6 +16,7 @@ from wavlm_jax.data.header import sha256_of
 from wavlm_jax.data.hub import SCHEMA
 from wavlm_jax.data.sources import Alignment, AudioReader, Entry, digest, printable
 from wavlm_jax.shapes import SAMPLE_RATE
+from wavlm_jax.whole_file import write_text
 
 DROPPED = ("too_short", "too_long")
 _BATCH_BYTES = 1 << 25
@@ -132,23 +132,13 @@ def write_shard(file: Path, entries: Sequence[Entry], reader: AudioReader, polic
         sha256=sha256_of(draft),
     )
     draft.replace(file)
-    write_atomically(report_file(file), json.dumps(asdict(report)))
+    write_text(report_file(file), json.dumps(asdict(report)))
     return report
 
 
 def report_file(file: Path) -> Path:
     """Where the report of the shard `file` stands."""
     return file.with_suffix(".json")
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Write a text file so that it is whole or not there, on disk before it has its name."""
-    draft = file.with_suffix(".tmp")
-    with draft.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    draft.replace(file)
 
 
 def _checked(phones: Alignment | None, pieces: Sequence[Conformed]) -> dict[str, Any] | None:

@@ -6,10 +6,10 @@ A recording that has turns counts as annotated from its first to its last sample
 from collections.abc import Mapping, Sequence
 
 from wavlm_jax.data.corpora import Corpus
-from wavlm_jax.data.shard import write_atomically
 from wavlm_jax.data.sources import SourceError
 from wavlm_jax.shapes import SAMPLE_RATE
 from wavlm_jax.text.rttm import Turn, read_rttm, write_rttm
+from wavlm_jax.whole_file import write_text
 
 TURNS = "turns.rttm"
 
@@ -38,7 +38,7 @@ def attach_turns(corpus: Corpus, turns: Sequence[Turn]) -> int:
                 f"{corpus.path}: a turn of {turn.recording} begins at {turn.start:.3f} s, the recording lasts "
                 f"{lengths[turn.recording] / SAMPLE_RATE:.3f} s; are the turns of another recording?"
             )
-    write_atomically(corpus.path / TURNS, write_rttm(held))
+    write_text(corpus.path / TURNS, write_rttm(held))
     return len({turn.recording for turn in held})
 
 

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sklearn.metrics import accuracy_score, f1_score
-
 
 class ClassificationScore(NamedTuple):
     """How often a classifier is right."""
@@ -27,6 +25,8 @@ def classification_score(reference: Sequence[str], answers: Sequence[str]) -> Cl
         raise ValueError(
             f"answers: found {len(answers)}, expected one for each of {len(reference)} utterances, and some"
         )
+    from sklearn.metrics import accuracy_score, f1_score  # noqa: PLC0415 a second, for those who classify
+
     return ClassificationScore(
         float(accuracy_score(reference, answers)),
         *(float(f1_score(reference, answers, average=kind, zero_division=0.0)) for kind in ("macro", "weighted")),
