@@ -184,6 +184,12 @@ def test_a_gradient_is_reduced_once_over_all_devices(counted):
     assert row["links"] == "ICI x (no ring), y (no ring)"
 
 
+def test_a_gathering_that_is_spread_over_products_counts_once(counted):
+    """libtpu names it in each of the fusions that carry a part of it, whole."""
+    (row,) = [row for row in counted["gathered"]["collectives"] if row["kind"] == "all-gather"]
+    assert (row["count"], row["payload"]) == (2 * LAYERS, 2 * LAYERS * 2 * MATRIX)
+
+
 def test_what_the_partitioner_replicates_is_found(counted):
     """libtpu is silent about it unless told otherwise, so a program that provokes it has to be found."""
     assert counted["gradient"]["replicated"] == []

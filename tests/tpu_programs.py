@@ -26,12 +26,21 @@ def programs(array):
     square, stack = array((SIDE, SIDE), "float32"), array((LAYERS, SIDE, SIDE), "bfloat16")
     narrow = array((256, SIDE), "bfloat16")
     spread = array((4 * 1024, SIDE), "bfloat16", "data")
+    sharded = array((LAYERS, SIDE, SIDE), "bfloat16", None, None, "data")
 
     def layer(x, w):
         return jnp.tanh(x @ w), None
 
     def gradient(w, x):
         return jax.grad(lambda w: jnp.square((x @ w).astype(jnp.float32)).sum())(w)
+
+    def gathered(x, *stacks):
+        """Weights that no device has whole: their gathering is spread over the products of the layer before."""
+
+        def block(x, pair):
+            return layer(layer(x, pair[0])[0], pair[1])
+
+        return jax.lax.scan(block, x, stacks)[0].astype(jnp.float32).sum()
 
     def stacked(x):
         return jax.lax.scan(lambda c, _: (c + 1, c), x, None, length=LAYERS)[1]
@@ -41,6 +50,7 @@ def programs(array):
         "product": (jnp.matmul, (array((SIDE, SIDE), "bfloat16"), array((SIDE, SIDE), "bfloat16"))),
         "scan": (lambda x, ws: jax.lax.scan(layer, x, ws)[0], (narrow, stack)),
         "stacked": (stacked, (square,)),
+        "gathered": (gathered, (spread, sharded, sharded)),
         "gradient": (gradient, (array((SIDE, SIDE), "bfloat16"), spread)),
         "too_large": (lambda x: jnp.sort(x, axis=0), (array((2**16, 2**17), "float32"),)),
     }

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from wavlm_jax.plan.hlo import BITS, Instruction, Module
 from wavlm_jax.plan.targets import Target
-from wavlm_jax.plan.traffic import executed
+from wavlm_jax.plan.traffic import Placed, executed
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*(?:\([^)]*\))?[^)]*)\))? ?\{([^}]*)\}")
@@ -50,10 +50,8 @@ def collectives(module: Module, mesh: Mesh, target: Target) -> list[Collective]:
 
     """
     found: dict[tuple[str, str, tuple[str, ...], int, str], list[_Part]] = {}
-    for placed in executed(module):
+    for placed in _each_once(module):
         kind = placed.line.opcode.removesuffix("-start")
-        if kind not in KINDS:
-            continue
         groups = _groups(placed.line, mesh.size)
         if len(groups[0]) == 1:
             continue
@@ -75,6 +73,20 @@ def collectives(module: Module, mesh: Mesh, target: Target) -> list[Collective]:
         for key, parts in found.items()
     ]
     return sorted(rows, key=lambda row: -row.sent)
+
+
+def _each_once(module: Module) -> Iterator[Placed]:
+    """The collectives of a module. For v5e libtpu spreads one over several fusions of products; each names it whole."""
+    spread: set[str] = set()
+    for placed in executed(module):
+        text = placed.line.text
+        if placed.line.opcode.removesuffix("-start") not in KINDS:
+            continue
+        if "async_collective_fusion_config" in text and (channel := re.search(r"channel_id=(\d+)", text)):
+            if channel.group(1) in spread:
+                continue
+            spread.add(channel.group(1))
+        yield placed
 
 
 class _Part(NamedTuple):
