@@ -49,14 +49,23 @@ CHARACTERS_BINARY = (
     "AAAAAAAAAAAAAL/NzEy+AQAAAAAAAABmZma/zcxMvgIAAAAAAAAAzcxMvwAAAIADAAAAAAAAAAAAAAAAAAAABAAAAAAAAAAAAAAA"
     "AAAAAAAAAAAAAAAA08zM9KWZmcmnZmZmn5qZmXsAAAAAAAAAAAAAAAAAPHVuaz4APHM+AEIAQQB8ADwvcz4A"
 )
-"""CHARACTERS in KenLM's binary format 5, a trie, as KenLM 0.3.0 wrote it."""
+"""CHARACTERS in KenLM's binary format 5, a trie, as KenLM 0.3.0 wrote it (`build_binary trie`)."""
+WORDS_BINARY = (
+    "bW1hcCBsbSBodHRwOi8va2hlYWZpZWxkLmNvbS9jb2RlIGZvcm1hdCB2ZXJzaW9uIDUKAAAAAAAAAAAAAACAPwAAAL8BAAAA/////wAA"
+    "AAABAAAAAAAAAAIAAAAAAMA/AgAAAAEAAAABAAAABgAAAAAAAAADAAAAAAAAAAAAAAAFAAAAAAAAAHB+Ib05hnUAB4CKT9IKFTf5xu0G"
+    "x/eaSgps9/F9c+BrJ3MoM9CXjHsAAAAAAAAAAAAAwL8AAACAAAAAAAAAAAAAAMbCzcxMvgAAAAAAAAAAzczMvs3MTL4AAAAAAAAAAJqZ"
+    "Gb+amZm+AAAAAAAAAABmZma/AAAAgAAAAAAAAAAAzcxMv83MzL0BAAAAAAAAAAAAAAAAAAAAAwAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"
+    "08zM9KWZmbmnZmYmHwAAAAAAAAAAAAAAADx1bms+ADxzPgBBAEFCADwvcz4AQkEA"
+)
+"""WORDS, in the same way."""
 
 
 def write_models(folder: Path) -> dict[str, Path]:
-    paths = {name: folder / name for name in ("characters.arpa", "words.arpa", "characters.bin")}
+    paths = {name: folder / name for name in ("characters.arpa", "words.arpa", "characters.bin", "words.bin")}
     paths["characters.arpa"].write_text(CHARACTERS)
     paths["words.arpa"].write_text(WORDS)
     paths["characters.bin"].write_bytes(base64.b64decode(CHARACTERS_BINARY))
+    paths["words.bin"].write_bytes(base64.b64decode(WORDS_BINARY))
     return paths
 
 

@@ -84,12 +84,17 @@ def _cached_log10_prob(characters):
 
 
 @settings(deadline=None, max_examples=15)
-@given(seed=seeds, frames=st.integers(2, 6), weight=st.sampled_from([0.0, 1.0, 4.0]))
-def test_search_with_a_lexicon_finds_the_best_sequence_of_its_words(models, seed, frames, weight):
+@given(
+    seed=seeds,
+    frames=st.integers(2, 6),
+    weight=st.sampled_from([0.0, 1.0, 4.0]),
+    name=st.sampled_from(["words.arpa", "words.bin"]),
+)
+def test_search_with_a_lexicon_finds_the_best_sequence_of_its_words(models, seed, frames, weight, name):
     log_probs = log_probs_of(seed, frames)
     lexicon = lexicon_of_words(words_of_arpa(models["words.arpa"]), TINY)
     chosen = replace(WIDE, lm_weight=weight, word_score=-0.5)
-    (found,) = BeamSearch(TINY, chosen, models["words.arpa"], lexicon)(log_probs)
+    (found,) = BeamSearch(TINY, chosen, models[name], lexicon)(log_probs)
     scores = {}
     for tokens, (score, _) in best_by_text(log_probs, TINY).items():
         words = TINY.spell(tokens).split()
