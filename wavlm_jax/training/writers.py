@@ -112,10 +112,10 @@ class Tensorboard:
 class Wandb:
     """A Weights & Biases run that continues under the id that the checkpoint carries."""
 
-    def __init__(self, settings: WandbSettings, run_id: str, config: Mapping[str, Any]) -> None:
+    def __init__(self, settings: WandbSettings, folder: Path, run_id: str, config: Mapping[str, Any]) -> None:
         import wandb  # noqa: PLC0415 an extra
 
-        self._run = wandb.init(**asdict(settings), id=run_id, resume="allow", config=dict(config))
+        self._run = wandb.init(**asdict(settings), dir=folder, id=run_id, resume="allow", config=dict(config))
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """All values at once."""
@@ -198,7 +198,7 @@ def open_writers(
         makers["tensorboard"] = lambda: Tensorboard(workdir / "tensorboard", resume)
     wandb = settings.wandb
     if wandb is not None and wandb.project is not None:
-        makers["wandb"] = lambda: Wandb(wandb, run_id, config)
+        makers["wandb"] = lambda: Wandb(wandb, workdir, run_id, config)
     if settings.progress:
         makers["terminal"] = lambda: Terminal(resume, num_steps)
     writers: dict[str, Writer] = {}
