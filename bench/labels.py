@@ -120,6 +120,8 @@ class Watch:
 def _ours(folder: Path) -> dict[str, float]:
     import os
 
+    import sklearn.cluster  # noqa: F401 make_labels imports it late
+
     from pretrain.kmeans import KMeansSettings
     from pretrain.labelling import make_labels
     from pretrain.labels import LabelSettings
