@@ -69,7 +69,8 @@ def plan_layout(
         ValueError: a parameter that the table does not cover exactly once, or a frozen one that does not exist.
 
     """
-    params = jax.eval_shape(task.init, init_key(seed))  # the function itself: `begin` finds it traced
+    key = jax.eval_shape(lambda: init_key(seed))
+    params = jax.eval_shape(task.init, key)  # the function itself: `begin` finds it traced
     shardings = parameter_shardings(params, table, mesh)
     check_rules(freeze, shardings)
     return Layout(shardings, abstract_state(params, optimizer, shardings, mesh), optimizer, mesh, freeze)
