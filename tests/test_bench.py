@@ -1,9 +1,8 @@
 """Benchmarks that nothing else calls still run: on little, without a look at their figures."""
 
 import pytest
-from absl import flags
-from ml_collections import config_flags
 from tones import make_corpus, ten_texts
+from train_flags import parsed
 
 from bench import first_step, labels
 from wavlm_jax.settings import read_sections
@@ -11,12 +10,9 @@ from wavlm_jax.training.run_settings import RunSettings
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections' way to load a file
-def test_the_launch_that_is_timed_has_flags_of_its_config(monkeypatch):
-    monkeypatch.chdir(first_step.ROOT)
-    alone = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "", flag_values=alone, lock_config=True, sys_argv=first_step.FLAGS)
-    alone(["train.py", *first_step.FLAGS])
-    found = read_sections(alone["config"].value.to_dict(), RunSettings)
+def test_the_launch_that_is_timed_has_flags_of_its_config():
+    config, *overrides = first_step.FLAGS
+    found = read_sections(parsed(config.removeprefix("--config="), *overrides).to_dict(), RunSettings)
     assert found.train.num_steps == 1
     assert found.metrics.log_every == 1
 

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
+from train_flags import parsed
 
 from bench import plan_table
 from configs.pretrain import base, base_plus, large, xlarge
@@ -176,16 +176,11 @@ def absent(config: ConfigDict, prefix: str = "config") -> list[str]:
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections' way to load a file
 @pytest.mark.parametrize("name", PRETRAINING)
 def test_every_value_that_a_config_leaves_open_can_be_given_by_a_flag(name):
-    def parsed(*overrides: str) -> ConfigDict:
-        alone, arguments = flags.FlagValues(), [f"--config={ROOT}/configs/pretrain/{name}.py", *overrides]
-        config_flags.DEFINE_config_file("config", None, "", flag_values=alone, lock_config=True, sys_argv=arguments)
-        alone(["train.py", *arguments])
-        return alone["config"].value
-
+    file = f"configs/pretrain/{name}.py"
     sections = ["config.optim.tri_stage"]
-    open_values = [key for key in absent(parsed()) if key not in sections]
+    open_values = [key for key in absent(parsed(file)) if key not in sections]
     assert "config.init.path" in open_values
-    given = parsed(*(f"--{key}=1" for key in open_values))
+    given = parsed(file, *(f"--{key}=1" for key in open_values))
     assert sorted(absent(given)) == sections
     assert given.init.path == "1"
     assert given.metrics.wandb.project == "1"

@@ -46,13 +46,12 @@ def recognition(root: Path) -> dict:
 
 def classification(root: Path) -> dict:
     """Two speakers by name; macro F1 is of all answers together, no sum of hosts."""
-    corpora = [tones.make_corpus(root, "train", tones.ten_texts()), tones.make_corpus(root, "valid", five_of_two())]
-    return often(tones.tiny_classes(*corpora), root)
+    return often(tones.tiny_classes(*two_speakers(root)), root)
 
 
 def verification(root: Path) -> dict:
     """X-vectors of two speakers; trials are of embeddings that lie on different hosts."""
-    corpora = [tones.make_corpus(root, "train", tones.ten_texts()), tones.make_corpus(root, "valid", five_of_two())]
+    corpora = two_speakers(root)
     pairs = [Trial(a % 2 == b % 2, f"{a:03d}.flac", f"{b:03d}.flac") for a, b in combinations(range(5), 2)]
     (root / "pairs.txt").write_text(write_trials(pairs))
     config = often(tones.tiny_speakers(speaker_xvector, *corpora, trials=[str(root / "pairs.txt")]), root)
@@ -60,9 +59,10 @@ def verification(root: Path) -> dict:
     return config
 
 
-def five_of_two() -> list[tuple[str, int, str]]:
-    """Five utterances, so that four devices hold fillers as well."""
-    return tones.ten_texts()[:5]
+def two_speakers(root: Path) -> list[Path]:
+    """Corpora of training and evaluation; five utterances in the latter, so that four devices hold fillers as well."""
+    texts = {"train": tones.ten_texts(), "valid": tones.ten_texts()[:5]}
+    return [tones.make_corpus(root, name, rows) for name, rows in texts.items()]
 
 
 def often(config: dict, root: Path) -> dict:

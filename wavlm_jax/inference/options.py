@@ -18,7 +18,7 @@ from wavlm_jax.audio.recordings import Recording, open_recordings
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.inference.running import AnyAnswer, RunSettings, geometry_of
 from wavlm_jax.shapes import SAMPLE_RATE
-from wavlm_jax.whole_file import replacing
+from wavlm_jax.whole_file import write_text as write_file
 
 FROM_STDIN = "-"
 
@@ -178,6 +178,5 @@ def write_text(text: str, options: argparse.Namespace) -> None:
 def _write(text: str, path: Path | None) -> None:
     if path is None:
         sys.stdout.write(text)
-        return
-    with replacing(path) as draft:
-        draft.write_text(text, encoding="utf-8")
+    else:
+        write_file(path, text)
