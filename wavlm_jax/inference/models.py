@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from wavlm_jax.inference.options import UsageError
+from wavlm_jax.inference.running import UsageError
 from wavlm_jax.model.heads import module_of
 from wavlm_jax.shapes import Params
 from wavlm_jax.text.vocabulary import Vocabulary

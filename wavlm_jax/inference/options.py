@@ -16,15 +16,11 @@ from tqdm import tqdm
 from wavlm_jax.audio.chunks import ChunkSettings
 from wavlm_jax.audio.recordings import Recording, open_recordings
 from wavlm_jax.config import WavLMConfig
-from wavlm_jax.inference.running import AnyAnswer, RunSettings, geometry_of
+from wavlm_jax.inference.running import AnyAnswer, RunSettings, UsageError, geometry_of
 from wavlm_jax.shapes import SAMPLE_RATE
 from wavlm_jax.whole_file import write_text as write_file
 
 FROM_STDIN = "-"
-
-
-class UsageError(ValueError):
-    """A command line that cannot be done."""
 
 
 _LENGTHS = ("30", "a fifth of a piece")

@@ -34,6 +34,10 @@ class Applied(Protocol):
         ...
 
 
+class UsageError(ValueError):
+    """A command line that cannot be done."""
+
+
 _STEP = 1.25
 """From one width to the next: on average a tenth of a row is padding."""
 _SMALLEST = 50
