@@ -23,13 +23,14 @@ import wavlm_jax.command_line
 from pretrain import task as pretraining
 from wavlm_jax.command_line import EXIT_WRONG
 from wavlm_jax.settings import read_sections
-from wavlm_jax.tasks import classification, ctc, frame_classification, speaker
-from wavlm_jax.training import host_flags, hosts, loop
-from wavlm_jax.training.compilation import OutOfMemory
-from wavlm_jax.training.mesh import make_mesh
-from wavlm_jax.training.run_settings import RunSettings
-from wavlm_jax.training.topology import Topology
-from wavlm_jax.training.waiting import HostsMissing
+from wavlm_jax.tasks import classification, ctc, speaker
+from wavlm_jax.tasks import diarization as frame_classification
+from wavlm_jax.training import hosts, loop
+from wavlm_jax.training.hosts import HostsMissing
+from wavlm_jax.training.sharding import make_mesh
+from wavlm_jax.training.start import RunSettings
+from wavlm_jax.training.step import OutOfMemory
+from wavlm_jax.training.task import Topology
 from wavlm_jax.training.workdir import Workdir, open_workdir
 
 TASKS = {
@@ -61,7 +62,7 @@ def train(config: dict[str, Any], workdir: Workdir) -> int:
 def attempt(workdir: Workdir) -> int:
     """The exit code; what a person can put right is one message, its traceback a file."""
     try:
-        host_flags.join()
+        hosts.join_from_flags()
         config = json.loads(_CONFIG.value.to_json())
         if jax.process_index() == 0:
             workdir.folder.mkdir(parents=True, exist_ok=True)

@@ -46,7 +46,7 @@ def temporaries(implementation: str, rows: int, frames: int) -> float:
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
     from wavlm_jax.model.attention import attend
-    from wavlm_jax.model.attention_rules import AttentionDropout
+    from wavlm_jax.model.fused_attention import AttentionDropout
     from wavlm_jax.model.position import Bias
 
     device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]

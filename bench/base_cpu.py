@@ -104,7 +104,7 @@ def jax_side(waveform: np.ndarray, weights: dict[str, np.ndarray]) -> tuple[Run,
     import optax
 
     from wavlm_jax.config import WavLMConfig
-    from wavlm_jax.convert.names import from_torch
+    from wavlm_jax.convert.state_dict import from_torch
     from wavlm_jax.model.wavlm import WavLM, parameter_shapes
 
     config = WavLMConfig.base(**NO_DROPOUT, feature_grad_mult=1.0)

@@ -41,8 +41,7 @@ def count(name: str, *, lines: bool) -> None:
     """Prints a figure, and ends the process: only that stops the compiler."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     from bench.plan_table import optimized
-    from wavlm_jax.plan.hlo import Module
-    from wavlm_jax.plan.traffic import executed, memory_traffic, moved
+    from wavlm_jax.plan.cost import Module, executed, memory_traffic, moved
 
     with tempfile.TemporaryDirectory(prefix="wavlm-conv-") as dumped:
         outcome = optimized(traced(*FIGURES[name]).lower(), Path(dumped))

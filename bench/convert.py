@@ -28,11 +28,11 @@ BODIES = {
     "import_safetensors": ("from wavlm_jax.loading import load_weights", "kept = load_weights(source)"),
     "import_pt": ("from wavlm_jax.loading import load_weights", "kept = load_weights(source.with_suffix('.pt'))"),
     "import_export": (
-        "from wavlm_jax.opening import load; from wavlm_jax.saving import save_huggingface",
+        "from wavlm_jax.loading import load; from wavlm_jax.export import save_huggingface",
         "save_huggingface(load(source), out, compared=False)",
     ),
     "import_export_microsoft": (
-        "from wavlm_jax.opening import load; from wavlm_jax.saving import save_microsoft",
+        "from wavlm_jax.loading import load; from wavlm_jax.export import save_microsoft",
         "save_microsoft(load(source), out.with_suffix('.pt'), compared=False)",
     ),
 }

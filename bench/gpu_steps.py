@@ -132,15 +132,12 @@ def jax_side(config: Any) -> tuple[Step, dict[str, np.ndarray], Batch, dict[str,
     import jax
 
     from pretrain.task import outline
-    from wavlm_jax.convert.names import to_torch
+    from wavlm_jax.convert.state_dict import to_torch
     from wavlm_jax.settings import read_sections
-    from wavlm_jax.training.axes import WAVLM_AXES
-    from wavlm_jax.training.mesh import make_mesh
-    from wavlm_jax.training.run_settings import RunSettings
-    from wavlm_jax.training.sharding import RULES, by_rows
-    from wavlm_jax.training.start import lay_out, make_builder
-    from wavlm_jax.training.state import init_key, root_key, shard_state
-    from wavlm_jax.training.topology import Topology
+    from wavlm_jax.training.sharding import RULES, WAVLM_AXES, by_rows, make_mesh
+    from wavlm_jax.training.start import RunSettings, lay_out, make_builder
+    from wavlm_jax.training.step import init_key, root_key, shard_state
+    from wavlm_jax.training.task import Topology
 
     values = json.loads(config.to_json())
     settings = read_sections(values, RunSettings)
@@ -202,8 +199,8 @@ def undisturbed(objective: Any, params: Any, batch: Batch) -> tuple[float, float
     import jax
     import jax.numpy as jnp
 
-    from pretrain.objective import masked_prediction
-    from wavlm_jax.plan.flops import matrix_flops
+    from pretrain.predictor import masked_prediction
+    from wavlm_jax.plan.program import matrix_flops
 
     predictor = objective.predictor
     rows, samples = batch.waveform.shape
@@ -267,7 +264,7 @@ def torch_model(values: dict[str, Any], weights: dict[str, np.ndarray]) -> tuple
     import transformers
 
     from wavlm_jax.config import WavLMConfig
-    from wavlm_jax.convert.huggingface_config import config_json
+    from wavlm_jax.convert.huggingface import config_json
     from wavlm_jax.settings import read
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

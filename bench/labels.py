@@ -157,7 +157,7 @@ def _ours(folder: Path) -> dict[str, float]:
 def _script(folder: Path) -> dict[str, float]:
     from sklearn.cluster import MiniBatchKMeans
 
-    from pretrain.mfcc import mfcc
+    from pretrain.features import mfcc
     from wavlm_jax.data.corpus import Corpus
 
     corpus = Corpus.open(folder)

@@ -17,12 +17,11 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from wavlm_jax.data.batches import BatchSettings
 from wavlm_jax.data.corpus import Corpus
-from wavlm_jax.data.hub import load_dataset
 from wavlm_jax.data.loader import CropStream, LoaderSettings, PaddedStream
-from wavlm_jax.data.plan import BatchSettings
 from wavlm_jax.data.prepare import Preparation, prepare
-from wavlm_jax.data.sources import from_folder
+from wavlm_jax.data.sources import from_folder, load_dataset
 
 UTTERANCES = 300
 RUNS = 5

@@ -20,8 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import soundfile
 
-from wavlm_jax.audio.chunks import ChunkSettings
-from wavlm_jax.audio.recordings import open_recordings
+from wavlm_jax.audio.recordings import ChunkSettings, open_recordings
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.inference.running import RunSettings, by_recording
 from wavlm_jax.loading import load_weights

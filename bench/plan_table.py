@@ -90,7 +90,7 @@ def _done(file: Path) -> bool:
 def compile_cell(model: str, machine: str, split: str, file: str) -> None:
     """Writes the figures of one program, and ends the process."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from wavlm_jax.plan.flops import matrix_flops
+    from wavlm_jax.plan.program import matrix_flops
     from wavlm_jax.plan.targets import open_target
 
     config = json.loads(importlib.import_module(f"configs.pretrain.{model}").get_config(machine).to_json())
@@ -129,7 +129,7 @@ def finished(traced: Any, spec: Any, mesh: Any, target: Any) -> dict[str, Any]:
 
 def stopped(traced: Any, _spec: Any, mesh: Any, target: Any) -> dict[str, Any]:
     """Figures of a program of libtpu's before its machine code is made."""
-    from wavlm_jax.plan import partitioner
+    from wavlm_jax.plan import targets as partitioner
 
     with tempfile.TemporaryDirectory(prefix="wavlm-plan-") as dumped:
         with partitioner.replicated() as replicated:
@@ -144,15 +144,12 @@ def traced_step(config: dict[str, Any], target: Any, split: str) -> tuple[Any, A
     import jax
 
     from pretrain.task import outline
-    from wavlm_jax.plan.run import held
+    from wavlm_jax.plan.program import held
     from wavlm_jax.settings import read_sections
-    from wavlm_jax.training.axes import WAVLM_AXES
-    from wavlm_jax.training.mesh import make_mesh, row_shards
-    from wavlm_jax.training.run_settings import RunSettings
-    from wavlm_jax.training.sharding import RULES
-    from wavlm_jax.training.start import lay_out, make_builder
-    from wavlm_jax.training.state import root_key
-    from wavlm_jax.training.topology import Topology
+    from wavlm_jax.training.sharding import RULES, WAVLM_AXES, make_mesh, row_shards
+    from wavlm_jax.training.start import RunSettings, lay_out, make_builder
+    from wavlm_jax.training.step import root_key
+    from wavlm_jax.training.task import Topology
 
     settings = read_sections(config, RunSettings)
     mesh = make_mesh(settings.mesh, target.devices)
@@ -187,9 +184,7 @@ def optimized(lowered: Any, dumped: Path) -> tuple[str, int] | str:
 
 def counted(text: str, buffers: int, mesh: Any, target: Any) -> dict[str, Any]:
     """Traffic, messages and memory."""
-    from wavlm_jax.plan.collectives import collectives
-    from wavlm_jax.plan.hlo import Module
-    from wavlm_jax.plan.traffic import memory_traffic
+    from wavlm_jax.plan.cost import Module, collectives, memory_traffic
 
     module = Module.parse(text)
     found = [asdict(row) for row in collectives(module, mesh, target)]

@@ -8,7 +8,7 @@ FRAMES = 768
 
 def row_config(name: str, rows: int, microbatches: int) -> Any:
     """configs/pretrain/`name`.py with one bucket, of 768 frames, and `rows` rows an update in so many micro-batches."""
-    from wavlm_jax.data.plan import seconds_of
+    from wavlm_jax.data.batches import seconds_of
 
     config = importlib.import_module(f"configs.pretrain.{name}").get_config()
     seconds = rows * seconds_of(FRAMES)

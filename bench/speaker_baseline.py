@@ -15,7 +15,7 @@ import numpy as np
 
 from wavlm_jax.data.corpus import Corpus
 from wavlm_jax.shapes import SAMPLE_RATE
-from wavlm_jax.tasks.verification import VerificationScores, place_trials
+from wavlm_jax.tasks.speaker import VerificationScores, place_trials
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import wavlm_jax
 from wavlm_jax.data.corpus import Corpus
 from wavlm_jax.model.wavlm import WavLM
-from wavlm_jax.tasks.verification import VerificationScores, place_trials
+from wavlm_jax.tasks.speaker import VerificationScores, place_trials
 
 ROWS = 8
 

@@ -45,7 +45,7 @@ def count(name: str) -> None:
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
     from bench.plan_table import stopped, traced_step
-    from wavlm_jax.plan.flops import matrix_flops
+    from wavlm_jax.plan.program import matrix_flops
     from wavlm_jax.plan.targets import open_target
 
     model, topology, rows, microbatches = FIGURES[name]

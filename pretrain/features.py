@@ -1,21 +1,118 @@
-"""Features to cluster, in batches of static shape: MFCC from threads, or a layer of a teacher (layer_features.py).
+"""Batches of features, and whose frames they are.
+
+MFCC-39: the features of the first k-means labels (FACTS C9).
+
+Kaldi's MFCC (13 cepstra of 23 mel bins, 25 ms every 10 ms, Povey window, no energy, no dither, no mean normalisation)
+of a wave in [-1, 1], then slopes and slopes of slopes over five frames, as HuBERT's first iteration took them.
+
+Features to cluster, in batches of static shape: MFCC from threads, or a layer of a teacher (layer_features.py).
 
 Its pieces say which frames of a batch belong to which utterance, the others are filler. Nobody holds more than a few
 batches, however large the corpus is. Who makes them meet those of other hosts: rounds.py.
+
+One layer of a teacher as features: padded batches of few static shapes, rows spread over the devices.
+
+The features stay on the devices; nothing but labels comes back when frames are assigned to clusters.
+
+Which frames of a corpus the clusters are learned from: a fixed number, spread evenly over random utterances.
+
+Everything is a function of the seed and the corpus, so that an interrupted fit finds the same sample again.
 """
 
+import itertools
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
+import jax.numpy as jnp
+import kaldi_native_fbank
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int16, Int64
+from jaxtyping import Array, Float, Float32, Int16, Int32, Int64
 
-from pretrain.batches import Batch, Piece
-from pretrain.mfcc import MFCC_DIM, MFCC_GEOMETRY, mfcc
-from wavlm_jax.shapes import Geometry, num_frames
+from pretrain.shares import own_rows, put_everywhere
+from wavlm_jax.config import WavLMConfig
+from wavlm_jax.model.wavlm import WavLM
+from wavlm_jax.shapes import SAMPLE_RATE, Geometry, Params, num_frames, samples_for
+
+
+class Piece(NamedTuple):
+    """Some frames of one utterance, and where a batch has them."""
+
+    utterance: int
+    start: int
+    """First frame, counted in the utterance."""
+    frames: int
+    row: int
+    """First row, counted in the features of the batch."""
+
+
+class Batch(NamedTuple):
+    """What the devices of this host get at a time."""
+
+    size: int
+    """Which of the source's few static shapes."""
+    arrays: Any
+    """Tree of numpy arrays, rows first."""
+    pieces: tuple[Piece, ...]
+    """Whose frames they are; the others are filler."""
+
+
+MFCC_GEOMETRY = Geometry(kernels=(400,), strides=(160,))
+"""Windows of 25 ms every 10 ms, none that reaches over an edge: `num_frames(n, MFCC_GEOMETRY)` frames."""
+
+NUM_CEPSTRA = 13
+MFCC_DIM = 3 * NUM_CEPSTRA
+_SLOPE_WEIGHTS = (1, 2)
+
+
+def mfcc(wave: Int16[np.ndarray, " samples"]) -> Float32[np.ndarray, "frames 39"]:
+    """Cepstra, deltas and delta-deltas of a 16 kHz wave, 100 frames a second.
+
+    1 + floor((samples - 400) / 160) frames; none below 400 samples.
+    """
+    computer = kaldi_native_fbank.OnlineMfcc(_options())
+    computer.accept_waveform(SAMPLE_RATE, (wave.astype(np.float32) / 32768).tolist())
+    computer.input_finished()
+    cepstra = _stacked(computer.get_frame(frame) for frame in range(computer.num_frames_ready))
+    slopes = deltas(cepstra)
+    return np.concatenate([cepstra, slopes, deltas(slopes)], axis=1)
+
+
+def deltas(features: Float32[np.ndarray, "frames dim"]) -> Float32[np.ndarray, "frames dim"]:
+    """Slope of each dimension over five frames: sum n (c[t+n] - c[t-n]) / 10, n = 1, 2; edge frames are repeated."""
+    if not len(features):
+        return features
+    reach, frames = max(_SLOPE_WEIGHTS), len(features)
+    padded = np.pad(features, ((reach, reach), (0, 0)), mode="edge")
+    slope = np.zeros_like(features)
+    for n in _SLOPE_WEIGHTS:
+        slope += n * (padded[reach + n : reach + n + frames] - padded[reach - n : reach - n + frames])
+    return slope / np.float32(2 * sum(n * n for n in _SLOPE_WEIGHTS))
+
+
+def _stacked(frames: Iterable[np.ndarray]) -> Float32[np.ndarray, "frames 13"]:
+    # Copied one by one: the extractor owns the buffer behind each frame.
+    copies = [frame.copy() for frame in frames]
+    return np.stack(copies) if copies else np.zeros((0, NUM_CEPSTRA), np.float32)
+
+
+def _options() -> kaldi_native_fbank.MfccOptions:
+    """Kaldi's options; what is not set is Kaldi's default and equals FACTS C9 (20 Hz to Nyquist, lifter 22)."""
+    options = kaldi_native_fbank.MfccOptions()
+    options.frame_opts.samp_freq = SAMPLE_RATE
+    options.frame_opts.dither = 0.0
+    options.frame_opts.preemph_coeff = 0.97
+    options.frame_opts.window_type = "povey"
+    options.frame_opts.snip_edges = True
+    options.mel_opts.num_bins = 23
+    options.num_ceps = NUM_CEPSTRA
+    options.use_energy = False
+    return options
+
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -179,3 +276,227 @@ def in_threads(function: Callable[[Item], Result], items: Iterable[Item], num_th
                 yield waiting.popleft().result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+SMALLEST_BUCKET = 32
+INT16_SCALE = 32_768.0
+Lengths = Int64[np.ndarray, " corpus"]
+
+
+class Padded(NamedTuple):
+    """Pieces of utterances, padded to one length."""
+
+    waveform: Int16[np.ndarray, "rows samples"]
+    num_samples: Int32[np.ndarray, " rows"]
+    mean: Float32[np.ndarray, " rows"]
+    """Of the whole utterance, which normalises its pieces (FACTS C4)."""
+    variance: Float32[np.ndarray, " rows"]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A WavLM or HuBERT in evaluation."""
+
+    config: WavLMConfig
+    params: Params
+    """Of `wavlm_jax.model.wavlm.WavLM`, on the host."""
+    fingerprint: str
+    """Over names, shapes and values of the parameters: 16 hex digits."""
+
+    def up_to(self, layer: int) -> "Teacher":
+        """The same model without the layers above `layer` (1-based); its fingerprint stays that of the whole model.
+
+        Raises:
+            ValueError: the model has no such layer.
+
+        """
+        if not 1 <= layer <= self.config.num_hidden_layers:
+            raise ValueError(
+                f"labels.layer: found {layer}, the teacher has the layers 1 to {self.config.num_hidden_layers}"
+            )
+        layers = jax.tree.map(lambda stacked: stacked[:layer], self.params["encoder"]["layers"])
+        params = {**self.params, "encoder": {**self.params["encoder"], "layers": layers}}
+        return replace(self, config=replace(self.config, num_hidden_layers=layer), params=params)
+
+
+class LayerFeatures:
+    """Output of transformer layer `layer` (1-based, FACTS A10), in evaluation, unmasked, waves normalised as trained.
+
+    Args:
+        teacher: the whole model; layers above are cut off.
+        layer: which output; before the final norm where there is one.
+        piece_seconds: longer utterances are cut into equal pieces not longer than this.
+        batch_seconds: audio in one batch over the devices of this host.
+        num_threads: threads that decode.
+
+    """
+
+    def __init__(
+        self, teacher: Teacher, layer: int, *, piece_seconds: float, batch_seconds: float, num_threads: int
+    ) -> None:
+        self._config = teacher.up_to(layer).config
+        self.geometry = Geometry(self._config.conv_kernel, self._config.conv_stride)
+        self.dim = self._config.hidden_size
+        frames_a_second = SAMPLE_RATE / self.geometry.hop
+        self._longest = max(SMALLEST_BUCKET, int(piece_seconds * frames_a_second))
+        self.description: Mapping[str, str | int] = {
+            "kind": "layer",
+            "layer": layer,
+            "params": teacher.fingerprint,
+            "piece_frames": self._longest,
+        }
+        self._batch_frames = int(batch_seconds * frames_a_second)
+        self._num_threads = num_threads
+        self._devices = jax.local_device_count()
+        self.params: Params = put_everywhere(teacher.up_to(layer).params)
+        self.compute = partial(layer_output, self._config)
+
+    def counts(self, lengths: Utterances) -> Utterances:
+        """Frames of the conv encoder."""
+        counts: Utterances = num_frames(lengths, self.geometry)
+        return counts
+
+    def sizes(self, lengths: Utterances) -> Counter[int]:
+        """Batches of each bucket of frames."""
+        everyone = np.arange(len(lengths))
+        pieces = Counter(bucket_of(piece.frames, self._longest) for piece in self._pieces(lengths, everyone))
+        return Counter({bucket: -(-count // self._rows(bucket)) for bucket, count in pieces.items()})
+
+    def batches(self, corpus: Corpus, utterances: Utterances) -> Iterator[Batch]:
+        """The layer's frames of the utterances, by length."""
+        return in_threads(
+            lambda planned: self._padded(corpus, *planned),
+            self._plan(np.asarray(corpus.lengths), utterances),
+            self._num_threads,
+        )
+
+    def empty(self, size: int) -> Batch:
+        """Rows of silence."""
+        return Batch(size, self._filler(size), ())
+
+    def _plan(self, lengths: Lengths, utterances: Utterances) -> Iterator[tuple[int, tuple[Piece, ...]]]:
+        """(bucket in frames, pieces) of each batch; `Piece.row` counts frames of the flattened batch."""
+        ordered = sorted(self._pieces(lengths, utterances), key=lambda piece: piece.frames)
+        for bucket, group in itertools.groupby(ordered, key=lambda piece: bucket_of(piece.frames, self._longest)):
+            pieces, rows = list(group), self._rows(bucket)
+            for first in range(0, len(pieces), rows):
+                chosen = enumerate(pieces[first : first + rows])
+                yield bucket, tuple(piece._replace(row=row * bucket) for row, piece in chosen)
+
+    def _pieces(self, lengths: Lengths, utterances: Utterances) -> Iterator[Piece]:
+        for utterance, frames in zip(utterances.tolist(), self.counts(lengths[utterances]).tolist(), strict=True):
+            parts = -(-frames // self._longest)
+            edges = [part * frames // parts for part in range(parts)] + [frames]
+            for start, end in itertools.pairwise(edges):
+                yield Piece(utterance, start, end - start, 0)
+
+    def _rows(self, bucket: int) -> int:
+        return rows_for(bucket, self._batch_frames, self._devices)
+
+    def _filler(self, bucket: int) -> Padded:
+        rows, samples = self._rows(bucket), samples_of(bucket, self.geometry)
+        return Padded(
+            np.zeros((rows, samples), np.int16),
+            np.zeros(rows, np.int32),
+            np.zeros(rows, np.float32),
+            np.ones(rows, np.float32),
+        )
+
+    def _padded(self, corpus: Corpus, bucket: int, pieces: tuple[Piece, ...]) -> Batch:
+        batch = self._filler(bucket)
+        for row, piece in enumerate(pieces):
+            first, needed = piece.start * self.geometry.hop, samples_for(piece.frames, self.geometry)
+            left = int(corpus.lengths[piece.utterance]) - first
+            taken = left if left < needed + self.geometry.hop else needed
+            batch.waveform[row, :taken] = corpus.wave(piece.utterance, first, taken)
+            batch.num_samples[row] = taken
+            batch.mean[row] = corpus.means[piece.utterance]
+            batch.variance[row] = corpus.variances[piece.utterance]
+        return Batch(bucket, batch, pieces)
+
+
+def layer_output(config: WavLMConfig, params: Params, batch: Padded) -> Float[Array, "rows_and_frames dim"]:
+    """The last layer of a teacher that was cut off there (`Teacher.up_to`), frame after frame, float32."""
+    waveform = jnp.asarray(batch.waveform, jnp.float32) / INT16_SCALE
+    if config.do_normalize:
+        scale = jax.lax.rsqrt(batch.variance + config.normalize_eps)
+        waveform = (waveform - batch.mean[:, None]) * scale[:, None]
+    # Padding needs no care: the model zeroes what lies past num_samples.
+    output: Any = WavLM(config).apply({"params": params}, waveform, batch.num_samples, output_hidden_states=True)
+    return output.hidden_states[-1].reshape(-1, config.hidden_size).astype(jnp.float32)
+
+
+def rows_for(bucket: int, batch_frames: int, devices: int) -> int:
+    """Rows of a batch of `bucket` frames: the same on each device, at least one."""
+    return max(1, batch_frames // (bucket * devices)) * devices
+
+
+def samples_of(bucket: int, geometry: Geometry) -> int:
+    """Samples of a row; a last piece keeps those after its last frame: they count in the statistics of a group norm."""
+    return samples_for(bucket + 1, geometry) - 1
+
+
+def bucket_of(frames: int, longest: int) -> int:
+    """The static length that `frames` are padded to: 32, 48, 64, 96, 128, ... but never above `longest`."""
+    size = SMALLEST_BUCKET
+    while size < frames:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return min(size, longest)
+
+
+def choose_utterances(
+    lengths: Int64[np.ndarray, " utterances"], sample_seconds: float | None, seed: int
+) -> Int64[np.ndarray, " sampled"]:
+    """Random whole utterances of together at least `sample_seconds` (None: all), ascending."""
+    if sample_seconds is None:
+        return np.arange(len(lengths), dtype=np.int64)
+    order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(lengths))
+    before = np.cumsum(lengths[order]) - lengths[order]
+    return np.sort(order[before < sample_seconds * SAMPLE_RATE]).astype(np.int64)
+
+
+def choose_frames(total: int, size: int, seed: int) -> Int64[np.ndarray, " frames"]:
+    """`size` of the numbers below `total` (all of them if fewer), ascending: a random one in each of `size` strata."""
+    if total <= size:
+        return np.arange(total, dtype=np.int64)
+    strata = (np.arange(size + 1) * total) // size
+    offsets = np.random.Generator(np.random.Philox(key=seed)).random(size)
+    return strata[:-1] + (offsets * np.diff(strata)).astype(np.int64)
+
+
+class Drawing:
+    """Draws at most `size` frames out of features that come by; memory depends on `size` and `dim` alone.
+
+    Args:
+        utterances: ascending.
+        counts: frames of each of them.
+        size: frames to keep.
+        dim: width of a frame.
+        seed: decides which.
+
+    """
+
+    def __init__(
+        self,
+        utterances: Int64[np.ndarray, " sampled"],
+        counts: Int64[np.ndarray, " sampled"],
+        *,
+        size: int,
+        dim: int,
+        seed: int,
+    ) -> None:
+        self._utterances = utterances
+        self._chosen = choose_frames(int(counts.sum()), size, seed)
+        self._starts = np.cumsum(counts) - counts
+        self.kept: Float32[np.ndarray, "frames dim"] = np.zeros((len(self._chosen), dim), np.float32)
+        """0 in the places of frames that have not come by."""
+
+    def take(self, result: Float[Array, "rows dim"], pieces: tuple[Piece, ...]) -> None:
+        """The features of a batch; fetched from the devices if a frame of this host's rows is chosen."""
+        features: np.ndarray | None = None
+        for piece in pieces:
+            first = int(self._starts[np.searchsorted(self._utterances, piece.utterance)]) + piece.start
+            low, high = np.searchsorted(self._chosen, [first, first + piece.frames])
+            if high > low:
+                features = own_rows(result) if features is None else features
+                self.kept[low:high] = features[self._chosen[low:high] - first + piece.row]

@@ -18,9 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int, UInt32
 
-from pretrain.files import read_tensors, write_tensors
-from pretrain.row_shards import fit_sharding, put
-from pretrain.shares import of_first
+from pretrain.shares import fit_sharding, of_first, put, read_tensors, write_tensors
 from wavlm_jax.shapes import Scalar, StepKey
 
 Frames = Float[Array, "frames dim"]

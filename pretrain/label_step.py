@@ -1,23 +1,42 @@
-"""The device's part of making labels, traced from the config alone: what `wavlm_jax.plan` compiles."""
+"""The device's part of making labels, traced from the config alone: what `wavlm_jax.plan` compiles.
+
+All hosts make features side by side: the same program at the same time on the devices of all, each its own rows.
+
+A host that has fewer batches than others, or that has failed, goes on with filler, so that nobody waits on a device for
+a program that never comes; what failed is told at the next meeting (`shares.together`).
+
+From features to the labels of consecutive utterances.
+"""
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Traced
+from jaxtyping import Array, Int, Int64, UInt16
 
-from pretrain.assigning import label_program
-from pretrain.features import MFCC_BLOCK, mfcc_frames
-from pretrain.layer_features import Padded, layer_output, rows_for, samples_of
-from pretrain.mfcc import MFCC_DIM
-from pretrain.row_shards import ROWS, row_mesh, rows_over
+from pretrain.features import (
+    MFCC_BLOCK,
+    MFCC_DIM,
+    Corpus,
+    FeatureSource,
+    Padded,
+    Piece,
+    Utterances,
+    layer_output,
+    mfcc_frames,
+    rows_for,
+    samples_of,
+)
+from pretrain.kmeans import Centroids, nearest
+from pretrain.shares import ROWS, LabelError, most, own_rows, put_rows, row_mesh, row_sharding, rows_over, together
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.model.wavlm import WavLM
 from wavlm_jax.settings import read
@@ -97,3 +116,162 @@ def _shape(
     shape: Sequence[int], mesh: Mesh, spec: PartitionSpec | None = None, dtype: Any = np.float32
 ) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=NamedSharding(mesh, spec or PartitionSpec()))
+
+
+Result = TypeVar("Result")
+Part = tuple[int, int]
+"""The first of consecutive items, and the one behind the last."""
+Program = Callable[[Any], Array]
+"""From the arrays of a batch of all hosts to an array of which each has its rows."""
+Use = Callable[[Array, tuple[Piece, ...]], None]
+_Done = tuple[Array, tuple[Piece, ...]]
+
+
+def in_parts(name: str, parts: Sequence[Part], do: Callable[[int, int], None]) -> None:
+    """Does one part after the other; hosts that have none left do (0, 0) until all have done theirs.
+
+    Args:
+        name: of the stage, for messages.
+        parts: of this host.
+        do: one of them, the same programs on all hosts. May fail on some hosts only.
+
+    Raises:
+        LabelError, HostsMissing: as `together`.
+
+    """
+    rounds = most(f"parts of {name}", {0: len(parts)})[0]
+    for first, end in [*parts, *[(0, 0)] * (rounds - len(parts))]:
+        together(name, partial(do, first, end))
+
+
+def in_rounds(
+    name: str, source: FeatureSource, corpus: Corpus, utterances: Utterances, program: Program, use: Use
+) -> None:
+    """Gives the batches of some utterances to the devices, while other hosts give those of theirs.
+
+    Args:
+        name: of the stage, for messages.
+        source: of the batches.
+        corpus: of the utterances.
+        utterances: of this host.
+        program: what to compute.
+        use: gets what comes of each batch of this host, one batch late so that the devices never wait for the host.
+
+    Raises:
+        ValueError, OSError: of `source` or `use`, after the rounds of the other hosts.
+
+    """
+    ours = source.sizes(np.asarray(corpus.lengths)[utterances])
+    everyones = most(f"batches of {name}", ours)
+    trial, sharding, batches = _Trial(), row_sharding(), source.batches(corpus, utterances)
+    mesh: Any = sharding.mesh
+    done: _Done | None = None
+    for size, rounds in sorted(everyones.items()):
+        for number in range(rounds):
+            batch = trial.of(lambda: next(batches, None)) if number < ours[size] else None
+            # None too where the audio is shorter than the corpus says, or something failed.
+            arrays, pieces = source.empty(size)[1:] if batch is None else batch[1:]
+            with rows_over(mesh):
+                result = program(put_rows(arrays, sharding))
+            trial.of(partial(_use, use, done))
+            done = result, pieces
+    trial.of(partial(_use, use, done))
+    trial.end()
+
+
+def _use(use: Use, done: _Done | None) -> None:
+    if done is not None and done[1]:
+        use(*done)
+
+
+class _Trial:
+    """What may fail on this host while others go on: after the first failure nothing more is tried."""
+
+    def __init__(self) -> None:
+        self._error: Exception | None = None
+
+    def of(self, do: Callable[[], Result]) -> Result | None:
+        """What `do` gives; None where it or something before it failed. Alone nobody waits: what it raises."""
+        if self._error is not None:
+            return None
+        try:
+            return do()
+        except (ValueError, OSError) as error:
+            if jax.process_count() == 1:
+                raise
+            self._error = error
+            return None
+
+    def end(self) -> None:
+        """Raises what failed."""
+        if self._error is not None:
+            raise self._error
+
+
+PART_LABELS = 2**20
+"""Labels that are made between two notes on progress."""
+Edges = Int64[np.ndarray, " edges"]
+
+
+def parts_of(offsets: Edges, first: int, end: int) -> list[tuple[int, int]]:
+    """The utterances from `first` to `end` (exclusive) in consecutive parts of about `PART_LABELS` labels.
+
+    Args:
+        offsets: of the labels of all utterances.
+        first: of the utterances.
+        end: behind the last of them.
+
+    """
+    parts = []
+    while first < end:
+        reach = int(np.searchsorted(offsets, offsets[first] + PART_LABELS))
+        parts.append((first, max(first + 1, min(reach, end))))
+        first = parts[-1][1]
+    return parts
+
+
+def label_program(compute: Callable[[Any, Any], Array], rows: NamedSharding) -> Any:
+    """Jitted: (params, arrays of a batch, centroids) -> int32, the label of each of its frames.
+
+    Args:
+        compute: of the features (`FeatureSource.compute`).
+        rows: of the batch and of the labels.
+
+    """
+
+    def label(params: Any, arrays: Any, centroids: Centroids) -> Int[Array, " frames"]:
+        return nearest(compute(params, arrays), centroids)[0]
+
+    return jax.jit(label, out_shardings=rows)
+
+
+class PartLabels:
+    """Labels of consecutive utterances from `first` on, one behind the other; `offsets` are theirs in the split."""
+
+    def __init__(self, offsets: Edges, first: int) -> None:
+        self._offsets, self._first = offsets, first
+        self._missing = int(offsets[-1] - offsets[0])
+        self._labels = np.zeros(self._missing, np.uint16)
+
+    def take(self, result: Int[Array, " frames"], pieces: tuple[Piece, ...]) -> None:
+        """The labels of a batch, this host's rows of it."""
+        found = own_rows(result)
+        for piece in pieces:
+            at = self._offsets[piece.utterance - self._first] - self._offsets[0] + piece.start
+            self._labels[at : at + piece.frames] = found[piece.row : piece.row + piece.frames]
+            self._missing -= piece.frames
+
+    def whole(self) -> UInt16[np.ndarray, " labels"]:
+        """All of them.
+
+        Raises:
+            LabelError: some were not taken.
+
+        """
+        if self._missing:
+            raise LabelError(
+                f"features: {self._missing} frames are missing from the utterances number {self._first} to "
+                f"{self._first + len(self._offsets) - 2}; the audio is shorter than the corpus says; prepare the "
+                "corpus again"
+            )
+        return self._labels

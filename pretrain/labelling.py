@@ -1,21 +1,248 @@
-"""Makes label stores: from the settings to features, clusters, labels and quality; resumable, and idempotent."""
+"""The stages from a corpus to a label store, each of which finds what an earlier run has left.
+
+Several hosts do each stage together, each its share of the utterances; the first writes what is there once.
+
+request.json                   what is being made, written first: another request for the same folder is an error
+kmeans.progress.safetensors    the fit after its last pass
+kmeans.safetensors             the fit
+{split}.progress.json          labels of a split up to some utterance (.progress.1-of-4.json: of a host's share)
+header.json                    written last
+
+Makes label stores: from the settings to features, clusters, labels and quality; resumable, and idempotent.
+"""
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array, Float32
+from tqdm import tqdm
 
-from pretrain.features import Corpus, FeatureSource, MfccFeatures
-from pretrain.label_request import TRAIN, LabelRequest
-from pretrain.labels import LabelError, LabelHeader, LabelSettings, LabelStore
-from pretrain.layer_features import LayerFeatures, Teacher
+from pretrain.features import (
+    Corpus,
+    Drawing,
+    FeatureSource,
+    LayerFeatures,
+    MfccFeatures,
+    Piece,
+    Teacher,
+    choose_utterances,
+)
+from pretrain.kmeans import KMeans, fit
+from pretrain.label_step import PartLabels, Use, in_parts, in_rounds, label_program, parts_of
+from pretrain.labels import FORMAT, HEADER, LabelHeader, LabelSettings, LabelStore, SplitHeader, SplitWriter
 from pretrain.quality import measure, report
-from pretrain.shares import Share, together
+from pretrain.shares import (
+    LabelError,
+    Share,
+    offsets_of,
+    put_everywhere,
+    read_json,
+    row_sharding,
+    together,
+    total,
+    utterance_keys,
+    write_json,
+)
+from wavlm_jax.loading import Load
 from wavlm_jax.shapes import SAMPLE_RATE, Params
-from wavlm_jax.starting import Load
+from wavlm_jax.training.hosts import from_first
+
+REQUEST, CLUSTERS, FIT = "request.json", "kmeans.safetensors", "kmeans.progress.safetensors"
+TRAIN = "train"
+
+
+@dataclass(frozen=True)
+class LabelRequest:
+    """What is to be made, and the stages of making it."""
+
+    settings: LabelSettings
+    source: FeatureSource
+    corpora: Mapping[str, Corpus]
+
+    @property
+    def folder(self) -> Path:
+        """Of the label store."""
+        return Path(self.settings.path)
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """Everything that shapes the clusters; nothing that only changes speed or memory."""
+        return {
+            "format": FORMAT,
+            "num_clusters": self.settings.num_clusters,
+            "teacher": dict(self.source.description),
+            "seed": self.settings.seed,
+            "sample_seconds": self.settings.sample_seconds,
+            "kmeans": asdict(self.settings.kmeans),
+            "corpus": self.corpora[TRAIN].fingerprint,
+        }
+
+    @property
+    def digest(self) -> str:
+        """Tells two requests apart."""
+        return hashlib.sha256(json.dumps(self.request, sort_keys=True).encode()).hexdigest()[:16]
+
+    def existing(self) -> LabelHeader | None:
+        """The header of a store that answers this request, perhaps for fewer splits; None where there is none yet."""
+        self._check_request()
+        if not (self.folder / HEADER).exists():
+            return None
+        header = LabelHeader.load(self.folder)
+        for split, corpus in self.corpora.items():
+            if split in header.splits and header.corpora[split] != corpus.fingerprint:
+                raise LabelError(
+                    f"{self.folder}: has labels of {split} for the corpus {header.corpora[split]}, the config names "
+                    f"{corpus.fingerprint}; choose another config.labels.path, or remove the folder"
+                )
+        return header
+
+    def _check_request(self) -> None:
+        file = self.folder / REQUEST
+        if not file.exists():
+            return
+        found, wanted = read_json(file), self.request
+        other = [key for key in wanted if key not in found or found[key] != wanted[key]]
+        if other:
+            changes = "; ".join(f"{key}: {found.get(key)}, asked for {wanted[key]}" for key in other)
+            raise LabelError(
+                f"{self.folder}: holds labels of another request ({changes}); choose another config.labels.path "
+                "(--out), or remove the folder"
+            )
+
+    def claim(self) -> None:
+        """Notes in the folder what is being made in it."""
+        write_json(self.folder / REQUEST, self.request)
+
+    def clusters(self) -> KMeans:
+        """The clusters of this request: read, or learned."""
+        file = self.folder / CLUSTERS
+        if from_first("whether the clusters are there", str(file.exists())) == str(True):
+            return KMeans.load(file, self.digest)
+        made = fit(
+            total(self._sample()),
+            self.settings.num_clusters,
+            self.settings.kmeans,
+            seed=self.settings.seed,
+            checkpoint=self.folder / FIT,
+            made_from=self.digest,
+            on_pass=_say_pass if Share.here().first else _say_nothing,
+        )
+        if Share.here().first:
+            made.save(file, self.digest)
+        return made
+
+    def _sample(self) -> Float32[np.ndarray, "frames dim"]:
+        """The frames to fit on that are in this host's share of the utterances, 0 in the places of the others."""
+        corpus = self.corpora[TRAIN]
+        lengths = np.asarray(corpus.lengths)
+        utterances = choose_utterances(lengths, self.settings.sample_seconds, self.settings.seed)
+        counts = self.source.counts(lengths[utterances])
+        first, end = Share.here().of(lengths[utterances])
+        drawing = Drawing(
+            utterances,
+            counts,
+            size=self.settings.kmeans.sample_frames,
+            dim=self.source.dim,
+            seed=self.settings.seed,
+        )
+        program = partial(jax.jit(self.source.compute, out_shardings=row_sharding()), self.source.params)
+        name, edges = "features to cluster", offsets_of(counts)
+        with _bar(float(lengths[utterances[first:end]].sum() / SAMPLE_RATE), name) as bar:
+            use = _watched(drawing.take, bar, self.settings.rate_hz)
+
+            def part(start: int, stop: int) -> None:
+                in_rounds(name, self.source, corpus, utterances[start:stop], program, use)
+
+            in_parts(name, parts_of(edges, first, end), part)
+        return drawing.kept
+
+    def header(self, clusters: KMeans) -> LabelHeader:
+        """The header of a store that has no split yet."""
+        lengths = np.asarray(self.corpora[TRAIN].lengths)
+        sampled = choose_utterances(lengths, self.settings.sample_seconds, self.settings.seed)
+        frames = int(self.source.counts(lengths[sampled]).sum())
+        return LabelHeader(
+            format=FORMAT,
+            num_clusters=self.settings.num_clusters,
+            rate_hz=self.settings.rate_hz,
+            kmeans=clusters.fingerprint,
+            inertia=clusters.inertia,
+            teacher=self.source.description,
+            seed=self.settings.seed,
+            sample_share=float(lengths[sampled].sum() / lengths.sum()),
+            sample_frames=min(frames, self.settings.kmeans.sample_frames),
+            request=self.digest,
+            splits={},
+        )
+
+    def label(self, split: str, corpus: Corpus, clusters: KMeans) -> SplitHeader:
+        """Labels a split, each host its share, from where an earlier run stopped."""
+        lengths = np.asarray(corpus.lengths)
+        made_from = f"{corpus.fingerprint} {clusters.fingerprint}"
+        counts, share = self.source.counts(lengths), Share.here()
+        keys, name = utterance_keys(corpus.ids), f"labels of {split}"
+        writer = together(name, lambda: SplitWriter(self.folder, split, counts, keys, made_from, share))
+        self._fill(name, writer, corpus, clusters)
+        together(name, writer.finish)
+        digest = together(f"joined labels of {split}", lambda: writer.join() if share.first else "")
+        return SplitHeader(
+            corpus=corpus.fingerprint,
+            kmeans=clusters.fingerprint,
+            utterances=len(lengths),
+            labels=int(writer.offsets[-1]),
+            sha256=digest,
+            quality={},
+        )
+
+    def _fill(self, name: str, writer: SplitWriter, corpus: Corpus, clusters: KMeans) -> None:
+        rows, centroids = row_sharding(), put_everywhere(clusters.centroids)
+        label = label_program(self.source.compute, rows)
+        seconds = np.asarray(corpus.lengths)[writer.done : writer.end].sum() / SAMPLE_RATE
+        with _bar(float(seconds), name) as bar:
+
+            def part(first: int, end: int) -> None:
+                made = PartLabels(writer.offsets[first : end + 1], first)
+                in_rounds(
+                    name,
+                    self.source,
+                    corpus,
+                    np.arange(first, end),
+                    lambda arrays: label(self.source.params, arrays, centroids),
+                    _watched(made.take, bar, self.settings.rate_hz),
+                )
+                if end > first:
+                    writer.write(first, end, made.whole())
+
+            in_parts(name, parts_of(writer.offsets, writer.done, writer.end), part)
+
+
+def _say_pass(number: int, inertia: float) -> None:
+    print(f"k-means: pass {number}, inertia {inertia:.6g}", flush=True)
+
+
+def _say_nothing(_number: int, _inertia: float) -> None:
+    pass
+
+
+def _bar(seconds: float, name: str) -> Any:
+    """A progress bar in seconds of audio, on the first host's terminal only."""
+    disable = None if Share.here().first else True
+    return tqdm(total=round(seconds), desc=name, unit="s", unit_scale=True, disable=disable)
+
+
+def _watched(use: Use, bar: Any, rate_hz: int) -> Use:
+    def watched(result: Array, pieces: tuple[Piece, ...]) -> None:
+        bar.update(sum(piece.frames for piece in pieces) / rate_hz)
+        use(result, pieces)
+
+    return watched
 
 
 def make_labels(settings: LabelSettings, corpora: Mapping[str, Corpus], load: Load) -> LabelHeader:

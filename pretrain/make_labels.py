@@ -19,11 +19,11 @@ import wavlm_jax.command_line
 from pretrain.labelling import make_labels
 from pretrain.labels import LabelSettings
 from pretrain.shares import Share
-from wavlm_jax.data.corpora import DataSettings, open_corpora
+from wavlm_jax.data.corpus import DataSettings, open_corpora
 from wavlm_jax.loading import load_weights
 from wavlm_jax.settings import read
-from wavlm_jax.training import host_flags
-from wavlm_jax.training.waiting import HostsMissing
+from wavlm_jax.training import hosts
+from wavlm_jax.training.hosts import HostsMissing
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Pre-training config; its sections data and labels are used.")
 _TEACHER = flags.DEFINE_string(
@@ -51,7 +51,7 @@ def main(_: Sequence[str]) -> None:
     """Makes the labels that the flags ask for; what a person can put right is one message."""
     config = _CONFIG.value
     try:
-        host_flags.join()
+        hosts.join_from_flags()
         settings = label_settings(config)
         header = make_labels(settings, open_corpora(read(config.data, DataSettings, "data")), load_weights)
     except (ValueError, OSError, HostsMissing) as error:

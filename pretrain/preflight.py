@@ -11,11 +11,10 @@ import numpy as np
 from jaxtyping import Int64, UInt16
 
 from pretrain.features import Corpus
-from pretrain.label_arrays import LabelError, array_digest, file_of, utterance_keys
 from pretrain.labels import LabelSettings, LabelStore
 from pretrain.quality import entropy
-from wavlm_jax.audio.frames import expected_labels
-from wavlm_jax.shapes import SAMPLE_RATE, num_frames
+from pretrain.shares import LabelError, array_digest, file_of, utterance_keys
+from wavlm_jax.shapes import SAMPLE_RATE, expected_labels, num_frames
 
 TOLERANCE = 1
 """Labels that an utterance may have more or fewer than its frames ask for."""

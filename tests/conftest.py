@@ -34,7 +34,7 @@ def _flags_parsed() -> None:
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory):
     """A bucket of a server of its own; imported here, because few tests need what serves it."""
-    from buckets import serving
+    from tests.support.buckets import serving
 
     with serving(tmp_path_factory.mktemp("server")) as found:
         yield found

@@ -1,12 +1,12 @@
 """Benchmarks that nothing else calls still run: on little, without a look at their figures."""
 
 import pytest
-from tones import make_corpus, ten_texts
-from train_flags import parsed
 
 from bench import first_step, labels
+from tests.support.tones import make_corpus, ten_texts
+from tests.support.train_flags import parsed
 from wavlm_jax.settings import read_sections
-from wavlm_jax.training.run_settings import RunSettings
+from wavlm_jax.training.start import RunSettings
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections' way to load a file

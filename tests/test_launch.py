@@ -9,16 +9,15 @@ from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
-from train_flags import parsed
 
 from bench import plan_table
 from configs.pretrain import base, base_plus, large, xlarge
 from configs.pretrain.machines import MACHINES
 from pretrain.task import outline
+from tests.support.train_flags import parsed
 from wavlm_jax.plan.targets import open_target
-from wavlm_jax.training.mesh import MeshSettings, make_mesh
-from wavlm_jax.training.sharding import SMALLEST_SHARD
-from wavlm_jax.training.topology import Topology
+from wavlm_jax.training.sharding import SMALLEST_SHARD, MeshSettings, make_mesh
+from wavlm_jax.training.task import Topology
 
 ROOT = Path(__file__).parents[1]
 PRETRAINING = sorted(path.stem for path in (ROOT / "configs" / "pretrain").glob("*.py") if path.stem != "machines")
@@ -155,7 +154,7 @@ def test_messages_are_flat_from_16_to_256_chips_and_in_the_dtype_of_the_config(n
 
 @pytest.mark.parametrize("name", plan_table.MODELS)
 def test_no_array_is_brought_to_every_device_for_want_of_another_way(name):
-    """XLA's "involuntary full rematerialization": none in any cell; tests/test_run_plan.py shows that it is found."""
+    """XLA's "involuntary full rematerialization": none in any cell; tests/plan shows that it is found."""
     cells = [cell for split in ("train", "valid") for cell in recorded(name, split).values()]
     assert [cell["replicated"] for cell in cells] == [[]] * len(cells)
 

@@ -11,23 +11,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from foreign_layouts import microsoft_config, microsoft_head, microsoft_state, torchaudio_state
-from hostile import code_in_tensor_slot
 from jax.sharding import AxisType, Mesh
 from safetensors.numpy import load_file, save_file
-from torch_twins import small_config, torch_model
 
 import wavlm_jax
 from pretrain.task import build
-from tests.speech import make_corpora, tiny_config
-from wavlm_jax.convert.faults import DamagedFile, HostileFile
-from wavlm_jax.convert.names import ConversionError
+from tests.support.foreign_layouts import microsoft_config, microsoft_head, microsoft_state, torchaudio_state
+from tests.support.hostile import code_in_tensor_slot
+from tests.support.speech import make_corpora, tiny_config
+from tests.support.torch_twins import small_config, torch_model
+from wavlm_jax.convert.state_dict import ConversionError
+from wavlm_jax.files import DamagedFile, HostileFile
 from wavlm_jax.loading import _task_head, load_weights
 from wavlm_jax.settings import read_sections
-from wavlm_jax.training import loop, stored
-from wavlm_jax.training.mesh import MESH_AXES
-from wavlm_jax.training.run_settings import RunSettings
-from wavlm_jax.training.topology import Topology
+from wavlm_jax.training import checkpoint as stored
+from wavlm_jax.training import loop
+from wavlm_jax.training.sharding import MESH_AXES
+from wavlm_jax.training.start import RunSettings
+from wavlm_jax.training.task import Topology
 from wavlm_jax.training.workdir import Workdir
 
 CONFIG = small_config()

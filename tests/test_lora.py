@@ -8,20 +8,18 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tones import ONE, make_corpus, ten_texts, tiny_ctc, train
 
 import wavlm_jax
+from tests.support.tones import ONE, make_corpus, ten_texts, tiny_ctc, train
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.lora import LoRASettings, adapted, exact_product, fresh_adapters, merged
 from wavlm_jax.model.wavlm import WavLM
 from wavlm_jax.settings import SettingsError
 from wavlm_jax.tasks import ctc
 from wavlm_jax.training import sharding
-from wavlm_jax.training.axes import WAVLM_AXES
-from wavlm_jax.training.mesh import MeshSettings, make_mesh
-from wavlm_jax.training.state import init_key
-from wavlm_jax.training.stored import load_params
-from wavlm_jax.training.trees import path_name
+from wavlm_jax.training.checkpoint import load_params
+from wavlm_jax.training.sharding import WAVLM_AXES, MeshSettings, make_mesh, path_name
+from wavlm_jax.training.step import init_key
 
 LORA = {"pattern": "attention/(q|v)_proj|feed_forward/output_dense", "rank": 3, "alpha": 6.0}
 

@@ -8,15 +8,15 @@ import types
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
-import toy_task
 from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
+from tests.support import toy_task
 from wavlm_jax.config import Compute, WavLMConfig
 from wavlm_jax.settings import SettingsError, convert, read, read_sections
-from wavlm_jax.training.run_settings import RunSettings
-from wavlm_jax.training.writers import WandbSettings
+from wavlm_jax.training.metric_writers import WandbSettings
+from wavlm_jax.training.start import RunSettings
 
 
 def as_config(value: Any) -> Any:

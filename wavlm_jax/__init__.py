@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 from wavlm_jax.version import __version__
 
 if TYPE_CHECKING:
-    from wavlm_jax.inference.calls import align, classify, diarize, embed, transcribe, verify
-    from wavlm_jax.model.ready import Model
-    from wavlm_jax.opening import load
-    from wavlm_jax.saving import save_huggingface, save_microsoft
+    from wavlm_jax.export import save_huggingface, save_microsoft
+    from wavlm_jax.inference.api import align, classify, diarize, embed, transcribe, verify
+    from wavlm_jax.loading import load
+    from wavlm_jax.weights import Model
 
 __all__ = [
     "Model",
@@ -29,15 +29,15 @@ _CALLS = ("align", "classify", "diarize", "embed", "transcribe", "verify")
 def __getattr__(name: str) -> Any:
     """The functions that most people want, imported when they are asked for: `import wavlm_jax` alone costs nothing."""
     if name in ("save_huggingface", "save_microsoft"):
-        from wavlm_jax import saving  # noqa: PLC0415
+        from wavlm_jax import export as saving  # noqa: PLC0415
 
         return getattr(saving, name)
     if name in _CALLS:
-        from wavlm_jax.inference import calls  # noqa: PLC0415
+        from wavlm_jax.inference import api as calls  # noqa: PLC0415
 
         return getattr(calls, name)
     if name in ("load", "Model"):
-        from wavlm_jax import opening  # noqa: PLC0415
+        from wavlm_jax import loading as opening  # noqa: PLC0415
 
         return getattr(opening, name)
     raise AttributeError(f"module 'wavlm_jax' has no attribute {name!r}; it has {', '.join(__all__)}")

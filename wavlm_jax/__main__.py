@@ -5,8 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from wavlm_jax.inference import commands
-from wavlm_jax.inference.diarize_command import add_diarize
-from wavlm_jax.inference.features_command import add_features
+from wavlm_jax.inference.commands import add_diarize, add_features
 from wavlm_jax.loading import load_weights
 
 EXIT_WRONG = 2

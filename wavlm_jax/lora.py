@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from wavlm_jax.settings import SettingsError
 from wavlm_jax.shapes import Params, StepKey
-from wavlm_jax.training.trees import path_name
+from wavlm_jax.training.sharding import path_name
 
 BRANCH = "lora"
 _BODY = "wavlm"

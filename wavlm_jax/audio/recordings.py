@@ -1,17 +1,102 @@
-"""Recordings on disk that are looked at piece by piece, so that memory does not grow with their length."""
+"""Waves of any length as one array that a model takes: normalised over their own samples, then padded (FACTS B6).
+
+Equal to transformers' Wav2Vec2FeatureExtractor where that looks at real samples only; where it would normalise over
+the padding (no attention mask, FACTS E13) the result here is the one with the mask.
+
+Recordings on disk that are looked at piece by piece, so that memory does not grow with their length.
+
+Long audio in overlapping pieces: which samples to look at, and which frames of the whole file come out.
+
+Pieces start on the frame grid, so frame i of a piece that starts at frame s is frame s + i of the file: same samples,
+same time. Of an overlap each piece keeps its half, so every frame of the file is kept exactly once.
+"""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float32, Int32
 
-from wavlm_jax.audio.inputs import Samples, Statistics
 from wavlm_jax.audio.wave import AudioFault, decode, open_audio, read_blocks, resample, to_mono
-from wavlm_jax.shapes import SAMPLE_RATE, STANDARD, Geometry
+from wavlm_jax.config import WavLMConfig
+from wavlm_jax.shapes import SAMPLE_RATE, STANDARD, Geometry, num_frames, samples_for
+
+Samples = Float32[np.ndarray, "samples"]
+
+
+class Statistics(NamedTuple):
+    """What normalisation subtracts and divides by: of the whole wave, also where only a piece of it is looked at."""
+
+    mean: float
+    variance: float
+
+
+class Inputs(NamedTuple):
+    """Rows for a model."""
+
+    waveform: Float32[np.ndarray, "rows samples"]
+    num_samples: Int32[np.ndarray, "rows"]
+    """Real samples of each row; zeros follow."""
+
+
+def check_rate(rate: int, name: str = "audio") -> None:
+    """Refuse a wave at another rate than the model's.
+
+    Raises:
+        ValueError: naming both rates and the cure.
+
+    """
+    if rate != SAMPLE_RATE:
+        raise ValueError(f"{name}: found {rate} Hz, expected {SAMPLE_RATE} Hz; resample it (`audio.wave.resample`)")
+
+
+def statistics(wave: Samples) -> Statistics:
+    """Mean and population variance over all samples, accumulated in float64."""
+    return Statistics(float(wave.mean(dtype=np.float64)), float(wave.var(dtype=np.float64)))
+
+
+def normalize(wave: Samples, config: WavLMConfig, of: Statistics | None = None) -> Samples:
+    """`wave` with mean 0 and variance 1 where the model wants it, else as it is.
+
+    Args:
+        wave: at 16 kHz.
+        config: of the model; `do_normalize` and `normalize_eps` count (1e-7 in Hugging Face's extractor, 1e-5 in the
+            authors' code, FACTS E12).
+        of: the statistics of the utterance that `wave` is a piece of; None: `wave` is the whole of it.
+
+    """
+    if not config.do_normalize or not len(wave):
+        return wave
+    mean, variance = of or statistics(wave)
+    return ((wave - np.float32(mean)) / np.float32(np.sqrt(variance + config.normalize_eps))).astype(np.float32)
+
+
+def pad(waves: Sequence[Float32[np.ndarray, "_"]], samples: int | None = None) -> Inputs:
+    """Waves as rows with zeros behind them.
+
+    Args:
+        waves: one a row.
+        samples: the width of the rows; None: of the longest wave.
+
+    Raises:
+        ValueError: a wave is longer than `samples`.
+
+    """
+    longest = max((len(wave) for wave in waves), default=0)
+    width = longest if samples is None else samples
+    if longest > width:
+        raise ValueError(f"waves: the longest has {longest} samples, expected at most {width}; nothing is cut off here")
+    waveform = np.zeros((len(waves), width), np.float32)
+    for row, wave in zip(waveform, waves, strict=True):
+        row[: len(wave)] = wave
+    return Inputs(waveform, np.array([len(wave) for wave in waves], np.int32))
+
 
 _LISTED = 10
 
@@ -167,3 +252,62 @@ def _moments(blocks: Iterable[Samples]) -> Statistics:
         mean += shift * size / (count + size)
         count += size
     return Statistics(mean, deviation / count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkSettings:
+    """How long audio is cut; what is not longer than a piece is looked at whole."""
+
+    seconds: float = 30.0
+    """Of one piece."""
+    overlap_seconds: float = 6.0
+    """That two pieces share: each frame that is kept has at least half of it as context on both sides."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.seconds < float("inf"):
+            raise ValueError(f"seconds: found a piece of {self.seconds} s, expected more than 0")
+        if not 0 <= self.overlap_seconds < self.seconds:
+            raise ValueError(
+                f"overlap_seconds: found {self.overlap_seconds}, expected 0 or more and less than the {self.seconds} s "
+                "of a piece"
+            )
+
+
+class Piece(NamedTuple):
+    """A stretch of a file. Frames are those of the file."""
+
+    start_sample: int
+    num_samples: int
+    first_frame: int
+    """Of the samples."""
+    keep_from: int
+    keep_to: int
+    """The frames that are taken from this piece: keep_from ... keep_to - 1."""
+
+
+def cut(num_samples: int, settings: ChunkSettings, geometry: Geometry = STANDARD) -> list[Piece]:
+    """The pieces of a file, in order; together they keep frames 0 ... num_frames(num_samples) - 1.
+
+    All pieces of a long file have the same length (one compilation); the last one ends with the file's last frame, so
+    it shares more with the one before. A file that fits into one piece is one piece, its last samples included.
+
+    Raises:
+        ValueError: the file has no frame.
+
+    """
+    total = num_frames(num_samples, geometry)
+    if total < 1:
+        raise ValueError(
+            f"audio: found {num_samples} samples, expected at least {geometry.receptive_field} for one frame"
+        )
+    size = max(1, num_frames(round(settings.seconds * SAMPLE_RATE), geometry))
+    if total <= size:
+        return [Piece(0, num_samples, 0, 0, total)]
+    overlap = min(round(settings.overlap_seconds * SAMPLE_RATE / geometry.hop), size - 1)
+    starts = [*range(0, total - size, size - overlap), total - size]
+    edges = [0, *((before + size + start) // 2 for before, start in pairwise(starts)), total]
+    width = samples_for(size, geometry)
+    return [
+        Piece(start * geometry.hop, width, start, edges[number], edges[number + 1])
+        for number, start in enumerate(starts)
+    ]

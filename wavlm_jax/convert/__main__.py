@@ -11,9 +11,8 @@ from pathlib import Path
 
 import jax
 
-from wavlm_jax.convert.model_card import conventions
-from wavlm_jax.opening import load
-from wavlm_jax.saving import save_huggingface, save_microsoft
+from wavlm_jax.export import conventions, save_huggingface, save_microsoft
+from wavlm_jax.loading import load
 
 EXIT_WRONG = 2
 _SAVE = {"huggingface": save_huggingface, "microsoft": save_microsoft}

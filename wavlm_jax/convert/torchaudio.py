@@ -12,21 +12,21 @@ from typing import Any
 import numpy as np
 
 from wavlm_jax.config import BASE_STRIDES, WavLMConfig
-from wavlm_jax.convert.known import check_known
-from wavlm_jax.convert.names import ConversionError, places
-from wavlm_jax.convert.source import Source
 from wavlm_jax.convert.state_dict import (
+    ConversionError,
+    Source,
     Sources,
+    check_known,
     check_layers,
     fill,
     match,
     old_spelling,
+    places,
     read_head,
     source_of,
     tensors_of,
 )
-from wavlm_jax.convert.torch_file import read_torch_file
-from wavlm_jax.convert.torch_tensor import LazyTensor
+from wavlm_jax.convert.torch_file import LazyTensor, read_torch_file
 from wavlm_jax.model.wavlm import parameter_shapes
 from wavlm_jax.weights import Origin, Weights
 

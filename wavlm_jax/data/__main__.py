@@ -6,20 +6,25 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from wavlm_jax.data import manifests, simulate_command
+from wavlm_jax.data import simulate as simulate_command
+from wavlm_jax.data import sources as manifests
+from wavlm_jax.data.batches import from_datasets
 from wavlm_jax.data.conform import Policy
-from wavlm_jax.data.corpus import Corpus
-from wavlm_jax.data.demo import DemoSettings, make_demo
-from wavlm_jax.data.espeak import EspeakError
-from wavlm_jax.data.header import CorpusError
-from wavlm_jax.data.pool import WorkerError
-from wavlm_jax.data.prepare import BAD_FILES, FREE_FAULTS, Preparation, PrepareError, Result, prepare, split
-from wavlm_jax.data.rows import from_datasets
+from wavlm_jax.data.corpus import TURNS, Corpus, CorpusError, attach_turns
+from wavlm_jax.data.demo_corpus import DemoSettings, EspeakError, make_demo
+from wavlm_jax.data.prepare import (
+    BAD_FILES,
+    FREE_FAULTS,
+    Preparation,
+    PrepareError,
+    Result,
+    WorkerError,
+    prepare,
+    split,
+)
 from wavlm_jax.data.sources import Source, SourceError, from_folder, has_audio
-from wavlm_jax.data.turns import TURNS, attach_turns
 from wavlm_jax.shapes import SAMPLE_RATE, samples_for
-from wavlm_jax.text.lines import RecordError
-from wavlm_jax.text.rttm import read_rttm
+from wavlm_jax.text.records import RecordError, read_rttm
 
 DESCRIPTION = """Prepares speech once for training and evaluation: an Arrow data set of 16 kHz mono 16-bit FLAC, and a
 header. SOURCE is a folder of audio (wav, flac, mp3, ogg, opus; with metadata.csv or metadata.jsonl, as an audiofolder

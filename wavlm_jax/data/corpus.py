@@ -1,21 +1,127 @@
-"""A prepared corpus: Arrow files of FLAC bytes, and a JSON header that says what it is.
+"""`header.json`, the last file that is written of a corpus: what the corpus is, and which files make it up.
+
+A prepared corpus: Arrow files of FLAC bytes, and a JSON header that says what it is.
 
 The folder opens with `datasets.load_from_disk` too (hub.py); here it is read by memory map, so that a worker process is
 up in no time. `header.json` is written last, so a folder that has one is whole.
+
+Who speaks when in the recordings of a corpus: `turns.rttm` beside its header, recordings named by utterance ids.
+
+A recording that has turns counts as annotated from its first to its last sample.
+
+The corpora that a config names: one to learn from, any number to evaluate on.
 """
 
 import bisect
 import functools
-from collections.abc import Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32, Int16, Int32, Int64
 
 from wavlm_jax.audio.wave import AudioFault, read_crop
-from wavlm_jax.data.header import HEADER, CorpusError, CorpusHeader, read_header, sha256_of
+from wavlm_jax.data.sources import SourceError
+from wavlm_jax.files import write_text
+from wavlm_jax.settings import SettingsError, read
+from wavlm_jax.shapes import SAMPLE_RATE
+from wavlm_jax.text.records import Turn, read_rttm, write_rttm
+
+FORMAT = 1
+HEADER = "header.json"
+
+
+class CorpusError(ValueError):
+    """A folder that is not a whole corpus; the message names the file and the cure."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One Arrow file of a corpus."""
+
+    file: str
+    rows: int
+    size: int
+    """Bytes."""
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusHeader:
+    """What `header.json` says."""
+
+    format: int
+    name: str
+    hours: float
+    count: int
+    """Utterances."""
+    speakers: int
+    """Distinct ones; 0 where the source names none."""
+    sample_rate: int
+    """Hz: 16,000."""
+    fingerprint: str
+    """SHA-256 over ids, lengths and decoded samples: the same on every machine and for every number of workers."""
+    source: str
+    """Where it came from, for people."""
+    source_digest: str
+    """SHA-256 over the source's list of utterances and the options that shaped the corpus."""
+    faults: dict[str, int]
+    """Name of a fault -> files left out for it; the files stand in bad_files.jsonl."""
+    dropped: dict[str, int]
+    """too_short, too_long -> utterances left out by --min-seconds and --max-seconds."""
+    warnings: dict[str, int]
+    """Name of a warning (down_mix_cancels, silent, clipped) -> files kept in spite of it."""
+    versions: dict[str, str]
+    shards: tuple[Shard, ...]
+
+
+def is_corpus(path: Path) -> bool:
+    """Whether `path` holds a whole corpus, as far as its header tells."""
+    return (path / HEADER).is_file()
+
+
+def write_header(folder: Path, header: CorpusHeader) -> None:
+    """Write `header.json`, the last file of a corpus, whole or not at all."""
+    draft = folder / "header.tmp"
+    draft.write_text(json.dumps(asdict(header), indent=2, ensure_ascii=False) + "\n")
+    draft.rename(folder / HEADER)
+
+
+def sha256_of(file: Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def read_header(path: Path) -> CorpusHeader:
+    """The header of the corpus in folder `path`.
+
+    Raises:
+        CorpusError: no header there, or one that this version cannot read.
+
+    """
+    file = path / HEADER
+    if not file.is_file():
+        parts = sorted(inner.parent.name for inner in path.glob(f"*/{HEADER}"))
+        if parts:
+            raise CorpusError(f"{path}: no corpus itself; it holds the corpora {', '.join(parts)}: open one of them")
+        raise CorpusError(
+            f"{path}: no {HEADER}, so not a whole corpus; make it: python -m wavlm_jax.data SOURCE --out {path}"
+        )
+    try:
+        values = json.loads(file.read_text())
+        found = values["format"]
+        if found != FORMAT:
+            raise CorpusError(f"{file}: corpus format {found}, this version reads {FORMAT}; prepare the corpus again")
+        return read(values, CorpusHeader, str(file))
+    except (json.JSONDecodeError, TypeError, KeyError, SettingsError) as error:
+        raise CorpusError(f"{file}: not a corpus header ({error}); prepare the corpus again") from error
+
 
 COLUMNS = ("id", "audio", "samples", "speaker", "text", "mean", "variance", "phones")
 """Of every shard; their types are `hub.FEATURES`."""
@@ -215,3 +321,98 @@ def _read_shard(file: Path) -> pa.Table:
             f"{file}: found columns {', '.join(table.schema.names)}, expected {', '.join(COLUMNS)}; prepare it again"
         )
     return table
+
+
+TURNS = "turns.rttm"
+
+
+def attach_turns(corpus: Corpus, turns: Sequence[Turn]) -> int:
+    """Put the turns of the corpus' recordings into its folder, whole or not at all; turns of others are left out.
+
+    Returns:
+        How many recordings have turns.
+
+    Raises:
+        SourceError: a turn that begins behind the end of its recording, or no recording that has any.
+
+    """
+    lengths = {str(name): int(samples) for name, samples in zip(corpus.ids, corpus.lengths, strict=True)}
+    held = [turn for turn in turns if turn.recording in lengths]
+    if not held:
+        found = ", ".join(sorted({turn.recording for turn in turns})[:3]) or "none"
+        raise SourceError(
+            f"{corpus.path}: no turn is of one of its recordings; the turns are of {found}, the recordings are called "
+            f"{', '.join(list(lengths)[:3])}; the second column of an RTTM file is an utterance id"
+        )
+    for turn in held:
+        if turn.start * SAMPLE_RATE >= lengths[turn.recording]:
+            raise SourceError(
+                f"{corpus.path}: a turn of {turn.recording} begins at {turn.start:.3f} s, the recording lasts "
+                f"{lengths[turn.recording] / SAMPLE_RATE:.3f} s; are the turns of another recording?"
+            )
+    write_text(corpus.path / TURNS, write_rttm(held))
+    return len({turn.recording for turn in held})
+
+
+def turns_of(corpus: Corpus) -> Mapping[str, Sequence[Turn]]:
+    """The turns of each recording that has any, by utterance id.
+
+    Raises:
+        FileNotFoundError: the corpus has no `turns.rttm`.
+        RecordError: a line of it that cannot be right, by its number.
+
+    """
+    file = corpus.path / TURNS
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file}: no such file; a corpus gets its turns when it is prepared: python -m wavlm_jax.data SOURCE --out "
+            f"{corpus.path} --rttm FILE ... (again, where it is there already)"
+        )
+    found: dict[str, list[Turn]] = {}
+    for turn in read_rttm(file):
+        found.setdefault(turn.recording, []).append(turn)
+    return found
+
+
+Corpora: TypeAlias = dict[str, Corpus]
+"""By split, `train` first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """The config section `data`: folders that `python -m wavlm_jax.data` prepared."""
+
+    train: str
+    evaluation: tuple[str, ...]
+    """A split is called what its folder is called: corpora/demo/valid is `valid`."""
+    evaluation_buckets: tuple[int, ...]
+    """Frames that held-out utterances are padded to; longer ones are cut to the last."""
+
+    def __post_init__(self) -> None:
+        names = ["train", *(Path(path).name for path in self.evaluation)]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise ValueError(
+                f"evaluation: two folders are called {min(twice)!r}; expected distinct names, none `train`"
+            )
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """Folder of each split, `train` first."""
+        return {"train": Path(self.train), **{Path(path).name: Path(path) for path in self.evaluation}}
+
+
+def open_corpora(settings: DataSettings) -> Corpora:
+    """The corpus of each split, `train` first.
+
+    Raises:
+        FileNotFoundError: where a folder holds no corpus, with the command that makes one.
+
+    """
+    for split, folder in settings.folders.items():
+        if not (folder / "header.json").is_file():
+            raise FileNotFoundError(
+                f"config.data: {split} is {folder}, where there is no corpus (no header.json); make one with: "
+                f"python -m wavlm_jax.data SOURCE --out {folder}"
+            )
+    return {split: Corpus.open(folder) for split, folder in settings.folders.items()}

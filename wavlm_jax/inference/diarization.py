@@ -9,13 +9,11 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy.optimize import linear_sum_assignment
 
-from wavlm_jax.audio.chunks import ChunkSettings
-from wavlm_jax.audio.inputs import Inputs
-from wavlm_jax.audio.recordings import Recording
+from wavlm_jax.audio.recordings import ChunkSettings, Inputs, Recording
 from wavlm_jax.inference.running import Applied, Result, RunSettings, by_recording, geometry_of, in_order
 from wavlm_jax.shapes import STANDARD, Geometry, Params, num_frames
-from wavlm_jax.text.ctc import seconds
-from wavlm_jax.text.rttm import Turn
+from wavlm_jax.text.decoding import seconds
+from wavlm_jax.text.records import Turn
 
 Activity = Float[np.ndarray, "frames speakers"]
 

@@ -16,13 +16,12 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from wavlm_jax.audio.inputs import Inputs
-from wavlm_jax.audio.recordings import Recording
+from wavlm_jax.audio.recordings import Inputs, Recording
 from wavlm_jax.config import WavLMConfig
+from wavlm_jax.files import replacing
 from wavlm_jax.inference.running import RunSettings, frames_of, geometry_of, jobs_of, run
 from wavlm_jax.model.wavlm import WavLM, WavLMOutput
 from wavlm_jax.shapes import Params
-from wavlm_jax.whole_file import replacing
 
 HEADER = "features.json"
 

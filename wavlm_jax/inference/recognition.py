@@ -8,15 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wavlm_jax.audio.inputs import Inputs
-from wavlm_jax.audio.recordings import Recording, first_of
+from wavlm_jax.audio.recordings import Inputs, Recording, first_of
 from wavlm_jax.inference.running import RunSettings, by_recording, frames_of, in_order
 from wavlm_jax.model.heads import CTCOutput, WavLMForCTC
 from wavlm_jax.shapes import Params
-from wavlm_jax.text.alignment import Alignment, AlignmentError, align, check_fit
 from wavlm_jax.text.beam import BeamSearch
-from wavlm_jax.text.ctc import Span, Transcript, decode, seconds
-from wavlm_jax.text.ctm import TimedWord, write_ctm
+from wavlm_jax.text.decoding import Alignment, AlignmentError, Span, Transcript, align, check_fit, decode, seconds
+from wavlm_jax.text.records import TimedWord, write_ctm
 from wavlm_jax.text.vocabulary import UnknownCharactersError, Vocabulary, VocabularyError
 
 

@@ -7,12 +7,11 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from wavlm_jax.audio.inputs import Inputs
-from wavlm_jax.audio.recordings import Recording
+from wavlm_jax.audio.recordings import Inputs, Recording
 from wavlm_jax.inference.running import Compute, RunSettings, by_recording, in_order
 from wavlm_jax.model.heads import ClassOutput, Headed, WavLMForSequenceClassification
 from wavlm_jax.shapes import Params
-from wavlm_jax.text.trials import Trial
+from wavlm_jax.text.records import Trial
 
 Embedding = Float[np.ndarray, "embedding"]
 

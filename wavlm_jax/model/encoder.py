@@ -9,11 +9,10 @@ from flax.linen.spmd import with_logical_constraint
 from jaxtyping import Array, Bool, Float, Int
 
 from wavlm_jax.config import Compute, WavLMConfig
-from wavlm_jax.model.attention_layer import Attention, Method
-from wavlm_jax.model.elements import Site, dropout, gelu, keep_where, layer_norm, linear, site_keys
-from wavlm_jax.model.kernel_rules import ATTENDED
-from wavlm_jax.model.position import PairBias, Profile, RelativePositionTable, toeplitz
-from wavlm_jax.model.positional_conv import PositionalConvolution
+from wavlm_jax.model.attention import Attention, Method
+from wavlm_jax.model.fused_attention import ATTENDED
+from wavlm_jax.model.layers import Site, dropout, gelu, keep_where, layer_norm, linear, site_keys
+from wavlm_jax.model.position import PairBias, PositionalConvolution, Profile, RelativePositionTable, toeplitz
 from wavlm_jax.shapes import FrameMask, Hidden, RowKeys, StepKey
 
 AXES = ("rows", "frames", "width")

@@ -1,16 +1,156 @@
-"""From the arguments of attention to those of the fused kernels of TPUs and GPUs, and back."""
+"""What all ways to compute attention agree on: the logit of a padded key, and which probabilities are dropped.
+
+Dropout is a hash of (row's key, head, query, key frame). A generator that hands out its numbers in order would give
+every implementation other draws, and a kernel would have to store them for the backward pass; from a hash each computes
+the decisions it needs where it needs them.
+
+What a kernel needs of the rules of attention: its facts, exact products, and the hash that dropout is drawn from.
+
+The hash is of (row's key, head, query, key frame): whoever computes a tile of probabilities computes its decisions, and
+stores none.
+
+From the arguments of attention to those of the fused kernels of TPUs and GPUs, and back.
+"""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Int, Key, UInt32
 
-from wavlm_jax.model.attention_rules import EXCLUDED, AttentionDropout
-from wavlm_jax.model.kernel_rules import BLOCK, Differentiable, Facts, Fixed
 from wavlm_jax.model.position import Bias
 from wavlm_jax.shapes import FrameMask, Heads
+
+EXCLUDED = -1e30
+"""Logit of a key that is padding. Finite, so that a row without a valid frame gives a uniform softmax and not 0 / 0."""
+Seeds = UInt32[Array, "rows heads words=2"]
+
+
+class AttentionDropout(NamedTuple):
+    """A share threshold / RESOLUTION of the probabilities is dropped, the rest scaled up; nothing without seeds."""
+
+    threshold: int
+    seeds: Seeds | None
+
+    @property
+    def scale(self) -> float:
+        """What is kept is multiplied by this."""
+        return scale_of_kept(self.threshold)
+
+
+NO_DROPOUT = AttentionDropout(0, None)
+
+
+def attention_dropout(rate: float, keys: Key[Array, "rows"], num_heads: int) -> AttentionDropout:
+    """Dropout of a share `rate` of the probabilities, each row's by its own key."""
+    seeds: Seeds = jax.vmap(lambda key: jax.random.bits(key, (num_heads, 2), jnp.uint32))(keys)
+    return AttentionDropout(min(round(rate * RESOLUTION), RESOLUTION - 1), seeds)
+
+
+def kept(
+    threshold: int, seeds: Seeds, queries: Int[Array, "queries"], keys: Int[Array, "keys"]
+) -> Bool[Array, "rows heads queries keys"]:
+    """Which probabilities of these queries and keys are kept."""
+    pairs = queries // (2 * HALF) * HALF + queries % HALF
+    signed = jax.lax.bitcast_convert_type(seeds, jnp.int32)[:, :, None, None, :]
+    words = random_words(signed[..., 0], signed[..., 1], pairs[None, None, :, None], keys[None, None, None, :])
+    upper = (queries // HALF % 2 == 1)[None, None, :, None]
+    return jnp.where(upper, shifted_right(words, 16), words & (RESOLUTION - 1)) >= threshold
+
+
+RESOLUTION = 1 << 16
+"""Rates of dropout are rounded to 1 / 65,536: two decisions from one 32-bit word."""
+HALF = 64
+"""Queries q and q + HALF of each block of 2 * HALF share a word, so that a kernel's block splits between registers."""
+BLOCK = 2 * HALF
+"""Queries of a block of the fused kernels, which pad frames to a multiple of it."""
+ATTENDED = "attended"
+"""Name of the mixed values for recomputation policies: a fused kernel is no matrix product that they would know."""
+
+
+class Facts(NamedTuple):
+    """What a fused kernel knows beforehand."""
+
+    num_heads: int
+    head_dim: int
+    frames: int
+    """A multiple of BLOCK."""
+    has_bias: bool
+    has_fill: bool
+    drop_threshold: int
+    """Of `AttentionDropout`; 0: no dropout."""
+    group: int = 1
+    """Heads that are one block."""
+
+    @property
+    def width(self) -> int:
+        """Numbers of a frame in a group."""
+        return self.group * self.head_dim
+
+    @property
+    def num_groups(self) -> int:
+        """Blocks in which the heads are handled."""
+        return self.num_heads // self.group
+
+
+class Operands(NamedTuple):
+    """What all kernels read, as references inside of them; each module of kernels says in which blocks."""
+
+    query: Any
+    key: Any
+    value: Any
+    profile: Any
+    """float32: the bias of distance d at place frames + d."""
+    gate: Any
+    """float32, one a query."""
+    fill: Any
+    """float32, one a key: 0, or what stands in for the logits of a key that is padding."""
+    seeds: Any
+    """int32, two a row and head."""
+
+
+OPERANDS = Operands._fields
+Differentiable = tuple[Array, Array, Array, Array, Array]
+"""Query, key, value (rows, frames, width), profile (heads, 2 * frames) with distance d at place frames + d, and gate
+(rows, heads, frames)."""
+Fixed = tuple[Array, Array]
+"""Fill (rows, frames): 0 for a key that counts, else what its logit becomes; and int32 seeds (rows, heads, 2)."""
+
+
+def matmul(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
+    """Product over the named axes, float32; float32 operands are not rounded."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    axes = (((x_axis,), (y_axis,)), ((), ()))
+    return jax.lax.dot_general(x, y, axes, precision=precision, preferred_element_type=jnp.float32)
+
+
+def scale_of_kept(threshold: int) -> float:
+    """What is kept is multiplied by this, when threshold / RESOLUTION is dropped."""
+    return RESOLUTION / (RESOLUTION - threshold)
+
+
+def random_words(first: Array, second: Array, pairs: Array, keys: Array) -> Array:
+    """One random int32 for each pair of queries and each key frame, under two int32 seeds; shapes broadcast."""
+    return _scrambled(_scrambled(pairs * _ODD + first) ^ _scrambled(keys * _ODD + second))
+
+
+def _scrambled(x: Array) -> Array:
+    """A bijection of 32-bit words in which each bit of the result depends on all (multipliers: C. Wellons, 2018)."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32))):
+        x = (x ^ shifted_right(x, shift)) * factor
+    return x ^ shifted_right(x, 16)
+
+
+def shifted_right(x: Array, bits: int) -> Array:
+    """The upper bits of int32 words, zeros moving in."""
+    return jax.lax.shift_right_logical(x, jnp.full_like(x, bits))
+
+
+_ODD = 0x9E3779B9 - (1 << 32)
+"""The golden ratio's bits: successive multiples spread over all words."""
+
 
 Kernels = Callable[[Facts, Differentiable, Fixed], Array]
 """To mixed values, in the form of the query."""

@@ -1,4 +1,14 @@
-"""Attention on a GPU: fused kernels forward and backward, by Pallas and Triton, with bias and dropout inside.
+"""The bodies of the GPU kernels: attention with a gated Toeplitz bias, of one row and head, tile by tile.
+
+A tile is HALF queries by KEYS keys. Its bias is read from the profile, where neighbouring keys are neighbours, so it
+never exists in memory. Two tiles, of queries q and q + HALF, share the random words of dropout. The forward kernel
+keeps the largest logit and the sum of exponentials of each query; the backward kernels compute probabilities anew:
+one for keys and values, one for queries and gates, and one for the bias of pairs, which sums over rows.
+
+The blocks of `Operands`, of one row and head: query, key and value (frames, head_dim), as many frames as the kernel
+needs, profile (2 * frames), gate (queries), fill (frames), seeds (2).
+
+Attention on a GPU: fused kernels forward and backward, by Pallas and Triton, with bias and dropout inside.
 
 Numbers are those of "dense" up to rounding, dropout included. Frames are padded to a multiple of 128 inside. Under a
 mesh each device runs the kernels on its own rows and heads. What grows with the square of the frames is the gradient of
@@ -6,7 +16,7 @@ the bias of all pairs, (heads, frames, frames), which has no rows.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +25,249 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array
 
-from wavlm_jax.model.gpu_kernels import (
-    KEYS,
-    Known,
-    forward_kernel,
-    key_kernel,
-    pair_kernel,
-    query_kernel,
+from wavlm_jax.model.fused_attention import (
+    ATTENDED,
+    BLOCK,
+    HALF,
+    OPERANDS,
+    RESOLUTION,
+    Differentiable,
+    Facts,
+    Fixed,
+    Operands,
+    matmul,
+    random_words,
+    scale_of_kept,
+    shifted_right,
 )
-from wavlm_jax.model.kernel_rules import ATTENDED, BLOCK, OPERANDS, Differentiable, Facts, Fixed, Operands
-from wavlm_jax.model.placement import on_each_device
+from wavlm_jax.model.layers import on_each_device
 from wavlm_jax.model.position import toeplitz
+
+KEYS = 64
+"""Keys at a time."""
+
+
+class Known(NamedTuple):
+    """References to what the backward kernels know besides, float32 (queries) but for `direction`."""
+
+    direction: Any
+    """(queries, head_dim): the gradient of the mixed values."""
+    highest: Any
+    """Largest logit of each query."""
+    total: Any
+    """Sum of exp(logit - highest)."""
+    mean: Any
+    """Mean gradient of the probabilities: mixed values times their gradient, summed."""
+
+
+class Tile(NamedTuple):
+    """Where a tile lies, and which way round."""
+
+    query: Any
+    """Frame of its first query."""
+    local: Any
+    """Of the queries that the kernel was given, its first."""
+    key: Any
+    """Frame of its first key."""
+    row: Array | None = None
+    """Where references hold all rows; None: they hold one."""
+    keys_first: bool = False
+    """Whether it is (KEYS, HALF): a product that sums over queries then needs no transposition."""
+
+    @property
+    def queries(self) -> Any:
+        """Of what the kernel was given, its queries."""
+        return pl.ds(self.local, HALF)
+
+    def in_row(self, index: Any) -> Any:
+        """`index` in a reference that may hold all rows."""
+        return index if self.row is None else (self.row, index)
+
+    def by_query(self, numbers: Array) -> Array:
+        """One number a query, to broadcast over keys."""
+        return numbers[None, :] if self.keys_first else numbers[:, None]
+
+    def by_key(self, numbers: Array) -> Array:
+        """One number a key, to broadcast over queries."""
+        return numbers[:, None] if self.keys_first else numbers[None, :]
+
+    def product(self, of_queries: Array, of_keys: Array) -> Array:
+        """Of each query's vector with each key's."""
+        pair = (of_keys, of_queries) if self.keys_first else (of_queries, of_keys)
+        return matmul(*pair, 1, 1)
+
+
+class Backward(NamedTuple):
+    """Of a tile, float32."""
+
+    weights: Array
+    """Probabilities after dropout."""
+    to_logits: Array
+    bias: Array | None
+    """Of each pair, before the gate."""
+
+
+def forward_kernel(facts: Facts, operands: Operands, result: Any, highest: Any, total: Any) -> None:
+    """Mixed values of BLOCK queries, and their statistics; grid (query block, head, row)."""
+    block = pl.program_id(0)
+    queries = [operands.query[_half(half), :] for half in range(2)]
+
+    def step(number: Array, states: Any) -> Any:
+        here = pl.ds(number * KEYS, KEYS)
+        keys, values = operands.key[here, :], operands.value[here, :]
+        tiles = _tiles(block, number * KEYS)
+        keep = _keep(facts, operands, block, tiles[0])
+        return tuple(one(*given, keys, values) for given in zip(states, tiles, keep, queries, strict=True))
+
+    def one(state: Any, tile: Tile, keep: Array | None, query: Array, keys: Array, values: Array) -> Any:
+        mixed, most, sum_of = state
+        logits = _logits(facts, operands, tile, query, keys)[0]
+        higher = jnp.maximum(most, logits.max(axis=1))
+        exponentials, shrink = jnp.exp(logits - higher[:, None]), jnp.exp(most - higher)
+        weights = exponentials if keep is None else jnp.where(keep, exponentials, 0.0)
+        product = matmul(weights.astype(values.dtype), values, 1, 0)
+        return mixed * shrink[:, None] + product, higher, sum_of * shrink + exponentials.sum(axis=1)
+
+    numbers = jnp.full((HALF,), -jnp.inf, jnp.float32), jnp.zeros((HALF,), jnp.float32)
+    start = jnp.zeros((HALF, facts.head_dim), jnp.float32), *numbers
+    states = jax.lax.fori_loop(0, facts.frames // KEYS, step, (start, start))
+    scale = scale_of_kept(facts.drop_threshold)
+    for half, (mixed, most, sum_of) in enumerate(states):
+        result[_half(half), :] = (mixed * (scale / sum_of)[:, None]).astype(result.dtype)
+        highest[_half(half)], total[_half(half)] = most, sum_of
+
+
+def key_kernel(facts: Facts, operands: Operands, known: Known, to_key: Any, to_value: Any) -> None:
+    """Gradients of KEYS keys and values; grid (key block, head, row)."""
+    first = pl.program_id(0) * KEYS
+    keys, values = operands.key[...], operands.value[...]
+
+    def step(block: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+        key_sum, value_sum = sums
+        tiles = [tile._replace(local=tile.query) for tile in _tiles(block, first, keys_first=True)]
+        for tile, keep in zip(tiles, _keep(facts, operands, block, tiles[0]), strict=True):
+            query, direction = operands.query[tile.queries, :], known.direction[tile.queries, :]
+            of = _backward(facts, operands, known, tile, (query, keys, values, direction), keep)
+            value_sum += matmul(of.weights.astype(direction.dtype), direction, 1, 0)
+            key_sum += matmul(of.to_logits.astype(query.dtype), query, 1, 0)
+        return key_sum, value_sum
+
+    zeros = jnp.zeros((KEYS, facts.head_dim), jnp.float32)
+    sums = jax.lax.fori_loop(0, facts.frames // BLOCK, step, (zeros, zeros))
+    to_key[...], to_value[...] = (total.astype(to_key.dtype) for total in sums)
+
+
+def query_kernel(facts: Facts, operands: Operands, known: Known, to_query: Any, to_gate: Any) -> None:
+    """Gradients of BLOCK queries and their gates; grid (query block, head, row)."""
+    block = pl.program_id(0)
+    queries, directions = ([x[_half(half), :] for half in range(2)] for x in (operands.query, known.direction))
+
+    def step(number: Array, sums: Any) -> Any:
+        here = pl.ds(number * KEYS, KEYS)
+        keys, values = operands.key[here, :], operands.value[here, :]
+        tiles = _tiles(block, number * KEYS)
+        keep = _keep(facts, operands, block, tiles[0])
+        found = []
+        for half, (query_sum, gate_sum) in enumerate(sums):
+            given = (queries[half], keys, values, directions[half])
+            of = _backward(facts, operands, known, tiles[half], given, keep[half])
+            product = matmul(of.to_logits.astype(keys.dtype), keys, 1, 0)
+            more = gate_sum if of.bias is None else gate_sum + (of.to_logits * of.bias).sum(axis=1)
+            found.append((query_sum + product, more))
+        return tuple(found)
+
+    start = jnp.zeros((HALF, facts.head_dim), jnp.float32), jnp.zeros((HALF,), jnp.float32)
+    for half, (query_sum, gate_sum) in enumerate(jax.lax.fori_loop(0, facts.frames // KEYS, step, (start, start))):
+        to_query[_half(half), :], to_gate[_half(half)] = query_sum.astype(to_query.dtype), gate_sum
+
+
+def pair_kernel(facts: Facts, rows: int, operands: Operands, known: Known, to_pairs: Any) -> None:
+    """Gradient of the bias of BLOCK x KEYS pairs, summed over rows; grid (key block, query block, head).
+
+    All references have the rows as their first axis but those of the profile and of the result.
+    """
+    first, block = pl.program_id(0) * KEYS, pl.program_id(1)
+
+    def step(row: Array, sums: Any) -> Any:
+        keys, values = operands.key[row, :, :], operands.value[row, :, :]
+        tiles = _tiles(block, first, row=row)
+        keep = _keep(facts, operands, block, tiles[0])
+        found = []
+        for half, total in enumerate(sums):
+            query, direction = (x[row, _half(half), :] for x in (operands.query, known.direction))
+            of = _backward(facts, operands, known, tiles[half], (query, keys, values, direction), keep[half])
+            found.append(total + _gate(operands, tiles[half]) * of.to_logits)
+        return tuple(found)
+
+    zeros = jnp.zeros((HALF, KEYS), jnp.float32)
+    for half, total in enumerate(jax.lax.fori_loop(0, rows, step, (zeros, zeros))):
+        to_pairs[_half(half), :] = total
+
+
+def _tiles(block: Any, first_key: Any, **more: Any) -> list[Tile]:
+    """The two of a query block."""
+    return [Tile(block * BLOCK + half * HALF, half * HALF, first_key, **more) for half in range(2)]
+
+
+def _backward(
+    facts: Facts,
+    operands: Operands,
+    known: Known,
+    tile: Tile,
+    given: tuple[Array, Array, Array, Array],
+    keep: Array | None,
+) -> Backward:
+    query, keys, values, direction = given
+    logits, bias, counts = _logits(facts, operands, tile, query, keys)
+    highest, total, mean = (x[tile.in_row(tile.queries)] for x in (known.highest, known.total, known.mean))
+    probabilities = jnp.exp(logits - tile.by_query(highest)) * tile.by_query(1 / total)
+    to_weights = tile.product(direction, values)
+    weights = probabilities
+    if keep is not None:
+        scale = scale_of_kept(facts.drop_threshold)
+        weights = jnp.where(keep, probabilities * scale, 0.0)
+        to_weights = jnp.where(keep, to_weights * scale, 0.0)
+    to_logits = probabilities * (to_weights - tile.by_query(mean))
+    if counts is not None:
+        to_logits = jnp.where(counts, to_logits, 0.0)
+    return Backward(weights, to_logits, bias)
+
+
+def _logits(
+    facts: Facts, operands: Operands, tile: Tile, query: Array, keys: Array
+) -> tuple[Array, Array | None, Array | None]:
+    """Logits of a tile, its bias before the gate, and which of its keys count."""
+    logits = tile.product(query, keys)
+    bias = counts = None
+    if facts.has_bias:
+        distance = tile.by_key(jnp.arange(KEYS)) - tile.by_query(jnp.arange(HALF)) + (tile.key - tile.query)
+        bias = pltriton.load(operands.profile.at[distance + facts.frames])
+        logits = logits + _gate(operands, tile) * bias
+    if facts.has_fill:
+        fill = tile.by_key(operands.fill[tile.in_row(pl.ds(tile.key, KEYS))])
+        counts = fill == 0
+        logits = jnp.where(counts, logits, fill)
+    return logits, bias, counts
+
+
+def _gate(operands: Operands, tile: Tile) -> Array:
+    return tile.by_query(operands.gate[tile.in_row(tile.queries)])
+
+
+def _keep(facts: Facts, operands: Operands, block: Any, tile: Tile) -> list[Array | None]:
+    """`attention_rules.kept` of the two tiles of a block, the first of them given: two decisions a word."""
+    if not facts.drop_threshold:
+        return [None, None]
+    pairs = tile.by_query(block * HALF + jnp.arange(HALF))
+    keys = tile.by_key(tile.key + jnp.arange(KEYS))
+    first, second = (operands.seeds[tile.in_row(word)] for word in range(2))
+    words = random_words(first, second, pairs, keys)
+    return [half >= facts.drop_threshold for half in (words & (RESOLUTION - 1), shifted_right(words, 16))]
+
+
+def _half(half: int) -> Any:
+    return pl.ds(half * HALF, HALF)
+
 
 _PARAMS = pltriton.CompilerParams(num_warps=4, num_stages=2)
 _GIVEN = (*OPERANDS, "direction", "statistics", "statistics", "statistics")

@@ -1,4 +1,10 @@
-"""Models with a head: CTC, sequence and audio-frame classification, x-vectors (FACTS B).
+"""What the heads give: scores, never losses (FACTS B).
+
+The adapter between encoder and head: gated convolutions that halve the frame rate each (FACTS B5).
+
+The parts of an x-vector: time-delay layers, statistics over time, vectors of the training speakers (FACTS B4).
+
+Models with a head: CTC, sequence and audio-frame classification, x-vectors (FACTS B).
 
 Parameters are named as in Hugging Face's classes: the encoder under `wavlm`, the rest beside it; only the adapter
 stands beside the encoder too (`adapter/...`) and not inside, so that `wavlm` is the same tree under every head. Heads
@@ -7,40 +13,214 @@ compute in float32.
 
 from collections.abc import Mapping
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from wavlm_jax.config import Compute, WavLMConfig
-from wavlm_jax.model.adapter import Adapter
+from wavlm_jax.config import Compute, HeadConfig, WavLMConfig
 from wavlm_jax.model.ecapa import ECAPA
-from wavlm_jax.model.elements import Site, dropout, keep_where, linear
-from wavlm_jax.model.frontend import prefix_mask
-from wavlm_jax.model.head_config import HeadConfig
-from wavlm_jax.model.head_outputs import ClassOutput, CTCOutput, FrameOutput
-from wavlm_jax.model.randomness import Keys, Masks
+from wavlm_jax.model.frontend import Convolution, prefix_mask
+from wavlm_jax.model.layers import Keys, Masks, Site, dropout, keep_where, linear
 from wavlm_jax.model.wavlm import WavLM, WavLMOutput
-from wavlm_jax.model.xvector import SpeakerVectors, TDNNLayer, XVectorOutput, pooled_frames, statistics_pooling
-from wavlm_jax.shapes import FrameMask, Geometry, Hidden, NumSamples, Params, Waveform, samples_for
+from wavlm_jax.shapes import FrameMask, Geometry, Hidden, NumSamples, Params, Waveform, num_frames, samples_for
 
-__all__ = [
-    "KINDS",
-    "CTCOutput",
-    "ClassOutput",
-    "FrameOutput",
-    "Headed",
-    "WavLMForAudioFrameClassification",
-    "WavLMForCTC",
-    "WavLMForECAPA",
-    "WavLMForSequenceClassification",
-    "WavLMForXVector",
-    "XVectorOutput",
-    "module_of",
-    "tree_shapes",
-]
+
+class CTCOutput(NamedTuple):
+    """Scores of every character in every frame."""
+
+    logits: Float[Array, "rows frames vocabulary"]
+    """float32, before the softmax."""
+    num_frames: NumSamples
+    """Frames of each row that count, adapter included."""
+
+
+class ClassOutput(NamedTuple):
+    """Scores of every class for each row."""
+
+    logits: Float[Array, "rows classes"]
+
+
+class FrameOutput(NamedTuple):
+    """Scores of every label in every frame."""
+
+    logits: Float[Array, "rows frames labels"]
+    """float32; of independent labels (speakers), before the logistic function."""
+    frame_mask: FrameMask
+
+
+_PADDING = 1
+"""Zeros before and after a sequence, whatever the kernel, as in transformers."""
+
+
+def adapter_num_frames(frames: Any, head: HeadConfig) -> Any:
+    """Frames that the adapter makes of `frames` (int or array); 0 stays 0.
+
+    "huggingface" counts as if the kernel were 1, which is the same for the standard kernel of 3.
+    """
+    for _ in range(head.num_adapter_layers):
+        frames = _shortened(frames, head)
+    return frames
+
+
+def head_num_frames(num_samples: Any, config: WavLMConfig, head: HeadConfig) -> Any:
+    """Frames that a head reads of so many samples (int or array): behind the adapter, if there is one."""
+    frames = num_frames(num_samples, Geometry(config.conv_kernel, config.conv_stride))
+    return adapter_num_frames(frames, head) if head.add_adapter else frames
+
+
+def _shortened(num_frames: Any, head: HeadConfig) -> Any:
+    """Frames behind one layer."""
+    reach = 0 if head.compat == "huggingface" else head.adapter_kernel_size - 1 - 2 * _PADDING
+    shorter = (num_frames - 1 - reach) // head.adapter_stride + 1
+    some = num_frames > 0
+    return max(shorter, 0) * some if isinstance(shorter, int) else jnp.maximum(shorter, 0) * some
+
+
+class AdapterLayer(nn.Module):
+    """A strided convolution to twice the width, half of which gates the other half."""
+
+    config: WavLMConfig
+    head: HeadConfig
+    compute: Compute
+
+    def setup(self) -> None:
+        """The convolution, named as Hugging Face's."""
+        width = self.head.output_hidden_size or self.config.hidden_size
+        taps, stride = self.head.adapter_kernel_size, self.head.adapter_stride
+        self.conv = Convolution(2 * width, taps, stride, use_bias=True, dtype=jnp.dtype(self.compute.dtype))
+
+    def __call__(self, hidden: Float[Array, "rows frames width"]) -> Float[Array, "rows fewer width"]:
+        """Fewer frames of the same width."""
+        padded = jnp.pad(hidden, ((0, 0), (_PADDING, _PADDING), (0, 0)))
+        values, gate = jnp.split(self.conv(padded), 2, axis=-1)
+        return values * jax.nn.sigmoid(gate)
+
+
+class Adapter(nn.Module):
+    """A change of width where one is asked for, then the gated convolutions.
+
+    Never dropped in training: transformers drops a layer with probability `layerdrop`, and then has twice the frames.
+    """
+
+    config: WavLMConfig
+    head: HeadConfig
+    compute: Compute
+
+    def setup(self) -> None:
+        """Map, norm and layers, named as Hugging Face's."""
+        width = self.head.output_hidden_size
+        self.changes_width = width is not None and width != self.config.hidden_size
+        if width is not None and self.changes_width:
+            spread = nn.initializers.normal(self.config.initializer_range)
+            self.proj = nn.Dense(width, dtype=jnp.dtype(self.compute.dtype), kernel_init=spread)
+            # transformers builds this norm with torch's own epsilon, whatever the config says
+            self.proj_layer_norm = nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, use_fast_variance=False)
+        self.layers = [AdapterLayer(self.config, self.head, self.compute) for _ in range(self.head.num_adapter_layers)]
+
+    def __call__(
+        self, hidden: Float[Array, "rows frames width"], num_frames: NumSamples
+    ) -> tuple[Float[Array, "rows fewer features"], NumSamples]:
+        """Frames behind the adapter, and how many of each row are speech.
+
+        In "exact" mode what lies behind a row's end is 0 before every layer, so that no frame depends on it.
+        """
+        if self.changes_width:
+            hidden = self.proj_layer_norm(self.proj(hidden)).astype(hidden.dtype)
+        for layer in self.layers:
+            if self.head.compat == "exact":
+                hidden = jnp.where(prefix_mask(num_frames, hidden.shape[1])[:, :, None], hidden, 0)
+            hidden, num_frames = layer(hidden), _shortened(num_frames, self.head)
+        return hidden, num_frames
+
+
+Embeddings = Float[Array, "rows embedding"]
+
+_SMALLEST_NORM = 1e-12
+"""Below it a vector is not scaled up to length 1, as in torch's `normalize`."""
+
+
+class XVectorOutput(NamedTuple):
+    """What an utterance sounds like."""
+
+    embeddings: Embeddings
+    """The speaker embedding: compare by cosine."""
+    logits: Embeddings
+    """One more linear map on top: what the margin loss is trained on. transformers' name; no class scores."""
+    cosines: Float[Array, "rows speakers"]
+    """Between `logits` and the vector of every training speaker."""
+
+
+class TDNNLayer(nn.Module):
+    """A convolution over `taps` frames, `dilation` apart, without padding, and ReLU.
+
+    Its parameters are those of a linear map on the frames side by side, as transformers stores them.
+    """
+
+    features: int
+    taps: int
+    dilation: int
+    config: WavLMConfig
+
+    def setup(self) -> None:
+        """The linear map; transformers calls it `kernel`."""
+        self.kernel = linear(self.features, self.config, Compute())
+
+    def __call__(self, hidden: Float[Array, "rows frames inputs"]) -> Float[Array, "rows fewer features"]:
+        """(taps - 1) * dilation frames fewer."""
+        num_frames = hidden.shape[1] - (self.taps - 1) * self.dilation
+        shifted = [hidden[:, tap * self.dilation :][:, :num_frames] for tap in range(self.taps)]
+        return jax.nn.relu(self.kernel(jnp.concatenate(shifted, axis=-1)))
+
+
+class SpeakerVectors(nn.Module):
+    """The margin loss's own parameters: one vector a training speaker, in columns (`objective/weight`)."""
+
+    num_speakers: int
+
+    @nn.compact
+    def __call__(self, embeddings: Embeddings) -> Float[Array, "rows speakers"]:
+        """Cosines between every row and every speaker, in [-1, 1]."""
+        shape = (embeddings.shape[-1], self.num_speakers)
+        weight = self.param("weight", nn.initializers.normal(1.0), shape)
+        return unit_length(embeddings, axis=1) @ unit_length(weight, axis=0)
+
+
+def pooled_frames(num_frames: NumSamples | None, shape: tuple[int, ...], head: HeadConfig) -> FrameMask:
+    """Which frames behind the time-delay layers are pooled over: those that saw speech alone, and at least one.
+
+    transformers counts as if no layer were dilated, so it pools over up to 6 frames that saw padding (FACTS E30).
+
+    Args:
+        num_frames: (rows,) real frames before the layers; None: no row is padded.
+        shape: (rows, frames) behind the layers.
+        head: kernels, dilations, and whose convention.
+
+    """
+    if num_frames is None:
+        return jnp.ones(shape, bool)
+    if head.compat == "huggingface":
+        return prefix_mask(num_frames - sum(taps - 1 for taps in head.tdnn_kernel), shape[1])
+    return prefix_mask(jnp.maximum(num_frames - head.tdnn_context, 1), shape[1])
+
+
+def statistics_pooling(frames: Hidden, mask: FrameMask) -> Float[Array, "rows statistics"]:
+    """Mean and unbiased standard deviation over the frames of the mask, side by side; deviation 0 for one frame."""
+    count = jnp.maximum(mask.sum(axis=1), 1)[:, None]
+    mean = keep_where(mask, frames).sum(axis=1) / count
+    squares = jnp.square(keep_where(mask, frames - mean[:, None, :])).sum(axis=1)
+    variance = squares / jnp.maximum(count - 1, 1)
+    varies = variance > 0
+    deviation = jnp.where(varies, jnp.sqrt(jnp.where(varies, variance, 1.0)), 0.0)  # no infinite slope at 0
+    return jnp.concatenate([mean, deviation], axis=-1)
+
+
+def unit_length(x: Float[Array, "rows columns"], axis: int) -> Float[Array, "rows columns"]:
+    """`x` divided by its Euclidean norm along `axis`; a vector of zeros stays one, with a finite gradient."""
+    squares = jnp.square(x).sum(axis=axis, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(squares, _SMALLEST_NORM**2))
 
 
 class Encoded(NamedTuple):

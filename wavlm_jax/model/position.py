@@ -2,17 +2,29 @@
 
 The bias of an attention logit is gate[row, head, query] * profile[head, key - query]. The profile has one number a head
 and distance, comes from one table for all layers, and is computed once; the gate belongs to each layer.
+
+The convolutional position embedding: a grouped convolution over 128 frames with its weight normalised tap by tap.
+
+XLA's CPU backend takes the gradient of a grouped convolution channel by channel, and cuDNN computes one without matrix
+units: a third of a training step on either. On a CPU the convolution therefore goes through the frequency domain, with
+the Fourier transforms as matrix products; on a GPU it is one product of windows with moved taps; elsewhere it is XLA's
+own. All give the same numbers up to rounding (docs/performance.md has the times).
 """
 
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from wavlm_jax.config import WavLMConfig
+from wavlm_jax.config import Compute, WavLMConfig
+from wavlm_jax.model.layers import gelu, mesh_axes
 from wavlm_jax.shapes import Hidden
 
 Profile = Float[Array, "heads distances"]
@@ -108,3 +120,152 @@ def gate(logits: Float[Array, "rows frames gates=2 heads"], constant: Float[Arra
     """sigmoid(z1) * (sigmoid(z2) * constant - 1) + 2: about 1.75 at initialisation, in (1, 2) for constant 1."""
     update, reset = jax.nn.sigmoid(logits[:, :, 0]), jax.nn.sigmoid(logits[:, :, 1])
     return update * (reset * constant[None, None, :] - 1.0) + 2.0
+
+
+TapWeights = Float[Array, "width group_width taps"]
+
+
+def grouped_convolution(x: Hidden, weight: TapWeights, groups: int) -> Hidden:
+    """Output frame t sums weight[:, :, k] times the group's input frame t + k - taps // 2; frames outside are 0.
+
+    As many frames come out as go in (FACTS A3: 64 before and 63 after for 128 taps).
+    """
+    return jax.lax.platform_dependent(
+        x,
+        weight,
+        cpu=partial(spectral_convolution, groups=groups),
+        cuda=partial(on_own_rows, partial(block_convolution, groups=groups)),
+        default=partial(direct_convolution, groups=groups),
+    )
+
+
+def on_own_rows(convolve: Callable[[Hidden, TapWeights], Hidden], x: Hidden, weight: TapWeights) -> Hidden:
+    """`convolve` on each device's own rows, so that the weight's gradient is summed over devices in its own size.
+
+    Left to XLA, or to a check of which values vary, the moved taps of `block_convolution` are what is summed: eighteen
+    times as many.
+    """
+    rows = mesh_axes({"rows": x.shape[0]})["rows"]
+    if not rows:
+        return convolve(x, weight)
+    spread = PartitionSpec(rows)
+    own = jax.shard_map(convolve, in_specs=(spread, PartitionSpec()), out_specs=spread, check_vma=False)
+    return own(x, weight)
+
+
+def direct_convolution(x: Hidden, weight: TapWeights, groups: int) -> Hidden:
+    """`grouped_convolution` as one XLA convolution."""
+    taps = weight.shape[-1]
+    return jax.lax.conv_general_dilated(
+        x,
+        weight.transpose(2, 1, 0),
+        window_strides=(1,),
+        padding=((taps // 2, taps - 1 - taps // 2),),
+        dimension_numbers=("NWC", "WIO", "NWC"),
+        feature_group_count=groups,
+    )
+
+
+def block_convolution(x: Hidden, weight: TapWeights, groups: int) -> Hidden:
+    """`grouped_convolution` as one matrix product a group, of blocks of frames and the windows that they see.
+
+    The outputs of BLOCK frames are a linear map of the taps + BLOCK - 1 frames around them: the taps, moved by each
+    place in the block. That is an eighth more arithmetic than the convolution has, in products that are wide enough for
+    matrix units.
+    """
+    rows, frames, width = x.shape
+    taps, group_width = weight.shape[-1], width // groups
+    blocks, parts = -(-frames // BLOCK), -(-(taps + BLOCK - 1) // BLOCK)
+    after = (blocks + parts - 1) * BLOCK - frames - taps // 2
+    padded = jnp.pad(x, ((0, 0), (taps // 2, after), (0, 0)))
+    cut = padded.reshape(rows, blocks + parts - 1, BLOCK, groups, group_width)
+    windows = jnp.stack([cut[:, part : part + blocks] for part in range(parts)], axis=2)
+
+    kernel = weight.reshape(groups, group_width, group_width, taps)
+    places = ((first, parts * BLOCK - taps - first) for first in range(BLOCK))
+    moved = jnp.stack([jnp.pad(kernel, ((0, 0), (0, 0), (0, 0), place)) for place in places])
+    filters = moved.reshape(BLOCK, groups, group_width, group_width, parts, BLOCK)
+
+    # r row, n block, p part of its window, u frame in the part, f frame in the block, g group, i and o channels
+    outputs = jnp.einsum("rnpugi,fgoipu->rnfgo", windows, filters)
+    return outputs.reshape(rows, blocks * BLOCK, width)[:, :frames]
+
+
+BLOCK = 16
+"""Frames of one product of `block_convolution`: so many make windows and moved taps alike in size."""
+
+
+def spectral_convolution(x: Hidden, weight: TapWeights, groups: int) -> Hidden:
+    """`grouped_convolution` by overlap-save: in the frequency domain, one small matrix product a group and frequency.
+
+    Frames are cut into windows of taps + hop, each of which gives `hop` outputs free of wrap-around; float32 inside.
+    """
+    rows, frames, width = x.shape
+    taps, group_width = weight.shape[-1], width // groups
+    hop = -(-taps // 2)
+    window, count = taps + hop, -(-frames // hop)
+    analysis, synthesis = _fourier_matrices(window)
+
+    padded = jnp.pad(
+        x.astype(jnp.float32), ((0, 0), (taps // 2, (count - 1) * hop + window - frames - taps // 2), (0, 0))
+    )
+    windows = jnp.stack([padded[:, hop * i : hop * i + window] for i in range(count)], axis=1)
+    windows = windows.reshape(rows * count, window, groups, group_width)
+    kernels = weight.astype(jnp.float32).reshape(groups, group_width, group_width, taps)
+
+    # f frequency, c real or imaginary part, n time, g group, b window, i and o channels in and out
+    signal = jnp.einsum("cnf,bngi->fgbci", analysis, windows)
+    real, imaginary = signal[:, :, :, 0], signal[:, :, :, 1]
+    # Correlation multiplies by the conjugate: (a + ib)(u - iv) = (au + bv) + i(bu - av), both parts in one product.
+    crossed = jnp.stack([signal, jnp.stack([imaginary, -real], axis=3)], axis=2)
+    filters = jnp.einsum("cnf,goin->fgcio", analysis[:, :taps], kernels)
+    product = jnp.einsum("fgrbci,fgcio->fgrbo", crossed, filters)
+    outputs = jnp.einsum("rfn,fgrbo->bngo", synthesis[:, :, :hop], product)
+    return outputs.reshape(rows, count * hop, width)[:, :frames].astype(x.dtype)
+
+
+def _fourier_matrices(length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The real Fourier transform (2, time, frequency) and its inverse (2, frequency, time), real and imaginary part."""
+    frequency = np.arange(length // 2 + 1)
+    angle = 2 * np.pi * np.outer(np.arange(length), frequency) / length
+    wave = np.stack([np.cos(angle), -np.sin(angle)])
+    conjugates = np.where((frequency == 0) | (2 * frequency == length), 1, 2)
+    inverse = wave.swapaxes(1, 2) * conjugates[None, :, None] / length
+    return wave.astype(np.float32), inverse.astype(np.float32)
+
+
+class WeightNormConvolution(nn.Module):
+    """The convolution's parameters in torch's layout: direction v, one gain g a tap, bias."""
+
+    config: WavLMConfig
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x: Hidden) -> Hidden:
+        """The convolved frames, with weight g[k] * v[:, :, k] / |v[:, :, k]| computed in float32."""
+        config = self.config
+        width, taps = config.hidden_size, config.num_conv_pos_embeddings
+        groups = config.num_conv_pos_embedding_groups
+        spread = nn.initializers.normal(math.sqrt(4 / (taps * width)))
+        direction = self.param("weight_v", spread, (width, width // groups, taps))
+        norm = jnp.sqrt(jnp.square(direction).sum(axis=(0, 1), keepdims=True))
+        gain = self.param("weight_g", lambda _: norm)
+        bias = self.param("bias", nn.initializers.zeros, (width,))
+        dtype = jnp.dtype(self.compute.dtype)
+        weight = (direction * (gain / norm)).astype(dtype)
+        return grouped_convolution(x.astype(dtype), weight, groups) + bias.astype(dtype)[None, None, :]
+
+
+class PositionalConvolution(nn.Module):
+    """GELU of the convolution, to be added to its input (FACTS A3)."""
+
+    config: WavLMConfig
+    compute: Compute
+
+    def setup(self) -> None:
+        """The one convolution, named as Hugging Face's."""
+        self.conv = WeightNormConvolution(self.config, self.compute)
+
+    def __call__(self, x: Hidden) -> Hidden:
+        """(rows, frames, width), as many frames as in `x`."""
+        return gelu(self.conv(x))

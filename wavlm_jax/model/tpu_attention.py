@@ -1,12 +1,25 @@
-"""Attention on a TPU: one fused kernel forward, one backward, memory that grows with frames and not their square.
+"""The bodies of the TPU kernels: attention with a gated Toeplitz bias, of one row and one group of heads.
+
+A group is as many heads as fill 128 lanes, side by side as they come out of the projections: nothing is transposed or
+padded in HBM. A product with one head masks the lanes of the others, which a matrix unit 128 wide does for nothing.
+
+The bias of 128 queries is a window of one sheared array: its line i is the profile moved i places to the right, so the
+tile of block n starts n * 128 places further left. It is built once a group of heads and serves all rows and blocks;
+its gradient gathers in an array of the same form and is folded back to the profile once.
+
+The blocks of `Operands`: query, key and value (1, frames, width), profile (1, group, 2 * frames), gate (1, 1, group,
+frames), fill (1, 1, frames), and all seeds, (rows * heads * 2), in scalar memory.
+
+Attention on a TPU: one fused kernel forward, one backward, memory that grows with frames and not their square.
 
 Numbers are those of "dense" up to rounding, dropout included. Frames are padded to a multiple of 128 inside. Under a
 mesh each device runs the kernel on its own rows and heads.
 """
 
 import math
+from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +27,247 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from wavlm_jax.model.kernel_rules import BLOCK, OPERANDS, Differentiable, Facts, Fixed, Operands
-from wavlm_jax.model.placement import on_each_device
-from wavlm_jax.model.tpu_kernels import (
-    Gradients,
-    Scratch,
-    backward_kernel,
-    forward_kernel,
+from wavlm_jax.model.fused_attention import (
+    BLOCK,
+    HALF,
+    OPERANDS,
+    RESOLUTION,
+    Differentiable,
+    Facts,
+    Fixed,
+    Operands,
+    matmul,
+    random_words,
+    scale_of_kept,
+    shifted_right,
 )
+from wavlm_jax.model.layers import on_each_device
+
+SUBLANES = 8
+
+
+class Block(NamedTuple):
+    """One block of queries and one head of the group."""
+
+    number: Array
+    head: int
+    seeds: Array
+    """Where the head's two seeds stand."""
+
+
+class Scores(NamedTuple):
+    """Of one block: exponentials and their sums, float32 (BLOCK, frames) and (BLOCK, 1), and what they came from."""
+
+    exponentials: Array
+    total: Array
+    gate: Array | None
+    tile: Array | None
+
+
+def forward_kernel(facts: Facts, operands: Operands, output: Any, sheared: Any) -> None:
+    """Mixed values of one row and group; `sheared` (group, BLOCK, 2 * frames) stays from row to row."""
+    _shear_once(facts, operands, sheared)
+    seeds = _first_seed(facts)
+
+    def one_block(number: Array, _: None) -> None:
+        mixed = jnp.zeros((BLOCK, facts.width), jnp.float32)
+        value = operands.value[0]
+        for block in _heads(facts, number, seeds):
+            scores = _scores(facts, operands, sheared, block)
+            weights = scores.exponentials
+            total = scores.total
+            if facts.drop_threshold:
+                weights = jnp.where(_kept(facts, operands, block), weights, 0.0)
+                total = total / scale_of_kept(facts.drop_threshold)
+            product = matmul(weights.astype(value.dtype), value, 1, 0)
+            mixed = jnp.where(_lanes(facts, block.head), product / total, mixed)
+        output[0, _rows(number), :] = mixed.astype(output.dtype)
+
+    jax.lax.fori_loop(0, facts.frames // BLOCK, one_block, None)
+
+
+class Gradients(NamedTuple):
+    """References to what the backward kernel writes, in the forms of `Operands`."""
+
+    query: Any
+    key: Any
+    value: Any
+    profile: Any
+    gate: Any
+
+
+class Scratch(NamedTuple):
+    """Working memory of the backward kernel, float32."""
+
+    key: Any
+    """(frames, width): the gradient so far, as `value`."""
+    value: Any
+    sheared: Any
+    """(group, BLOCK, 2 * frames), stays from row to row as its gradient does."""
+    sheared_gradient: Any
+
+
+def backward_kernel(facts: Facts, operands: Operands, direction: Any, gradients: Gradients, scratch: Scratch) -> None:
+    """Gradients of one row and group for the gradient `direction` of the mixed values; the softmax is computed anew."""
+    _shear_once(facts, operands, scratch.sheared)
+    if facts.has_bias:
+
+        @pl.when(pl.program_id(1) == 0)
+        def _() -> None:
+            scratch.sheared_gradient[...] = jnp.zeros_like(scratch.sheared_gradient)
+
+    scratch.key[...] = jnp.zeros_like(scratch.key)
+    scratch.value[...] = jnp.zeros_like(scratch.value)
+    seeds = _first_seed(facts)
+
+    def one_block(number: Array, _: None) -> None:
+        to_query = jnp.zeros((BLOCK, facts.width), jnp.float32)
+        for block in _heads(facts, number, seeds):
+            product = _backward_of_block(facts, operands, direction, gradients, scratch, block)
+            to_query = jnp.where(_lanes(facts, block.head), product, to_query)
+        gradients.query[0, _rows(number), :] = to_query.astype(gradients.query.dtype)
+
+    jax.lax.fori_loop(0, facts.frames // BLOCK, one_block, None)
+    gradients.key[0] = scratch.key[...].astype(gradients.key.dtype)
+    gradients.value[0] = scratch.value[...].astype(gradients.value.dtype)
+    if facts.has_bias:
+
+        @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
+        def _() -> None:
+            for head in range(facts.group):
+                gradients.profile[0, head : head + 1, :] = fold(scratch.sheared_gradient[head])
+
+
+def _backward_of_block(
+    facts: Facts, operands: Operands, direction: Any, gradients: Gradients, scratch: Scratch, block: Block
+) -> Array:
+    """Adds this block's share to the gradients; returns that of the query, right in the head's own lanes."""
+    scores = _scores(facts, operands, scratch.sheared, block)
+    probabilities = scores.exponentials / scores.total
+    arriving = _masked_to_head(facts, direction[0, _rows(block.number), :], block.head)
+    to_weights = matmul(arriving, operands.value[0], 1, 1)
+    weights = probabilities
+    if facts.drop_threshold:
+        keep = _kept(facts, operands, block)
+        scale = scale_of_kept(facts.drop_threshold)
+        weights = jnp.where(keep, probabilities * scale, 0.0)
+        to_weights = jnp.where(keep, to_weights * scale, 0.0)
+    scratch.value[...] += matmul(weights.astype(arriving.dtype), arriving, 0, 0)
+
+    mean = (probabilities * to_weights).sum(axis=1, keepdims=True)
+    to_logits = probabilities * (to_weights - mean)
+    if facts.has_fill:
+        to_logits = jnp.where(operands.fill[0] == 0, to_logits, 0.0)
+    if scores.tile is not None and scores.gate is not None:
+        window = _window(facts, block.number)
+        scratch.sheared_gradient[block.head, :, window] += scores.gate * to_logits
+        to_gate = (to_logits * scores.tile).sum(axis=1, keepdims=True)
+        gradients.gate[0, 0, block.head : block.head + 1, _rows(block.number)] = line(to_gate)
+    rounded = to_logits.astype(arriving.dtype)
+    query = _masked_to_head(facts, operands.query[0, _rows(block.number), :], block.head)
+    scratch.key[...] += matmul(rounded, query, 0, 0)
+    return matmul(rounded, operands.key[0], 1, 0)
+
+
+def _heads(facts: Facts, number: Array, first_seed: Array) -> Iterator[Block]:
+    return (Block(number, head, first_seed + 2 * head) for head in range(facts.group))
+
+
+def _first_seed(facts: Facts) -> Array:
+    """Where the seeds of this row and group begin."""
+    return 2 * (pl.program_id(1) * facts.num_heads + pl.program_id(0) * facts.group)
+
+
+def _rows(number: Array) -> Any:
+    return pl.ds(pl.multiple_of(number * BLOCK, BLOCK), BLOCK)
+
+
+def _window(facts: Facts, number: Array) -> Any:
+    """Where the tile of block `number` lies in the sheared profile."""
+    return pl.ds(pl.multiple_of(facts.frames - number * BLOCK, BLOCK), facts.frames)
+
+
+def _lanes(facts: Facts, head: int) -> Array:
+    """(1, width), True in the head's own lanes."""
+    lane = jax.lax.broadcasted_iota(jnp.int32, (1, facts.width), 1)
+    return (lane >= head * facts.head_dim) & (lane < (head + 1) * facts.head_dim)
+
+
+def _masked_to_head(facts: Facts, x: Array, head: int) -> Array:
+    return x if facts.group == 1 else jnp.where(_lanes(facts, head), x, jnp.zeros((), x.dtype))
+
+
+def _scores(facts: Facts, operands: Operands, sheared: Any, block: Block) -> Scores:
+    query = _masked_to_head(facts, operands.query[0, _rows(block.number), :], block.head)
+    logits = matmul(query, operands.key[0], 1, 1)
+    gate = tile = None
+    if facts.has_bias:
+        gate = column(operands.gate[0, 0, block.head : block.head + 1, _rows(block.number)])
+        tile = sheared[block.head, :, _window(facts, block.number)]
+        logits = logits + gate * tile
+    if facts.has_fill:
+        fill = operands.fill[0]
+        logits = jnp.where(fill == 0, logits, fill)
+    exponentials = jnp.exp(logits - logits.max(axis=1, keepdims=True))
+    return Scores(exponentials, exponentials.sum(axis=1, keepdims=True), gate, tile)
+
+
+def _kept(facts: Facts, operands: Operands, block: Block) -> Array:
+    """`attention_rules.kept` for one block: two decisions a word."""
+    pair = block.number * HALF + jax.lax.broadcasted_iota(jnp.int32, (HALF, 1), 0)
+    key = jax.lax.broadcasted_iota(jnp.int32, (1, facts.frames), 1)
+    words = random_words(operands.seeds[block.seeds], operands.seeds[block.seeds + 1], pair, key)
+    halves = [words & (RESOLUTION - 1), shifted_right(words, 16)]
+    return jnp.concatenate(halves) >= facts.drop_threshold
+
+
+def _shear_once(facts: Facts, operands: Operands, sheared: Any) -> None:
+    if not facts.has_bias:
+        return
+
+    @pl.when(pl.program_id(1) == 0)
+    def _() -> None:
+        for head in range(facts.group):
+            sheared[head] = shear(operands.profile[0, head : head + 1, :])
+
+
+def shear(row: Array) -> Array:
+    """(BLOCK, length) from (1, length): line i is the row moved i places to the right, by doubling."""
+    lines = jnp.broadcast_to(row, (SUBLANES, row.shape[1]))
+    number = jax.lax.broadcasted_iota(jnp.int32, lines.shape, 0)
+    for shift in (1, 2, 4):
+        lines = jnp.where(number & shift != 0, pltpu.roll(lines, shift, 1), lines)
+    while lines.shape[0] < BLOCK:
+        lines = jnp.concatenate([lines, pltpu.roll(lines, lines.shape[0], 1)])
+    return lines
+
+
+def fold(lines: Array) -> Array:
+    """(1, length) from (BLOCK, length): the transpose of `shear`, by halving."""
+    length = lines.shape[1]
+    while lines.shape[0] > SUBLANES:
+        half = lines.shape[0] // 2
+        lines = lines[:half] + pltpu.roll(lines[half:], length - half, 1)
+    number = jax.lax.broadcasted_iota(jnp.int32, lines.shape, 0)
+    for shift in (1, 2, 4):
+        lines = jnp.where(number & shift != 0, pltpu.roll(lines, length - shift, 1), lines)
+    return lines.sum(axis=0, keepdims=True)
+
+
+def column(row: Array) -> Array:
+    """(BLOCK, 1) from (1, BLOCK), exactly, where Mosaic has no such transposition."""
+    return jnp.where(_diagonal(), row, 0.0).sum(axis=1, keepdims=True)
+
+
+def line(values: Array) -> Array:
+    """(1, BLOCK) from (BLOCK, 1)."""
+    return jnp.where(_diagonal(), values, 0.0).sum(axis=0, keepdims=True)
+
+
+def _diagonal() -> Array:
+    numbers = [jax.lax.broadcasted_iota(jnp.int32, (BLOCK, BLOCK), axis) for axis in (0, 1)]
+    return numbers[0] == numbers[1]
+
 
 LANES = 128
 

@@ -9,10 +9,9 @@ from jaxtyping import Array, Float
 
 from wavlm_jax.config import Compute, WavLMConfig
 from wavlm_jax.model.attention import method_for
-from wavlm_jax.model.elements import keep_where, scale_gradient
 from wavlm_jax.model.encoder import Encoder, Wanted
 from wavlm_jax.model.frontend import FeatureExtractor, FeatureProjection
-from wavlm_jax.model.masking import frame_mask
+from wavlm_jax.model.layers import frame_mask, keep_where, scale_gradient
 from wavlm_jax.shapes import (
     ChannelMask,
     ConvFeatures,

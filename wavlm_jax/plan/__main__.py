@@ -18,12 +18,11 @@ from ml_collections import config_flags
 import wavlm_jax.command_line
 from pretrain import task as pretraining
 from wavlm_jax.command_line import EXIT_WRONG
-from wavlm_jax.plan.cures import Cure, find_cures
-from wavlm_jax.plan.program import Memory
-from wavlm_jax.plan.report import as_json, as_text
-from wavlm_jax.plan.run import LabelStep, Outline, Plan, plan_run, same_programs
+from wavlm_jax.plan.program import LabelStep, Memory, Outline, Plan, plan_run, same_programs
+from wavlm_jax.plan.report import Cure, as_json, as_text, find_cures
 from wavlm_jax.plan.targets import Target, open_target, with_memory
-from wavlm_jax.tasks import classification, ctc, frame_classification, speaker
+from wavlm_jax.tasks import classification, ctc, speaker
+from wavlm_jax.tasks import diarization as frame_classification
 
 OUTLINES: dict[str, Outline] = {
     "masked_prediction": pretraining.outline,

@@ -1,22 +1,127 @@
-"""One program of a run, compiled for a target and counted."""
+"""FLOPs of the matrix products and convolutions of a traced program, loops counted as often as they run.
 
+Counted in the jaxpr, before the compiler: what the mathematics asks for, recomputation included, on all devices
+together.
+A multiplication and an addition are two. Element-wise work is left out: it does not run on the matrix units.
+
+One program of a run, compiled for a target and counted.
+
+From a config to its counted programs on a target, and to the cost of the whole run.
+"""
+
+import json
+import math
 import re
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import flax.linen as nn
 import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jax.sharding import Mesh
 from jax.stages import Traced
 
-from wavlm_jax.plan import partitioner
-from wavlm_jax.plan.collectives import Collective, collectives
-from wavlm_jax.plan.flops import loop_outputs, matrix_flops
-from wavlm_jax.plan.hlo import Module
+from wavlm_jax.plan import targets as partitioner
+from wavlm_jax.plan.cost import Collective, Module, collectives, memory_traffic
 from wavlm_jax.plan.targets import GIB, Target
-from wavlm_jax.plan.traffic import memory_traffic
+from wavlm_jax.settings import read_sections
+from wavlm_jax.training.sharding import RULES, WAVLM_AXES, AxesTable, make_mesh, row_shards
+from wavlm_jax.training.start import RunSettings, lay_out, make_builder
+from wavlm_jax.training.step import root_key
+from wavlm_jax.training.task import BatchSpec, Task, Topology
+
+
+def matrix_flops(jaxpr: ClosedJaxpr | Jaxpr, platform: str | None = None) -> int:
+    """FLOPs of one execution.
+
+    Args:
+        jaxpr: of `jax.jit(f).trace(...).jaxpr` or `jax.make_jaxpr`. Of a `cond` the costliest branch counts, of a
+            `while` whose turns depend on the data one turn.
+        platform: "tpu", "cuda", "cpu": of `jax.lax.platform_dependent` its branch counts; None: the costliest.
+
+    """
+    body = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+    return sum(_flops(equation, platform) for equation in body.eqns)
+
+
+def loop_outputs(jaxpr: ClosedJaxpr | Jaxpr) -> int:
+    """Bytes that forward loops (`scan`) stack up: what a scanned model keeps for its backward pass, at its largest.
+
+    Loops that run backwards stack gradients and are left out.
+    """
+    body = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+    total = 0
+    for equation in body.eqns:
+        inside = [loop_outputs(inner) for inner in _inner(equation)]
+        if equation.primitive.name == "scan" and not equation.params["reverse"]:
+            stacked: list[Any] = [var.aval for var in equation.outvars[equation.params["num_carry"] :]]
+            total += sum(math.prod(array.shape) * array.dtype.itemsize for array in stacked)
+        total += max(inside, default=0) if equation.primitive.name == "cond" else sum(inside)
+    return total
+
+
+def _flops(equation: JaxprEqn, platform: str | None) -> int:
+    name = equation.primitive.name
+    if name in _COUNTED:
+        return _COUNTED[name](equation)
+    inner = [matrix_flops(part, platform) for part in _inner(equation)]
+    if name == "cond":
+        taken = _taken(equation, platform)
+        return max(inner, default=0) if taken is None else inner[taken]
+    return _times(equation) * sum(inner)
+
+
+def _taken(equation: JaxprEqn, platform: str | None) -> int | None:
+    """Which branch of a `cond` runs on the platform; None: the data decide."""
+    platforms = equation.params.get("branches_platforms")
+    if platform is None or platforms is None:
+        return None
+    return next(number for number, names in enumerate(platforms) if names is None or platform in names)
+
+
+def _times(equation: JaxprEqn) -> int:
+    """How often the inside of an equation runs."""
+    name, params = equation.primitive.name, equation.params
+    if name == "scan":
+        return int(params["length"])
+    if name == "pallas_call":
+        return math.prod(int(size) for size in params["grid_mapping"].grid)
+    if name == "shard_map":
+        axes = next(params[key] for key in ("newly_manual_axes", "manual_axes") if key in params)  # by JAX's version
+        return math.prod(params["mesh"].shape[axis] for axis in axes)
+    return 1
+
+
+def _inner(equation: JaxprEqn) -> Iterator[ClosedJaxpr | Jaxpr]:
+    for value in equation.params.values():
+        for part in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(part, (ClosedJaxpr, Jaxpr)):
+                yield part
+
+
+def _dot(equation: JaxprEqn) -> int:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    left: Any = equation.invars[0].aval
+    result: Any = equation.outvars[0].aval
+    return 2 * math.prod(result.shape) * math.prod(left.shape[axis] for axis in contracted)
+
+
+def _convolution(equation: JaxprEqn) -> int:
+    """Each output element takes one product for each kernel element; zeros that dilation puts in are not computed."""
+    params = equation.params
+    kernel: Any = equation.invars[1].aval
+    result: Any = equation.outvars[0].aval
+    out_channels = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+    products = math.prod(result.shape) * (math.prod(kernel.shape) // out_channels)
+    return 2 * products // math.prod(params["lhs_dilation"])
+
+
+_COUNTED: dict[str, Callable[[JaxprEqn], int]] = {"dot_general": _dot, "conv_general_dilated": _convolution}
+
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 
@@ -180,3 +285,139 @@ def _needed(message: str) -> int:
         r"Used (\d+(?:\.\d+)?)([KMGT]) of", message
     )
     return int(float(found.group(1)) * _UNITS[found.group(2)]) if found else 0
+
+
+Outline = Callable[[Mapping[str, Any], Topology], Task]
+"""A task that knows its shapes without its data."""
+LabelStep = Callable[[Mapping[str, Any], Sequence[jax.Device]], tuple[str, Traced, float, Mesh]]
+"""From a config and the devices to (name, program, seconds of audio, mesh) of the step that makes labels."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A config on a target."""
+
+    mesh: Mapping[str, int]
+    devices: int
+    processes: int
+    parameters: int
+    state_bytes: int
+    """Of parameters and optimizer, on one device."""
+    num_steps: int
+    programs: Mapping[str, Counted | Memory]
+    """"train 192x768", "valid 128x1792", "labels 4x5000" -> figures."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether every program does."""
+        return all(self.memory_of(name).fits for name in self.programs)
+
+    @property
+    def train(self) -> list[Counted]:
+        """The steps of training that fit."""
+        return [
+            found for name, found in self.programs.items() if name.startswith("train ") and isinstance(found, Counted)
+        ]
+
+    @property
+    def step_seconds(self) -> float:
+        """Of the slowest step at its roofline."""
+        return max((found.roofline.seconds for found in self.train), default=0.0)
+
+    @property
+    def audio_rate(self) -> float:
+        """Seconds of audio a second and chip, of the slowest step at its roofline."""
+        return min((found.audio_rate for found in self.train), default=0.0)
+
+    @property
+    def hours(self) -> float:
+        """Of the whole run at the roofline; evaluations and saves not counted."""
+        return self.num_steps * self.step_seconds / 3600
+
+    def memory_of(self, name: str) -> Memory:
+        """Of one program."""
+        found = self.programs[name]
+        return found if isinstance(found, Memory) else found.memory
+
+
+def plan_run(
+    config: Mapping[str, Any],
+    outline: Outline,
+    target: Target,
+    *,
+    every_bucket: bool = False,
+    splits: tuple[str, ...] | None = None,
+    label_step: LabelStep | None = None,
+    table: AxesTable = WAVLM_AXES,
+    on_program: Callable[[str], None] = lambda _: None,
+) -> Plan:
+    """Compiles the steps of a run for a target, and counts.
+
+    Args:
+        config: resolved, as JSON values.
+        outline: its task without data.
+        target: where it is to run.
+        every_bucket: compile every static shape; else the longest of each split, which asks for the most memory.
+        splits: which ones; None: "train" and the evaluation splits.
+        label_step: of tasks that make labels first.
+        table: logical axes of the parameters.
+        on_program: is told the name of what is compiled next.
+
+    Raises:
+        ValueError: a config that cannot run on so many devices and hosts.
+
+    """
+    settings = read_sections(dict(config), RunSettings)
+    mesh = make_mesh(settings.mesh, target.devices)
+    task = outline(config, Topology(row_shards(mesh), 0, target.num_processes))
+    key = root_key(settings.seed)  # here: on devices that are not there programs can be traced, and nothing computed
+    programs: dict[str, Counted | Memory] = {}
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        builder = make_builder(task, settings, lay_out(task, settings, mesh, table), key)
+        for split in ("train", *settings.train.eval_splits) if splits is None else splits:
+            trace = builder.update if split == "train" else builder.evaluation
+            for spec in _chosen(task.stream(split).specs, every_bucket):
+                name = f"{split} {spec.name}"
+                on_program(name)
+                programs[name] = count(
+                    name, trace(spec), target, mesh, audio_seconds=spec.seconds, microbatches=spec.microbatches
+                )
+    if label_step is not None:
+        on_program("labels")
+        name, traced, seconds, rows = label_step(config, target.devices)
+        programs[name] = count(name, traced, target, rows, audio_seconds=seconds, microbatches=1)
+    return Plan(
+        mesh=dict(mesh.shape),
+        devices=mesh.size,
+        processes=target.num_processes,
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(builder.state.params)),
+        state_bytes=held(builder.state),
+        num_steps=settings.train.num_steps,
+        programs=programs,
+    )
+
+
+def same_programs(config: Mapping[str, Any], outline: Outline, target: Target, splits: tuple[str, ...]) -> str:
+    """A key that two configs share if their steps are the same programs, however their batches come about.
+
+    Raises:
+        ValueError: as `plan_run`.
+
+    """
+    settings = read_sections(dict(config), RunSettings)
+    mesh = make_mesh(settings.mesh, target.devices)
+    task = outline(config, Topology(row_shards(mesh), 0, target.num_processes))
+    shapes = [[(spec.name, spec.microbatches) for spec in task.stream(split).specs] for split in splits]
+    batch = {name: value for name, value in config["batch"].items() if name != "seconds_per_device"}
+    return json.dumps([{**config, "batch": batch}, shapes])
+
+
+def _chosen(specs: tuple[BatchSpec, ...], every_bucket: bool) -> tuple[BatchSpec, ...]:
+    return specs if every_bucket else (max(specs, key=lambda spec: spec.arrays["waveform"].shape[1]),)
+
+
+def held(state: Any) -> int:
+    """Bytes of a sharded tree on one device."""
+    return sum(
+        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state)
+    )

@@ -1,17 +1,66 @@
-"""The accelerators that a run can be planned for: what they are, how they are wired, and their stand-ins in JAX."""
+"""What XLA's partitioner complains about: arrays that it brings whole to every device, because it knows no other way.
+
+It says so on the process's standard error and nowhere else; libtpu does not even that, unless it is told to
+(`SPEAKING`).
+
+The accelerators that a run can be planned for: what they are, how they are wired, and their stand-ins in JAX.
+"""
 
 import importlib.util
 import math
 import os
 import re
-from collections.abc import Sequence
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 from jax.experimental import topologies
 
-from wavlm_jax.plan import partitioner
+SPEAKING: Mapping[str, str] = {"TPU_MIN_LOG_LEVEL": "1", "TPU_STDERR_LOG_LEVEL": "1"}
+"""Environment in which libtpu prints warnings; it is read when libtpu is loaded."""
+_MARK = "nvoluntary full rematerialization"
+_PLACE = re.compile(r"from sharding (\{.*?\}) to (\{.*?\}) (?:efficiently|without).*? HLO operation:? %?\S+ = (\S+)")
+_NAME = re.compile(r'op_name="([^"]*)"')
+_WARNING = re.compile(r"W\d{4} \d\d:\d\d:\d\d")
+_STDERR = 2
+
+
+@contextmanager
+def replicated() -> Iterator[list[str]]:
+    """Collects, while entered, each array that a compilation replicates against its will: once, with its place.
+
+    The list is filled when the block is left. Whatever else is printed to standard error meanwhile is printed then;
+    other warnings of the compiler are dropped.
+    """
+    found: list[str] = []
+    sys.stderr.flush()
+    before = os.dup(_STDERR)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), _STDERR)
+        try:
+            yield found
+        finally:
+            sys.stderr.flush()
+            os.dup2(before, _STDERR)
+            os.close(before)
+            said.seek(0)
+            lines = said.read().decode(errors="replace").splitlines(keepends=True)
+            found += dict.fromkeys(_described(line) for line in lines if _MARK in line)
+            rest = "".join(line for line in lines if _MARK not in line and not _WARNING.match(line))
+            os.write(_STDERR, rest.encode())
+
+
+def _described(line: str) -> str:
+    """The array, its place in the program, and the shardings; the line itself where it is written in another way."""
+    place, name = _PLACE.search(line), _NAME.search(line)
+    if place is None:
+        return line.strip()
+    return f"{place.group(3)} of {name.group(1) if name else 'unknown'} from {place.group(1)} to {place.group(2)}"
+
 
 GIB = 2**30
 TPU_CHIPS_A_HOST = 4
@@ -182,7 +231,7 @@ def _tpu_devices(topology: str, chip: Chip, sizes: tuple[int, ...], slices: int)
         raise PlanTargetError(f"--topology: {topology} has {len(sizes)} axes, {chip.name} has {chip.axes}")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU in this machine to ask about
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # and nobody else to share it with
-    for name, level in partitioner.SPEAKING.items():
+    for name, level in SPEAKING.items():
         os.environ.setdefault(name, level)
     options: dict[str, Any] = {"chip_config_name": chip.cores}
     if math.prod(sizes) < TPU_CHIPS_A_HOST:

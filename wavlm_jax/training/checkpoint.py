@@ -1,36 +1,253 @@
-"""Checkpoints: Orbax writes the arrays, `storage` commits them, nothing is believed without its checksums.
+"""Which checkpoints there are to be.
+
+The manifest of a checkpoint: what it holds, what it was made from, and a checksum of every file.
+
+It is the last file of a checkpoint to be written (`storage`); so a checkpoint without it is damaged, not unfinished.
+
+Checkpoints where they are kept, for whoever reads them: the next session, another run, an export.
+
+Checkpoints: Orbax writes the arrays, `storage` commits them, nothing is believed without its checksums.
 
 A save runs in a thread of its own: copy to the host (before `save` returns), write, checksum, commit, prune. A failed
 save leaves what was there, is reported once by `poll`, and training goes on.
 """
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as orbax
 
-from wavlm_jax.training.files import Files
-from wavlm_jax.training.host_memory import Resident
-from wavlm_jax.training.manifest import (
-    FORMAT,
-    CheckpointError,
-    Manifest,
-    describe_arrays,
-    describe_files,
-    difference,
-    read,
-    write,
-)
-from wavlm_jax.training.retention import CheckpointSettings
-from wavlm_jax.training.state import TrainState
-from wavlm_jax.training.storage import FOLDER, Storage
-from wavlm_jax.training.stored import newest_valid_of
-from wavlm_jax.training.waiting import agreed, from_first, meet
+from wavlm_jax.training.hosts import Resident, agreed, from_first, meet
+from wavlm_jax.training.sharding import path_name
+from wavlm_jax.training.step import TrainState
+from wavlm_jax.training.storage import FOLDER, NAME, Files, Storage, open_storage
 from wavlm_jax.version import __version__
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    """When a checkpoint is written, and which are kept."""
+
+    every: int
+    """Steps from one to the next; the last step always has one."""
+    keep_last: int
+    """The newest n stay."""
+    keep_every: int | None
+    """Those at multiples of this many steps stay for ever; None: none."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.keep_last < 1 or (self.keep_every is not None and self.keep_every < 1):
+            raise ValueError(
+                f"every {self.every}, keep_last {self.keep_last}, keep_every {self.keep_every}: expected 1 or more"
+            )
+
+    def superfluous(self, steps: Sequence[int]) -> list[int]:
+        """Those of `steps`, oldest first, that are not kept."""
+        older = steps[: -self.keep_last]
+        return [step for step in older if self.keep_every is None or step % self.keep_every]
+
+
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used, or none that can; the message says which file and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """All that is known about a checkpoint without opening its arrays."""
+
+    format: int
+    step: int
+    run_id: str
+    """The same for all sessions of a run; a tracker continues its curve by it."""
+    elapsed: float
+    """Seconds of all sessions up to here."""
+    config: dict[str, Any]
+    """Resolved."""
+    fingerprints: dict[str, str]
+    """Of everything outside the config that training depends on: corpus, labels, k-means."""
+    versions: dict[str, str]
+    arrays: dict[str, list[Any]]
+    """Path of every array of the train state -> [shape, dtype]."""
+    files: dict[str, list[Any]]
+    """Path of every file below the checkpoint's folder -> [bytes, SHA-256]."""
+
+
+def describe_arrays(tree: Any) -> dict[str, list[Any]]:
+    """Path -> [shape, dtype], ready for JSON."""
+    return {
+        path_name(path): [list(leaf.shape), str(leaf.dtype)] for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def describe_files(files: Files) -> dict[str, list[Any]]:
+    """Path -> [bytes, SHA-256] of every file but the manifest, each made durable first."""
+    files.settle()
+    sizes = _sizes(files)
+    return {name: [sizes[name], digest] for name, digest in _digests(files, sizes)}
+
+
+def write(manifest: Manifest, files: Files) -> None:
+    """The manifest beside the files that it describes, durable when this returns."""
+    files.write(NAME, json.dumps(asdict(manifest), indent=1).encode())
+
+
+def read(files: Files) -> Manifest:
+    """The manifest of the checkpoint that `files` are.
+
+    Raises:
+        CheckpointError: missing, damaged, or of a format that this version does not know.
+
+    """
+    path = f"{files.place}/{NAME}"
+    try:
+        values = json.loads(files.read(NAME))
+        found = values["format"]
+        manifest = Manifest(**values) if found == FORMAT else None
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: missing, so this checkpoint is damaged") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}: not a manifest ({error}), so this checkpoint is damaged") from error
+    if manifest is None:
+        raise CheckpointError(f"{path}: format {found}, this version reads {FORMAT}")
+    _check_types(manifest, path)
+    return manifest
+
+
+def verify(files: Files, step: int) -> Manifest:
+    """The manifest of the checkpoint of `step`, of which every file is as it was written.
+
+    Raises:
+        CheckpointError: naming the first file that is missing, changed or not listed.
+
+    """
+    manifest = read(files)
+    if step != manifest.step:
+        raise CheckpointError(
+            f"{files.place}/{NAME}: is of step {manifest.step}, so this folder holds another checkpoint"
+        )
+    sizes = _sizes(files)
+    for name in sorted(sizes.keys() ^ set(manifest.files)):
+        raise CheckpointError(f"{files.place}/{name}: {'not in the manifest' if name in sizes else 'missing'}")
+    for name, (size, _) in manifest.files.items():
+        if sizes[name] != size:
+            raise CheckpointError(f"{files.place}/{name}: {sizes[name]} bytes, expected {size}")
+    for name, digest in _digests(files, sizes):
+        if digest != manifest.files[name][1]:
+            raise CheckpointError(f"{files.place}/{name}: contents have changed (SHA-256 differs)")
+    return manifest
+
+
+def _sizes(files: Files) -> dict[str, int]:
+    return {name: size for name, size in files.sizes().items() if name != NAME}
+
+
+def _digests(files: Files, sizes: Mapping[str, int]) -> Iterable[tuple[str, str]]:
+    """SHA-256 of each, as many at a time as the place can take."""
+    with ThreadPoolExecutor(files.readers) as pool:
+        yield from zip(sizes, pool.map(files.digest, sizes, sizes.values()), strict=True)
+
+
+def difference(expected: Mapping[str, list[Any]], found: Mapping[str, list[Any]]) -> list[str]:
+    """Lines that say how two results of `describe_arrays` differ; none where they agree."""
+    lines = [f"missing in the checkpoint: {name} {expected[name]}" for name in sorted(set(expected) - set(found))]
+    lines += [f"only in the checkpoint: {name} {found[name]}" for name in sorted(set(found) - set(expected))]
+    lines += [
+        f"{name}: the checkpoint has {found[name][1]}{tuple(found[name][0])}, "
+        f"expected {expected[name][1]}{tuple(expected[name][0])}"
+        for name in sorted(set(found) & set(expected))
+        if list(found[name]) != list(expected[name])
+    ]
+    return lines
+
+
+def _check_types(manifest: Manifest, path: str) -> None:
+    pairs = (
+        [*manifest.arrays.values(), *manifest.files.values()] if _is_object(manifest.arrays, manifest.files) else [0]
+    )
+    shapes_are_lists = all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)  # noqa: PLR2004 two of each
+    if not shapes_are_lists or not _is_object(manifest.config, manifest.fingerprints, manifest.versions):
+        raise CheckpointError(f"{path}: entries have the wrong type, so this checkpoint is damaged")
+
+
+def _is_object(*values: Any) -> bool:
+    return all(isinstance(value, dict) for value in values)
+
+
+def steps(workdir: Path | str) -> list[int]:
+    """Steps that have a checkpoint, valid or not, oldest first."""
+    return open_storage(workdir).steps()
+
+
+def newest_valid(workdir: Path | str) -> tuple[Manifest | None, dict[int, str]]:
+    """The newest checkpoint of which every checksum holds, and why each newer one was refused."""
+    return newest_valid_of(open_storage(workdir))
+
+
+def newest_valid_of(storage: Storage) -> tuple[Manifest | None, dict[int, str]]:
+    """As `newest_valid`."""
+    refused: dict[int, str] = {}
+    for step in reversed(storage.steps()):
+        try:
+            return verify(storage.checkpoint(step), step), refused
+        except (CheckpointError, OSError) as error:
+            refused[step] = str(error)
+    return None, refused
+
+
+def load_params(workdir: Path | str, step: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Config and parameters of a run, on the host, whatever devices it was trained on.
+
+    Args:
+        workdir: of the run, a folder or a gs:// address.
+        step: None: the newest checkpoint that verifies.
+
+    Returns:
+        (resolved config, nested dict of numpy arrays).
+
+    Raises:
+        CheckpointError: no such checkpoint, or it does not verify.
+
+    """
+    manifest, params = load_stored(workdir, step)
+    return manifest.config, params
+
+
+def load_stored(workdir: Path | str, step: int | None = None) -> tuple[Manifest, dict[str, Any]]:
+    """As `load_params`, with the whole manifest."""
+    storage = open_storage(workdir)
+    if step is not None:
+        manifest: Manifest | None = verify(storage.checkpoint(step), step)
+    else:
+        manifest, refused = newest_valid_of(storage)
+    if manifest is None:
+        reasons = "".join(f"\n  {reason}" for reason in refused.values())
+        raise CheckpointError(f"{storage.files.place}/{FOLDER}: no usable checkpoint{reasons}")
+    abstract: dict[str, Any] = {}
+    for path, (shape, dtype) in manifest.arrays.items():
+        first, *parents, last = path.split("/")
+        if first == "params":
+            node = abstract
+            for name in parents:
+                node = node.setdefault(name, {})
+            node[last] = np.empty(shape, dtype)
+    place = storage.checkpoint(manifest.step).place
+    try:
+        return manifest, orbax.load_checkpointables(place, {"params": abstract})["params"]
+    except (OSError, ValueError, KeyError):
+        if step is None and manifest.step not in (left := storage.steps()) and left:
+            return load_stored(workdir)  # the run goes on, and its retention has removed it under our eyes
+        raise
+
 
 _WRITE_AHEAD = 2**30
 """Bytes of host memory, besides the copy of this host's shards, that a save may take while it writes."""

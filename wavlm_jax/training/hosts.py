@@ -1,6 +1,22 @@
-"""Several hosts become one machine, when asked or when a cluster says so; must come before JAX sees a device."""
+"""The flags with which a programme becomes one process of many; importing this module defines them.
 
+How much memory of the host this process holds, before, during and after a save.
+
+Waits between hosts: bounded, named, listing who is absent.
+
+They stand on JAX's coordination service, not on a device collective: a host whose devices are stuck can still be told
+apart from one that never came.
+
+Several hosts become one machine, when asked or when a cluster says so; must come before JAX sees a device.
+
+SIGTERM and SIGINT become a request that all hosts hear at the same step.
+"""
+
+import itertools
+import json
 import os
+import resource
+import signal
 import socket
 import sys
 import threading
@@ -8,13 +24,188 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import jax
+from absl import flags
+from jax._src import distributed
 from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster
+from jax.experimental import multihost_utils
 from jaxlib import _jax
 
-from wavlm_jax.training.mesh import MeshSettings
+from wavlm_jax.training.sharding import MeshSettings
+
+_PLATFORM = flags.DEFINE_string("platform", None, "cpu, tpu or cuda: fail rather than take another.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where no cluster tells it.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator.")
+_PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "With --coordinator.")
+_WAIT = flags.DEFINE_integer("wait_seconds", 300, "For the other hosts, at the start.", lower_bound=1)
+_HEARTBEAT = flags.DEFINE_integer("heartbeat_seconds", 100, "A host not heard of for so long is dead.", lower_bound=1)
+
+
+def join_from_flags() -> bool:
+    """Connects with the others as the flags or the cluster say; see `hosts.join`. Comes before JAX sees a device.
+
+    Raises:
+        ValueError: incomplete flags, or a platform that is not here.
+
+    """
+    if _PLATFORM.value is not None:
+        jax.config.update("jax_platforms", _PLATFORM.value)
+    joined = join(
+        _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_INDEX.value, _WAIT.value, heartbeat=_HEARTBEAT.value
+    )
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # an assertion of JAX, where it has no plugin for the platform
+        reason = str(error).partition("\n")[0] or "JAX has no plugin for it"
+        wanted = f"--platform {_PLATFORM.value}" if _PLATFORM.value else "JAX_PLATFORMS"
+        raise ValueError(
+            f"{wanted}: no such device here ({reason}); look for its driver and JAX's plugin "
+            "(pip install 'jax[tpu]' or 'jax[cuda12]'), or leave it out to take what there is"
+        ) from error
+    return joined
+
+
+_STATM = Path("/proc/self/statm")
+
+
+def resident() -> int:
+    """Bytes that are in memory now; where the system does not say (macOS), the most that ever were."""
+    if _STATM.exists():
+        return int(_STATM.read_text().split()[1]) * resource.getpagesize()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Resident:
+    """Bytes in memory since it was made, at moments that have names."""
+
+    def __init__(self) -> None:
+        self.moments = {"before": resident()}
+
+    def note(self, moment: str) -> None:
+        """What is in memory now, under this name."""
+        self.moments[moment] = resident()
+
+    def describe(self) -> str:
+        """For the log."""
+        parts = ", ".join(f"{moment} {value / 2**20:,.0f}" for moment, value in self.moments.items())
+        return f"host memory in MiB: {parts}"
+
+
+PATIENCE = 1800.0
+"""Seconds: the first host may have to read and hash a whole checkpoint meanwhile."""
+_NUMBERS: Iterator[int] = itertools.count()
+
+
+class HostsMissing(RuntimeError):  # noqa: N818 named as people call it
+    """Some hosts did not come to a meeting in time; the message names meeting and hosts."""
+
+
+def meet(name: str, seconds: float = PATIENCE) -> None:
+    """Waits until all processes are here. All call it in the same order; alone it does nothing.
+
+    Args:
+        name: for the message.
+        seconds: at most.
+
+    Raises:
+        HostsMissing: they did not all come.
+
+    """
+    agreed(name, None, seconds)
+
+
+def from_first(name: str, value: str | None, seconds: float = PATIENCE) -> str:
+    """What process 0 says, on all processes. All call it in the same order.
+
+    Args:
+        name: for the message.
+        value: of process 0; what others give is not looked at.
+        seconds: at most.
+
+    Raises:
+        HostsMissing: process 0 said nothing in time.
+
+    """
+    if jax.process_count() == 1:
+        return value or ""
+    client, key = _client(), f"wavlm_jax/{next(_NUMBERS)}/{name}"
+    if jax.process_index() == 0:
+        client.key_value_set(key, value or "")
+        return value or ""
+    try:
+        return str(client.blocking_key_value_get(key, int(seconds * 1000)))
+    except jax.errors.JaxRuntimeError as error:
+        raise HostsMissing(
+            f"{name}: process 0 did not say it within {seconds:.0f} s; look at its log, then start all hosts again"
+        ) from error
+
+
+def agreed(name: str, complaint: str | None, seconds: float = PATIENCE, place: str | None = None) -> str | None:
+    """What went wrong on any process, told to all of them; None where nothing did.
+
+    Args:
+        name: for the message.
+        complaint: of this process; None: all is well here.
+        seconds: at most, for the slowest.
+        place: tells this meeting from all others, where a thread comes to it; None: all processes call in one order.
+
+    Returns:
+        Alone `complaint` itself, else the complaints with their processes and hosts, the same text everywhere.
+
+    Raises:
+        HostsMissing: they did not all come.
+
+    """
+    if jax.process_count() == 1:
+        return complaint
+    said = told(name, complaint, seconds, place)
+    return "; ".join(f"process {index} ({host}): {text}" for index, host, text in said if text is not None) or None
+
+
+def told(name: str, value: Any, seconds: float = PATIENCE, place: str | None = None) -> list[tuple[int, str, Any]]:
+    """What every process says, told to all of them: (process, host, value), by process.
+
+    Args:
+        name: for the message.
+        value: of this process, as JSON can say it.
+        seconds: at most, for the slowest.
+        place: tells this meeting from all others, where a thread comes to it; None: all processes call in one order.
+
+    Raises:
+        HostsMissing: they did not all come.
+
+    """
+    if jax.process_count() == 1:
+        return [(0, socket.gethostname(), value)]
+    client, place = _client(), f"wavlm_jax/{next(_NUMBERS) if place is None else place}/{name}"
+    client.key_value_set(f"{place}/{jax.process_index()}", json.dumps([socket.gethostname(), value]))
+    try:
+        client.wait_at_barrier(place, int(seconds * 1000))
+    except jax.errors.JaxRuntimeError as error:
+        raise HostsMissing(_absent(client, place, name, seconds)) from error
+    return sorted((int(key.rsplit("/", 1)[1]), *json.loads(text)) for key, text in client.key_value_dir_get(place))
+
+
+def _absent(client: Any, place: str, name: str, seconds: float) -> str:
+    said = {int(key.rsplit("/", 1)[1]): json.loads(text) for key, text in client.key_value_dir_get(place)}
+    came = {index: host for index, (host, _) in said.items()}
+    missing = [str(index) for index in range(jax.process_count()) if index not in came]
+    here = ", ".join(f"{index} ({host})" for index, host in sorted(came.items()))
+    return (
+        f"{name}: after {seconds:.0f} s {len(came)} of {jax.process_count()} processes are here ({here}); missing: "
+        f"process {', '.join(missing) or 'none, but one left again'}; look at their logs, then start all hosts again"
+    )
+
+
+def _client() -> Any:
+    """Of the coordination service; JAX has no public name for it."""
+    return distributed.global_state.client
+
 
 EXIT_MISSING = 2
 """Process 0 did not come: the message says which process waited."""
@@ -127,3 +318,54 @@ def check_machine(settings: MeshSettings) -> None:
                 f"config.mesh.{name}: found {value}, expected {wanted} (devices here: {here}, {found['platform']}); "
                 "start the command on every host of the machine, or give the config of this machine"
             )
+
+
+class Preemption:
+    """A request to stop at the next step boundary."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._boundaries = 0
+
+    def hear(self, number: int, _frame: FrameType | None) -> None:
+        """The signal handler."""
+        self._asked = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if jax.process_count() > 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    @property
+    def heard(self) -> bool:
+        """Whether to stop at once. Never on several hosts, which could not agree between two steps."""
+        return self._asked and jax.process_count() == 1
+
+    def requested(self) -> bool:
+        """Whether to stop at this step boundary; the same answer on all hosts. Call it once a step on each.
+
+        JAX agrees on the boundary after the last that any host has counted, and stops there and nowhere else. So they
+        are counted from the start of the session: a signal that comes before the first one means number 1, which the
+        steps of a run that was resumed would never come by.
+        """
+        self._boundaries += 1
+        if jax.process_count() > 1:
+            return bool(multihost_utils.reached_preemption_sync_point(self._boundaries))
+        return self._asked
+
+
+@contextmanager
+def listening() -> Iterator[Preemption]:
+    """While entered, SIGTERM and the first SIGINT are requests; a second SIGINT interrupts.
+
+    On several hosts JAX's own preemption service listens for SIGTERM and agrees on the step; SIGINT is passed on to it.
+    Outside the main thread Python allows no handlers, and nothing is heard.
+    """
+    preemption, previous = Preemption(), {}
+    if threading.current_thread() is threading.main_thread():
+        signals = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
+        previous = {number: signal.signal(number, preemption.hear) for number in signals}
+    try:
+        yield preemption
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -10,23 +10,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from wavlm_jax.training.axes import WAVLM_AXES, AxesTable
-from wavlm_jax.training.checkpoint import Checkpoints
-from wavlm_jax.training.compilation import (
-    Programs,
-    compile_programs,
-    num_compilations,
-    out_of_memory_explained,
-    use_cache,
-)
-from wavlm_jax.training.manifest import CheckpointError
-from wavlm_jax.training.metrics import Clock, Interval, Totals
-from wavlm_jax.training.outcome import Outcome, Status
-from wavlm_jax.training.preemption import Preemption, listening
-from wavlm_jax.training.run_settings import RunSettings
-from wavlm_jax.training.sharding import RULES, describe, place
+from wavlm_jax.training.checkpoint import CheckpointError, Checkpoints
+from wavlm_jax.training.hosts import Preemption, listening, meet
+from wavlm_jax.training.metric_writers import Clock, Interval, Jsonl, Metrics, Totals, say
+from wavlm_jax.training.sharding import RULES, WAVLM_AXES, AxesTable, describe, place
 from wavlm_jax.training.start import (
     Layout,
+    RunSettings,
     Start,
     begin,
     lay_out,
@@ -35,13 +25,18 @@ from wavlm_jax.training.start import (
     open_nonfinite,
     summarize,
 )
-from wavlm_jax.training.state import Report, root_key
-from wavlm_jax.training.stream import BatchSpec, BatchStream
-from wavlm_jax.training.task import Score, Task
-from wavlm_jax.training.waiting import meet
-from wavlm_jax.training.watchdog import Watchdog
+from wavlm_jax.training.step import (
+    Programs,
+    Report,
+    compile_programs,
+    num_compilations,
+    out_of_memory_explained,
+    root_key,
+    use_cache,
+)
+from wavlm_jax.training.task import BatchSpec, BatchStream, Score, Task
+from wavlm_jax.training.watchdog import Outcome, Status, Watchdog
 from wavlm_jax.training.workdir import Workdir
-from wavlm_jax.training.writers import Jsonl, Metrics, say
 
 
 class _Dispatched(NamedTuple):

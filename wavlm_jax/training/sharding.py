@@ -1,21 +1,199 @@
-"""Where every array lives: one table from parameter names to axes, one from axes to the mesh.
+"""Names for the leaves of a tree of arrays.
+
+The parameter tables: which logical axes the parameters of the models of this library have.
+
+Names are Hugging Face's with "/" for "."; Transformer layers are stacked on axis 0. What is small (conv encoder, norms,
+biases, gate, masks) is kept whole on every device; what is large is split, see `sharding.RULES`.
+
+The mesh (data, fsdp, tensor): which devices there are, and who sees which rows.
+
+Where every array lives: one table from parameter names to axes, one from axes to the mesh.
 
 Auto axes throughout: the tables say what is wanted, XLA inserts the communication. Nothing here changes a result.
 """
 
 import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from wavlm_jax.shapes import Params
-from wavlm_jax.training.axes import AxesTable
-from wavlm_jax.training.mesh import ROWS
-from wavlm_jax.training.trees import KeyPath, path_name
+
+KeyPath = tuple[Any, ...]
+
+
+def path_name(path: KeyPath) -> str:
+    """A tree path as "encoder/layers/attention/q_proj/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+AxesTable = tuple[tuple[str, tuple[str | None, ...]], ...]
+"""Rows of (regular expression over the whole parameter path, one logical axis per dimension; None = never split)."""
+
+ENCODER_AXES: AxesTable = (
+    (r"(.*/)?masked_spec_embed", (None,)),
+    (r"(.*/)?feature_extractor/conv_layers[_/]\d+/conv/kernel", (None, None, None)),
+    (r"(.*/)?feature_extractor/conv_layers[_/]\d+/(conv/bias|layer_norm/(scale|bias))", (None,)),
+    (r"(.*/)?feature_projection/layer_norm/(scale|bias)", (None,)),
+    (r"(.*/)?feature_projection/projection/kernel", (None, "embed")),
+    (r"(.*/)?feature_projection/projection/bias", (None,)),
+    (r"(.*/)?encoder/pos_conv_embed/conv/weight_[vg]", (None, None, None)),
+    (r"(.*/)?encoder/pos_conv_embed/conv/bias", (None,)),
+    (r"(.*/)?encoder/layer_norm/(scale|bias)", (None,)),
+    (r"(.*/)?encoder/rel_attn_embed/embedding", (None, "heads")),
+    (r"(.*/)?encoder/layers/attention/[qkv]_proj/kernel", ("layers", "embed", "heads")),
+    (r"(.*/)?encoder/layers/attention/[qkv]_proj/bias", ("layers", "heads")),
+    (r"(.*/)?encoder/layers/attention/out_proj/kernel", ("layers", "heads", "embed")),
+    (r"(.*/)?encoder/layers/attention/out_proj/bias", ("layers", None)),
+    (r"(.*/)?encoder/layers/attention/gru_rel_pos_linear/kernel", ("layers", None, None)),
+    (r"(.*/)?encoder/layers/attention/gru_rel_pos_linear/bias", ("layers", None)),
+    (r"(.*/)?encoder/layers/attention/gru_rel_pos_const", ("layers", "heads")),
+    (r"(.*/)?encoder/layers/(final_)?layer_norm/(scale|bias)", ("layers", None)),
+    (r"(.*/)?encoder/layers/feed_forward/intermediate_dense/kernel", ("layers", "embed", "mlp")),
+    (r"(.*/)?encoder/layers/feed_forward/intermediate_dense/bias", ("layers", "mlp")),
+    (r"(.*/)?encoder/layers/feed_forward/output_dense/kernel", ("layers", "mlp", "embed")),
+    (r"(.*/)?encoder/layers/feed_forward/output_dense/bias", ("layers", None)),
+)
+"""A WavLM or HuBERT encoder, under any prefix."""
+
+ADAPTER_AXES: AxesTable = (
+    (r"lora/wavlm/feature_projection/projection/kernel/a", (None, None)),
+    (r"lora/wavlm/feature_projection/projection/kernel/b", (None, "embed")),
+    (r"lora/wavlm/encoder/layers/attention/gru_rel_pos_linear/kernel/[ab]", ("layers", None, None)),
+    (r"lora/.*/(attention/[qkv]_proj|feed_forward/intermediate_dense)/kernel/a", ("layers", "embed", None)),
+    (r"lora/.*/attention/[qkv]_proj/kernel/b", ("layers", None, "heads")),
+    (r"lora/.*/feed_forward/intermediate_dense/kernel/b", ("layers", None, "mlp")),
+    (r"lora/.*/attention/out_proj/kernel/a", ("layers", "heads", None)),
+    (r"lora/.*/feed_forward/output_dense/kernel/a", ("layers", "mlp", None)),
+    (r"lora/.*/(attention/out_proj|feed_forward/output_dense)/kernel/b", ("layers", None, "embed")),
+)
+"""Low-rank adapters (`wavlm_jax.lora`): inputs and outputs are split as those of their kernel, the rank never is."""
+
+WAVLM_AXES: AxesTable = (
+    *ENCODER_AXES,
+    *ADAPTER_AXES,
+    (r"(.*/)?final_proj/kernel", ("embed", None)),
+    (r"(.*/)?final_proj/bias", (None,)),
+    (r"(.*/)?label_embeddings", (None, "embed")),
+    (r"layer_weights", (None,)),
+    (r"adapter/proj/kernel", ("embed", None)),
+    (r"adapter/proj_layer_norm/scale", (None,)),
+    (r"adapter/layers_\d+/conv/kernel", (None, "embed", None)),
+    (r"adapter/(proj|proj_layer_norm|layers_\d+/conv)/bias", (None,)),
+    (r"(lm_head|projector|classifier|feature_extractor|tdnn_\d+/kernel)/kernel", ("embed", None)),
+    (r"(lm_head|projector|classifier|feature_extractor|tdnn_\d+/kernel)/bias", (None,)),
+    (r"objective/weight", ("embed", None)),
+    (r"ecapa/(.*/)?(conv|attend[12])/kernel", (None, "embed", None)),
+    (r"ecapa/(.*/)?(linear|up|down)/kernel", ("embed", None)),
+    (r"ecapa/(.*/)?(conv|attend[12]|linear|up|down)/bias", (None,)),
+    (r"ecapa/(.*/)?bn/(scale|bias|mean|variance)", (None,)),
+)
+"""An encoder alone, with the masked-prediction head, or with any head of `wavlm_jax.model.heads`."""
+
+
+MESH_AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")
+"""Mesh axes over which the rows of a batch are spread."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshSettings:
+    """Sizes of the mesh; at most one is -1: whatever devices the others leave."""
+
+    data: int
+    """Copies of the parameters; each sees its own rows."""
+    fsdp: int
+    """Devices over which parameters and optimizer state are split; each sees its own rows. 8 or 16, not all."""
+    tensor: int
+    """Devices that share the same rows and split heads and feed-forward units."""
+    platform: str | None
+    """cpu, gpu or tpu: a run that finds another is refused (`hosts.check_machine`); None: whatever there is."""
+    hosts: int | None
+    """So many processes; None: as many as there are."""
+    devices: int | None
+    """So many devices in all; None: as many as there are."""
+
+    @classmethod
+    def anywhere(cls, *, data: int, fsdp: int, tensor: int) -> "MeshSettings":
+        """Of whatever machine there is."""
+        return cls(data=data, fsdp=fsdp, tensor=tensor, platform=None, hosts=None, devices=None)
+
+    def sizes(self, num_devices: int) -> tuple[int, int, int]:
+        """(data, fsdp, tensor) with -1 resolved.
+
+        Raises:
+            ValueError: where they do not multiply to `num_devices`.
+
+        """
+        sizes = [self.data, self.fsdp, self.tensor]
+        known = math.prod(size for size in sizes if size != -1)
+        if sizes.count(-1) == 1 and known > 0 and num_devices % known == 0:
+            sizes[sizes.index(-1)] = num_devices // known
+        if min(sizes) < 1 or math.prod(sizes) != num_devices:
+            raise ValueError(
+                f"config.mesh: data {self.data}, fsdp {self.fsdp}, tensor {self.tensor} on {num_devices} devices; "
+                f"expected sizes that multiply to {num_devices}, one of them may be -1 (the rest)"
+            )
+        return sizes[0], sizes[1], sizes[2]
+
+
+def make_mesh(settings: MeshSettings, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh (data, fsdp, tensor), rows in the order of the processes.
+
+    `jax.make_mesh` knows the physical network but may interleave processes (and refuses several slices); a loader hands
+    out rows by process, so then the plain order is taken: slice by slice, so that only `data` crosses the data centre's
+    network.
+
+    Args:
+        settings: the sizes.
+        devices: of this machine (None), or of one that is planned for.
+
+    Raises:
+        ValueError: sizes that do not fit the devices, the hosts or the slices.
+
+    """
+    found = sorted(jax.devices() if devices is None else devices, key=lambda d: (slice_of(d), d.process_index, d.id))
+    sizes = settings.sizes(len(found))
+    _check_borders(sizes, found)
+    plain = Mesh(np.array(found).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    if slice_of(found[-1]) != slice_of(found[0]):
+        return plain
+    try:
+        mesh = jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=found)
+    except NotImplementedError:  # fsdp 8 on 4 x 4 x 4 chips: no product of whole physical axes
+        return plain
+    owners = [device.process_index for device in mesh.devices.flat]
+    return mesh if owners == sorted(owners) else plain
+
+
+def slice_of(device: jax.Device) -> int:
+    """Number of the TPU slice that a device is in; 0 where there are none."""
+    return int(getattr(device, "slice_index", 0) or 0)
+
+
+def _check_borders(sizes: tuple[int, int, int], devices: Sequence[jax.Device]) -> None:
+    """`tensor` stays within a host, `fsdp` and `tensor` within a slice."""
+    a_host = min(Counter(device.process_index for device in devices).values())
+    if a_host % sizes[2]:
+        raise ValueError(f"config.mesh.tensor: {sizes[2]} does not divide the {a_host} devices a host")
+    a_slice = min(Counter(slice_of(device) for device in devices).values())
+    if a_slice % (sizes[1] * sizes[2]):
+        raise ValueError(
+            f"config.mesh: fsdp {sizes[1]} x tensor {sizes[2]} does not divide the {a_slice} devices a slice; only "
+            "data may cross the network between slices"
+        )
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Devices that see different rows."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
+
 
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("rows", ROWS),

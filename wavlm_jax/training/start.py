@@ -1,4 +1,7 @@
-"""From a task and a workdir to a state that can be trained: own checkpoint, else `init`, else scratch."""
+"""The sections of a config that belong to the training tower, in one dataclass.
+
+From a task and a workdir to a state that can be trained: own checkpoint, else `init`, else scratch.
+"""
 
 import json
 import math
@@ -14,19 +17,54 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from wavlm_jax.shapes import Params, StepKey
-from wavlm_jax.training.axes import AxesTable
-from wavlm_jax.training.checkpoint import Checkpoints, RunRecord
-from wavlm_jax.training.compilation import Builder
-from wavlm_jax.training.freeze import Rules, check_rules, joined, without_given
-from wavlm_jax.training.manifest import CheckpointError, Manifest, describe_arrays, difference
-from wavlm_jax.training.optim import adam, make_schedule
-from wavlm_jax.training.run_settings import RunSettings
-from wavlm_jax.training.sharding import parameter_shardings, thin_shards
-from wavlm_jax.training.state import TrainState, abstract_state, init_key, shard_state
+from wavlm_jax.training.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    CheckpointSettings,
+    Manifest,
+    RunRecord,
+    describe_arrays,
+    difference,
+)
+from wavlm_jax.training.hosts import from_first
+from wavlm_jax.training.metric_writers import Jsonl, Metrics, MetricsSettings, open_writers, say
+from wavlm_jax.training.optim import OptimSettings, Rules, adam, check_rules, joined, make_schedule, without_given
+from wavlm_jax.training.sharding import AxesTable, MeshSettings, parameter_shardings, path_name, thin_shards
+from wavlm_jax.training.step import Builder, TrainState, abstract_state, init_key, shard_state
 from wavlm_jax.training.task import Task
-from wavlm_jax.training.trees import path_name
-from wavlm_jax.training.waiting import from_first
-from wavlm_jax.training.writers import Jsonl, Metrics, MetricsSettings, open_writers, say
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """How long, and what happens on the way."""
+
+    num_steps: int
+    eval_every: int
+    """Steps; the last step always has an evaluation."""
+    eval_splits: tuple[str, ...]
+    max_nonfinite_in_a_row: int
+    """So many steps in a row that change nothing stop the run."""
+    compilation_cache: str | None
+    """Folder of compiled programs, relative to the workdir; None: compiled anew at every start."""
+    max_step_seconds: float
+    """A step, a wait for data or an evaluation batch that takes longer ends the process (`watchdog`)."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "eval_every", "max_nonfinite_in_a_row", "max_step_seconds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: found {getattr(self, name)}, expected 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """The sections of the config that belong to the training tower; `settings.read_sections` fills it."""
+
+    seed: int
+    train: LoopSettings
+    optim: OptimSettings
+    checkpoint: CheckpointSettings
+    mesh: MeshSettings
+    metrics: MetricsSettings
 
 
 @dataclass(frozen=True)

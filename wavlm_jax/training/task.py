@@ -1,18 +1,101 @@
-"""What the loop trains: the one contract between a model and the training tower.
+"""What a task needs to know about the devices in order to cut its batches.
+
+What a loss returns: sums and counts, never means; in evaluation lists of answers too.
+
+What a task reads: static shapes that are known beforehand, and batches whose only position is their number.
+
+What the loop trains: the one contract between a model and the training tower.
 
 A task is four pure functions. The loop knows neither speech nor Flax; a task knows neither devices nor files.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
+import jax
 import numpy as np
+from flax import struct
+from jax.sharding import Mesh
 
 from wavlm_jax.shapes import Batch, Params, StepKey
-from wavlm_jax.training.freeze import Freeze
-from wavlm_jax.training.loss_sums import LossSums
-from wavlm_jax.training.stream import BatchStream
+from wavlm_jax.training.optim import Freeze
+from wavlm_jax.training.sharding import row_shards
+
+
+@dataclass(frozen=True)
+class Topology:
+    """How many see different rows, and which of them this process is."""
+
+    num_devices: int
+    """Devices that see different rows (data * fsdp)."""
+    process_index: int
+    process_count: int
+
+    @classmethod
+    def of(cls, mesh: Mesh) -> "Topology":
+        """The topology of a mesh, seen from this process."""
+        return cls(row_shards(mesh), jax.process_index(), jax.process_count())
+
+
+Sum = Any
+"""A float32 scalar: a tracer in the step, numpy once fetched, a ShapeDtypeStruct when only shapes are asked for."""
+
+
+@struct.dataclass
+class LossSums:
+    """Sums over the rows of a (micro-)batch; the step adds them up over the global batch and divides once."""
+
+    loss: Sum
+    """float32: sum of the loss."""
+    count: Sum
+    """float32: what `loss` is divided by (masked frames, utterances); 0 where a batch has nothing to learn from."""
+    metrics: dict[str, tuple[Sum, Sum]]
+    """name -> (sum, count), float32: reported as sum / count."""
+    histograms: dict[str, Any] = field(default_factory=dict)
+    """name -> counts, float32 (bins,): reported as the entropy of the normalised counts, in nats."""
+    averages: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    """Of training: path of a parameter -> (sum, count) of what the batch says about it. Such parameters are not learned
+    but follow these means from step to step (running statistics of batch norms)."""
+    answers: dict[str, Any] = field(default_factory=dict)
+    """Of an evaluation: name -> a value or vector a row (rows, ...), in the order of the batch. Those of a whole
+    evaluation reach `Task.score`, which makes of them what is no sum (F1, equal error rate)."""
+
+
+class BatchSpec(NamedTuple):
+    """One static shape that a stream yields. Specs of one stream have different names."""
+
+    name: str
+    arrays: Mapping[str, jax.ShapeDtypeStruct]
+    """Global shapes: the first axis counts the rows of all hosts."""
+    microbatches: int
+    """Steps of gradient accumulation that the rows are split into."""
+    seconds: float
+    """Seconds of audio in a full batch, for throughput."""
+
+
+@runtime_checkable
+class BatchStream(Protocol):
+    """An endless (training) or finite (evaluation) sequence of batches; its only position is the batch number."""
+
+    @property
+    def specs(self) -> tuple[BatchSpec, ...]:
+        """Every static shape that `batches` yields: all are compiled before the first step."""
+        ...
+
+    @property
+    def num_batches(self) -> int | None:
+        """None: endless."""
+        ...
+
+    def batches(self, start: int = 0) -> Iterator[tuple[BatchSpec, dict[str, np.ndarray]]]:
+        """This host's rows of the batches number `start`, `start` + 1, ...: the same whenever they are asked for."""
+        ...
+
+    def name(self, index: int) -> str:
+        """The utterance that `batch["id"]` calls `index`, for reports."""
+        ...
+
 
 Score: TypeAlias = Callable[[str, Mapping[str, np.ndarray]], Mapping[str, float]]
 """(split, `LossSums.answers` of all its utterances, `id` their numbers, each once) -> name -> metric."""

@@ -1,4 +1,7 @@
-"""A run that stands still says where, and ends: then the scheduler can start it again."""
+"""How a session of training ends.
+
+A run that stands still says where, and ends: then the scheduler can start it again.
+"""
 
 import faulthandler
 import json
@@ -8,13 +11,34 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax._src import distributed
 
-from wavlm_jax.training.outcome import Status
+
+class Status(IntEnum):
+    """How a session ended; the value is the exit code of train.py."""
+
+    FINISHED = 0
+    PREEMPTED = 75
+    """A signal asked for it: saved; the same command goes on (EX_TEMPFAIL)."""
+    DIVERGED = 76
+    """Too many steps in a row were not finite: the last good state is saved."""
+    STUCK = 77
+    """A step took longer than `train.max_step_seconds`: stacks are in the workdir, run it again."""
+
+
+class Outcome(NamedTuple):
+    """What is left of a session."""
+
+    status: Status
+    step: int
+    metrics: dict[str, dict[str, float]]
+    """Of the last evaluation: split -> name -> value."""
+
 
 PROGRESS = "wavlm_jax/progress/"
 _WATCHED = {"data": 1.0, "step": 1.0, "eval": 1.0, "save": 6.0}

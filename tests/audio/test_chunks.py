@@ -1,0 +1,123 @@
+"""Cutting long audio: every frame once, at its own samples; recordings read in pieces are the file."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wavlm_jax.audio.recordings import ChunkSettings, RecordingError, cut, open_recordings, statistics
+from wavlm_jax.audio.wave import AudioFault
+from wavlm_jax.shapes import num_frames
+
+
+@settings(deadline=None)
+@given(
+    num_samples=st.integers(400, 3_000_000),
+    seconds=st.floats(0.03, 40),
+    share=st.floats(0, 0.95),
+)
+def test_every_frame_is_kept_once_and_pieces_lie_inside_the_file(num_samples, seconds, share):
+    chosen = ChunkSettings(seconds=seconds, overlap_seconds=seconds * share)
+    pieces = cut(num_samples, chosen)
+    kept = [frame for piece in pieces for frame in range(piece.keep_from, piece.keep_to)]
+    assert kept == list(range(num_frames(num_samples)))
+    for piece in pieces:
+        assert piece.start_sample == 320 * piece.first_frame
+        assert piece.start_sample + piece.num_samples <= num_samples
+        frames = num_frames(piece.num_samples)
+        assert piece.first_frame <= piece.keep_from < piece.keep_to <= piece.first_frame + frames
+        assert frames * 320 <= max(seconds * 16_000, 400)
+    assert len({piece.num_samples for piece in pieces}) == 1
+    context = int(round(seconds * share * 50) / 2 - 1)
+    for piece in pieces[1:]:
+        assert piece.keep_from - piece.first_frame >= min(context, num_frames(piece.num_samples) // 2 - 1)
+
+
+def test_a_short_file_is_one_piece_with_all_its_samples():
+    assert cut(16_123, ChunkSettings()) == [(0, 16_123, 0, 0, 50)]
+    with pytest.raises(ValueError, match="found 399 samples, expected at least 400"):
+        cut(399, ChunkSettings())
+    with pytest.raises(ValueError, match=r"overlap_seconds: found 30\.0, expected 0 or more and less than the 30\.0 s"):
+        ChunkSettings(overlap_seconds=30.0)
+
+
+@pytest.fixture
+def stereo(tmp_path):
+    samples = np.random.default_rng(0).normal(size=(300_000, 2)) * 0.1 + 0.05
+    soundfile.write(tmp_path / "a b.flac", samples, 16_000)
+    return tmp_path / "a b.flac"
+
+
+def test_pieces_of_a_recording_are_the_recording(stereo):
+    (recording,) = open_recordings([stereo])
+    whole = recording.read()
+    assert (recording.name, recording.num_samples, recording.seconds) == ("a_b", 300_000, 18.75)
+    expected, _ = soundfile.read(stereo, dtype="float32")
+    np.testing.assert_allclose(whole, expected.mean(axis=1), atol=1e-7)
+    np.testing.assert_array_equal(recording.read(123_456, 1_000), whole[123_456:124_456])
+    np.testing.assert_allclose(recording.statistics(), statistics(whole), rtol=1e-6)
+
+
+def test_another_rate_is_refused_or_resampled(tmp_path):
+    soundfile.write(tmp_path / "cd.wav", np.sin(np.arange(44_100) / 10), 44_100)
+    with pytest.raises(RecordingError, match=r"cd\.wav: found 44100 Hz, expected 16000 Hz; resample it, or ask for"):
+        open_recordings([tmp_path / "cd.wav"])
+    (recording,) = open_recordings([tmp_path / "cd.wav"], resampling=True)
+    assert recording.num_samples == len(recording.read()) == 16_000
+    assert len(recording.read(15_000)) == 1_000
+
+
+def test_files_that_cannot_be_used_are_all_named(tmp_path, stereo):
+    (tmp_path / "empty.wav").touch()
+    (tmp_path / "text.wav").write_text("hello")
+    soundfile.write(tmp_path / "short.wav", np.zeros(399), 16_000)
+    names = ("missing.wav", "empty.wav", "text.wav", "short.wav", "")
+    with pytest.raises(RecordingError) as caught:
+        open_recordings([stereo, *(tmp_path / name for name in names)])
+    lines = str(caught.value).splitlines()
+    for line, fault in zip(lines, ("missing", "empty", "unreadable", "too_short", "not_a_file"), strict=True):
+        assert line.endswith(f"({fault})")
+        assert str(tmp_path) in line
+    with pytest.raises(RecordingError, match="given more than once"):
+        open_recordings([stereo, stereo])
+
+
+def test_names_stay_apart(tmp_path):
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        soundfile.write(tmp_path / folder / "a.wav", np.zeros(400), 16_000)
+    found = open_recordings([tmp_path / "x/a.wav", tmp_path / "y/a.wav"])
+    assert [recording.name for recording in found] == [str(tmp_path / "x/a"), str(tmp_path / "y/a")]
+    soundfile.write(tmp_path / "x/a.flac", np.zeros(400), 16_000)
+    paths = [tmp_path / name for name in ("x/a.wav", "y/a.wav", "x/a.flac")]
+    names = [str(tmp_path / name) for name in ("x/a.wav", "y/a", "x/a.flac")]
+    assert [recording.name for recording in open_recordings(paths)] == names
+
+
+def test_a_file_that_breaks_off_is_named(tmp_path):
+    """Its header is whole, so only reading finds out."""
+    soundfile.write(tmp_path / "a.flac", np.random.default_rng(0).normal(size=80_000) * 0.1, 16_000)
+    (tmp_path / "a.flac").write_bytes((tmp_path / "a.flac").read_bytes()[:40_000])
+    (recording,) = open_recordings([tmp_path / "a.flac"])
+    for use in (recording.read, recording.statistics, lambda: recording.read(60_000, 400)):
+        with pytest.raises(AudioFault, match=r"/a\.flac: "):
+            use()
+
+
+def test_a_two_hour_file_is_read_in_flat_memory(tmp_path):
+    with soundfile.SoundFile(tmp_path / "long.wav", "w", 16_000, 1) as file:
+        block = (np.random.default_rng(0).normal(size=16_000 * 60) * 0.1).astype(np.float32)
+        for _ in range(120):
+            file.write(block)
+    tracemalloc.start()  # of arrays too; the process's own peak would hide in what other tests have used before
+    (recording,) = open_recordings([tmp_path / "long.wav"])
+    assert recording.statistics().variance == pytest.approx(0.01, rel=0.01)
+    pieces = cut(recording.num_samples, ChunkSettings())
+    read = sum(len(recording.read(piece.start_sample, piece.num_samples)) for piece in pieces)
+    assert read > recording.num_samples
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20e6  # bytes; the samples are 460e6

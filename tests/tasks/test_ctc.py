@@ -1,0 +1,221 @@
+"""The CTC task end to end: it learns ten utterances by heart, counts each once, and drops what cannot be learned."""
+
+import contextlib
+import io
+import json
+from dataclasses import asdict
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import soundfile
+import transformers
+
+import wavlm_jax
+from configs.finetune import ctc as recipes
+from tests.support.tones import ONE, make_corpus, one_device, ten_texts, tiny_ctc, train
+from wavlm_jax.__main__ import main
+from wavlm_jax.config import HeadConfig
+from wavlm_jax.settings import SettingsError, read, read_sections
+from wavlm_jax.tasks import ctc
+from wavlm_jax.text.vocabulary import Vocabulary
+from wavlm_jax.training.checkpoint import load_params
+from wavlm_jax.training.optim import Group, check_groups
+from wavlm_jax.training.sharding import path_name
+from wavlm_jax.training.start import RunSettings
+from wavlm_jax.training.step import add_up
+
+pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")  # transformers' own call
+
+ODD = [("ABC", 0, "ABC AB"), ("ABCD", 1, ""), ("AB", 0, "A" * 12), ("ABE ED", 0, "ABE ED")]
+"""One with the wrong text, one without text, one whose text needs 23 frames and has 15, one that is right."""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("ctc")
+
+
+@pytest.fixture(scope="module")
+def folders(root):
+    return {
+        "train": make_corpus(root, "train", ten_texts()),
+        "same": make_corpus(root, "same", ten_texts()),
+        "odd": make_corpus(root, "odd", ODD),
+    }
+
+
+@pytest.fixture(scope="module")
+def run(root, folders):
+    """A finished run, what its evaluation said, and what it printed."""
+    config, printed = tiny_ctc(folders["train"], folders["same"]), io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        outcome = train(ctc.build, config, root / "run")
+    return root / "run", outcome, printed.getvalue()
+
+
+def test_ten_utterances_are_learned_by_heart(run):
+    found = run[1].metrics["same"]
+    assert found["wer"] == 0
+    assert found["cer"] == 0
+    assert found["length_ratio"] == 1
+    assert found["infeasible"] == 0
+
+
+def test_the_log_shows_what_is_heard(run):
+    """The first utterances of the split, in order, after every evaluation."""
+    for number, (_, _, text) in enumerate(ten_texts()[:3]):
+        assert f"same same-{number:03d}: said  {text}\nsame same-{number:03d}: heard {text}\n" in run[2]
+    assert "same-003: heard" not in run[2]
+
+
+def test_transformers_hears_what_we_hear(run, folders, tmp_path, capsys):
+    """The run, transcribed by our command; its export, by transformers' own pipeline: word for word."""
+    files = sorted((folders["same"].parents[1] / "audio" / "same").glob("*.flac"))
+    main(["transcribe", *map(str, files), "--model", str(run[0]), "--format", "tsv"])
+    ours = [line.partition("\t")[2] for line in capsys.readouterr().out.splitlines()]
+    wavlm_jax.save_huggingface(wavlm_jax.load(run[0]), tmp_path / "export", compared=False)
+    recogniser = transformers.pipeline("automatic-speech-recognition", model=str(tmp_path / "export"))
+    waves = [soundfile.read(path, dtype="float32")[0] for path in files]
+    theirs = [recogniser({"raw": wave, "sampling_rate": 16_000})["text"] for wave in waves]
+    assert ours == theirs == [text for _, _, text in ten_texts()]
+
+
+def test_a_run_says_all_about_its_model(run):
+    """Head and vocabulary stand in the config of the checkpoint, complete and readable."""
+    config, params = load_params(run[0])
+    vocabulary = Vocabulary(**{**config["vocabulary"], "tokens": tuple(config["vocabulary"]["tokens"])})
+    head = read(config["head"], HeadConfig, "head")
+    assert sorted(vocabulary.tokens[5:]) == list("ABCDE")
+    assert params["lm_head"]["kernel"].shape == (32, len(vocabulary)) == (32, head.vocab_size)
+    assert head.pad_token_id == vocabulary.blank_id
+    assert json.loads(json.dumps(asdict(head))) == config["head"]
+
+
+def test_init_path_gives_the_body_and_leaves_the_head_fresh(run, folders):
+    task = ctc.build(tiny_ctc(folders["train"], folders["same"], init={"path": str(run[0])}), ONE)
+    fresh = jax.jit(task.init)(jax.random.key(0))
+    params = task.initial_params(fresh)
+    assert params["lm_head"] is fresh["lm_head"]
+    _, trained = load_params(run[0])
+    jax.tree.map(np.testing.assert_array_equal, params["wavlm"], trained["wavlm"])
+    other = tiny_ctc(folders["train"], folders["same"], init={"path": str(run[0])}, model={"num_hidden_layers": 1})
+    with pytest.raises(SettingsError, match=r"config\.init\.path.*num_hidden_layers is 2"):
+        ctc.build(other, ONE).initial_params(fresh)
+
+
+def test_a_further_stage_has_the_vocabulary_that_its_head_learned(root, run, folders):
+    """The same letters in another order are other outputs of the same shape."""
+    turned = [text.translate(str.maketrans("ABCDE", "BCDEA")) for text, _, _ in ten_texts()]
+    other = make_corpus(root, "turned", [(text, 0, text) for text in turned])
+    given = {"init": {"path": str(run[0]), "head": True}}
+    task = ctc.build(tiny_ctc(folders["train"], folders["same"], **given), ONE)
+    fresh = jax.jit(task.init)(jax.random.key(0))
+    _, trained = load_params(run[0])
+    jax.tree.map(np.testing.assert_array_equal, dict(task.initial_params(fresh)), trained)
+    with pytest.raises(SettingsError, match=r"config\.init\.head: the vocabulary of .* \(<pad>.*\) is not the one"):
+        ctc.build(tiny_ctc(other, other, **given), ONE).initial_params(fresh)
+    wide = {**fresh, "lm_head": {"kernel": np.zeros((32, 11)), "bias": np.zeros(11)}}
+    with pytest.raises(SettingsError, match=r"other sizes: \['lm_head'\]\['bias'\]: found \(10,\), expected \(11,\)"):
+        task.initial_params(wide)
+
+
+def totals(task, split):
+    """Sums of an evaluation, and the utterances that were shown."""
+    params = jax.jit(task.init)(jax.random.key(0))
+    evaluate = jax.jit(lambda params, batch: task.loss(params, batch, None))
+    sums, ids = [], []
+    for _, batch in task.stream(split).batches():
+        found = evaluate(params, {name: jnp.asarray(array) for name, array in batch.items()})
+        sums.append(found.replace(answers={}))
+        ids += batch["id"][batch["weight"] > 0].tolist()
+    return jax.tree.map(lambda *leaves: float(sum(leaves)), *sums), sorted(ids)
+
+
+def test_evaluation_counts_every_utterance_once_however_it_is_cut(folders):
+    """Other buckets, other rows, other padding: the same sums, so the same error rates."""
+    wide, ids = totals(ctc.build(tiny_ctc(folders["train"], folders["same"]), ONE), "same")
+    narrow = tiny_ctc(folders["train"], folders["same"], batch={"seconds_per_update": 4.0})
+    narrow["data"]["evaluation_buckets"] = [48, 72]
+    cut, same_ids = totals(ctc.build(narrow, ONE), "same")
+    assert ids == same_ids == list(range(10))
+    assert wide.count == cut.count == 10
+    np.testing.assert_allclose(cut.loss, wide.loss, rtol=1e-5)
+    letters = sum(len(text) for _, _, text in ten_texts())
+    assert wide.metrics["cer"][1] == cut.metrics["cer"][1] == letters
+    assert wide.metrics["cer"][0] == cut.metrics["cer"][0]
+
+
+def test_what_cannot_be_learned_is_dropped_and_counted(root, folders, capsys):
+    """Training leaves out texts that do not fit and rows without text; evaluation keeps the former and counts them."""
+    task = ctc.build(tiny_ctc(folders["odd"], make_corpus(root, "also", ODD)), ONE)
+    said = capsys.readouterr().out
+    assert "train: 2 utterances" in said
+    assert said.count("1 without a transcript, left out; 1 with more text than frames") == 2
+    seen = {
+        int(index)
+        for _, (_, batch) in zip(range(6), task.stream("train").batches(), strict=False)
+        for index in batch["id"]
+    }
+    assert seen == {0, 3}
+    sums, ids = totals(task, "also")
+    assert ids == [0, 2, 3]
+    assert sums.metrics["infeasible"] == (1.0, 3.0)
+    assert sums.metrics["cer"][1] == sum(len(text) for _, _, text in ODD)
+
+
+def test_masks_and_dropout_do_not_depend_on_micro_batches(folders):
+    """SpecAugment, dropout and layer drop on: one micro-batch or two, the same loss."""
+    noisy = {"mask_time_prob": 0.4, "mask_time_length": 4, "mask_feature_prob": 0.3, "mask_feature_length": 4}
+    noisy |= {"hidden_dropout": 0.2, "layerdrop": 0.3}
+    task = ctc.build(tiny_ctc(folders["train"], folders["same"], model=noisy), ONE)
+    params = jax.jit(task.init)(jax.random.key(0))
+    _, arrays = next(task.stream("train").batches())
+    batch = {name: jnp.asarray(array) for name, array in arrays.items()}
+
+    @partial(jax.jit, static_argnums=3)
+    def loss(params, batch, key, microbatches):
+        return add_up(lambda part: task.loss(params, part, key), batch, microbatches, 1).loss
+
+    with jax.set_mesh(one_device()):
+        whole, other = (float(loss(params, batch, jax.random.key(seed), 1)) for seed in (0, 1))
+        split = float(loss(params, batch, jax.random.key(0), 2))
+    np.testing.assert_allclose(split, whole, rtol=1e-5)
+    assert abs(other - whole) > 1e-3
+
+
+@pytest.mark.parametrize("preset", [*recipes._PRESETS, *recipes._SMALL])
+def test_every_preset_can_be_read(preset):
+    config = json.loads(recipes.get_config(preset).to_json())
+    settings = read_sections(config, RunSettings)
+    task = read_sections(config, ctc.CTCSettings)
+    assert settings.optim.schedule == "tri_stage"
+    assert task.model.hidden_size == {"base": 768, "large": 1024}.get(preset.partition("_")[0], 128)
+    assert preset in recipes._SMALL or config["data"]["evaluation"] == ["corpora/librispeech/dev_other"]
+    assert list(settings.train.eval_splits) == [folder.split("/")[-1] for folder in config["data"]["evaluation"]]
+
+
+def test_layer_groups_cover_the_model(folders):
+    task = ctc.build(tiny_ctc(folders["train"], folders["same"]), ONE)
+    shapes = jax.eval_shape(task.init, jax.random.key(0))
+    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
+    groups = {name: read(values, Group, name) for name, values in recipes.layer_groups(2, 0.9).items()}
+    check_groups(groups, names)
+
+
+def test_wrong_configs_get_an_answer(root, folders):
+    config = tiny_ctc(folders["train"], folders["same"])
+    with pytest.raises(SettingsError, match=r"config\.head\.vocab_size.*follows from the data \(here it is 10\)"):
+        ctc.build({**config, "head": {"vocab_size": 5}}, ONE)
+    few = make_corpus(root, "few", [("ABC", 0, "ABC"), ("ABE", 0, "ABE")])
+    with pytest.raises(SettingsError, match=r"utterance same-001.*'D'.*replace_unknown"):
+        ctc.build(tiny_ctc(few, folders["same"]), ONE)
+    silent = make_corpus(root, "silent", [("ABC", 0, ""), ("ABE", 0, "")])
+    with pytest.raises(SettingsError, match="no transcript"):
+        ctc.build(tiny_ctc(silent, folders["same"]), ONE)
+    with pytest.raises(SettingsError, match=r"config\.labels: no such section"):
+        ctc.build({**config, "labels": {}}, ONE)
+    with pytest.raises(ValueError, match=r"ctc\.py:base_5h: no such preset"):
+        recipes.get_config("base_5h")

@@ -1,0 +1,181 @@
+"""Beam search, which needs flashlight-text: against every path there is. Not collected where it has no wheel (3.13)."""
+
+import functools
+import itertools
+import math
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.every_path import SPECIAL, TINY, best_by_text, log_probs_of, seeds
+from tests.support.language_models import CHARACTERS, WORDS, log10_prob, write_models
+from wavlm_jax.audio.recordings import open_recordings
+from wavlm_jax.config import HeadConfig, WavLMConfig
+from wavlm_jax.inference.recognition import Recognizer, transcribe
+from wavlm_jax.inference.running import RunSettings
+from wavlm_jax.model.heads import CTCOutput
+from wavlm_jax.text.beam import BeamSearch, BeamSettings, DecoderError, lexicon_of_words, read_lexicon, words_of_arpa
+from wavlm_jax.text.decoding import decode
+from wavlm_jax.text.vocabulary import VocabularyError
+
+WIDE = BeamSettings(beam=10_000, threshold=1e9, lm_weight=0.0)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return write_models(tmp_path_factory.mktemp("models"))
+
+
+@settings(deadline=None, max_examples=50)
+@given(seed=seeds, frames=st.integers(0, 30))
+def test_a_beam_of_one_without_language_model_is_greedy(seed, frames):
+    log_probs = log_probs_of(seed, frames, tokens=6)
+    (found,) = BeamSearch(SPECIAL, BeamSettings(beam=1))(log_probs)
+    assert found.transcript == decode(log_probs.argmax(axis=1), SPECIAL)
+    assert found.score == pytest.approx(log_probs.max(axis=1).sum(), abs=1e-4)
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=seeds, frames=st.integers(1, 25), beam=st.sampled_from([1, 3, 50]))
+def test_a_language_model_of_weight_zero_changes_nothing(models, seed, frames, beam):
+    log_probs = log_probs_of(seed, frames)
+    nothing = BeamSettings(beam=beam, lm_weight=0.0, num_best=5, lm_unknown="allow")
+    without = BeamSearch(TINY, nothing)(log_probs)
+    for name in ("characters.arpa", "characters.bin"):
+        with_model = BeamSearch(TINY, nothing, models[name])(log_probs)
+        assert [h.transcript.text for h in with_model][:1] == [h.transcript.text for h in without][:1]
+        assert with_model[0].score == pytest.approx(without[0].score, abs=1e-4)
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    seed=seeds,
+    frames=st.integers(1, 6),
+    weight=st.sampled_from([0.5, 2.0, 5.0]),
+    name=st.sampled_from([".arpa", ".bin"]),
+)
+def test_lexicon_free_search_finds_the_best_of_all_texts(models, seed, frames, weight, name):
+    log_probs = log_probs_of(seed, frames)
+    search = BeamSearch(TINY, replace(WIDE, lm_weight=weight), models["characters" + name])
+    (found,) = search(log_probs)
+    best_text, best_score = "", -math.inf
+    for path in itertools.product(range(len(TINY)), repeat=frames):
+        # flashlight starts behind a silence: a delimiter in the first frame goes on with it
+        tokens = [t for t, _ in itertools.groupby((TINY.delimiter_id, *path)) if t != TINY.blank_id][1:]
+        lm = _cached_log10_prob("".join(TINY.tokens[token] for token in tokens))
+        score = float(log_probs[np.arange(frames), path].sum()) + weight * lm
+        if score > best_score:
+            best_text, best_score = TINY.spell(tokens), score
+    assert found.score == pytest.approx(best_score, abs=1e-3)
+    assert found.transcript.text == best_text
+
+
+@functools.cache
+def _cached_log10_prob(characters):
+    return log10_prob(CHARACTERS, list(characters))
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    seed=seeds,
+    frames=st.integers(2, 6),
+    weight=st.sampled_from([0.0, 1.0, 4.0]),
+    name=st.sampled_from(["words.arpa", "words.bin"]),
+)
+def test_search_with_a_lexicon_finds_the_best_sequence_of_its_words(models, seed, frames, weight, name):
+    log_probs = log_probs_of(seed, frames)
+    lexicon = lexicon_of_words(words_of_arpa(models["words.arpa"]), TINY)
+    chosen = replace(WIDE, lm_weight=weight, word_score=-0.5)
+    (found,) = BeamSearch(TINY, chosen, models[name], lexicon)(log_probs)
+    scores = {}
+    for tokens, (score, _) in best_by_text(log_probs, TINY).items():
+        words = TINY.spell(tokens).split()
+        if all(word in lexicon for word in words):
+            total = score + weight * log10_prob(WORDS, words) - 0.5 * len(words)
+            scores[" ".join(words)] = max(total, scores.get(" ".join(words), -math.inf))
+    assert found.transcript.text == max(scores, key=scores.__getitem__)
+    assert found.score == pytest.approx(max(scores.values()), abs=1e-3)
+    assert [word.text for word in found.transcript.words] == found.transcript.text.split()
+
+
+def test_words_of_a_lexicon_keep_their_names_and_times(tmp_path):
+    (tmp_path / "words.txt").write_text("BOTH A B |\n\nBA\n")
+    lexicon = read_lexicon(tmp_path / "words.txt", TINY)
+    assert lexicon == {"BOTH": [(2, 3)], "BA": [(3, 2)]}
+    path = [0, 2, 2, 3, 1, 0, 3, 2, 0]
+    log_probs = np.where(np.arange(4)[None, :] == np.array(path)[:, None], np.float32(-0.1), np.float32(-5.0))
+    (found,) = BeamSearch(TINY, WIDE, lexicon=lexicon)(log_probs)
+    assert found.transcript.text == "BOTH BA"
+    assert [tuple(word) for word in found.transcript.words] == [("BOTH", 1, 4), ("BA", 6, 8)]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda m: BeamSearch(SPECIAL, language_model=m["words.arpa"]),
+            r"does not know 2 of 3 tokens.*'B', '\|'.*same case",
+        ),
+        (lambda m: BeamSearch(TINY, language_model=m["words.arpa"].with_name("none")), "none: no such file"),
+        (lambda m: BeamSearch(TINY, language_model=m["words.arpa"].parent), "no such file; expected a language model"),
+        (lambda _: BeamSearch(replace(TINY, delimiter=None), lexicon={"A": [(2,)]}), "no delimiter between words"),
+        (
+            lambda m: BeamSearch(replace(TINY, tokens=("<pad>", "|", "a", "b")), language_model=m["characters.bin"]),
+            "does not know 2 of 3 tokens of the vocabulary",
+        ),
+        (
+            lambda m: BeamSearch(TINY, language_model=m["words.arpa"], lexicon={"BB": [(3, 3)], "A": [(2,)]}),
+            "does not know 1 of 2 words of the lexicon",
+        ),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(models, make, message):
+    with pytest.raises(DecoderError, match=message):
+        make(models)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\\data\\\n", b"mmap lm http://kheafield.com/code format version 5\n\0", b"\x00" * 999]
+)
+def test_a_damaged_language_model_is_refused(tmp_path, content):
+    (tmp_path / "lm").write_bytes(content)
+    with pytest.raises(DecoderError, match="not a language model that KenLM reads"):
+        BeamSearch(TINY, language_model=tmp_path / "lm")
+
+
+def test_a_model_with_other_outputs_is_refused():
+    with pytest.raises(VocabularyError, match="found 5 tokens a frame, the vocabulary has 4"):
+        BeamSearch(TINY)(log_probs_of(0, 5, tokens=5))
+
+
+class Says:
+    """A CTC model that says A where a sample is loud, and nothing elsewhere."""
+
+    config = WavLMConfig.tiny()
+    head = HeadConfig(vocab_size=4)
+
+    def apply(self, variables, waveform, num_samples):
+        del variables
+        frames = (waveform.shape[1] - 80) // 320
+        loud = waveform[:, 160 : 160 + 320 * frames : 320] > 0.1
+        heard = jnp.where(loud, 2, TINY.blank_id)
+        logits = 8.0 * jax.nn.one_hot(heard, 4)
+        return CTCOutput(logits, jnp.arange(frames)[None] < ((num_samples - 80) // 320)[:, None])
+
+
+def test_recordings_are_searched_as_they_are_read(tmp_path, models):
+    samples = np.repeat([0, 0.5, 0.5, 0, 0.5, 0, 0, 0], 320)
+    soundfile.write(tmp_path / "a.wav", np.concatenate([samples, np.zeros(80)]), 16_000)
+    recordings, recognizer = open_recordings([tmp_path / "a.wav"]), Recognizer(Says(), {}, TINY)
+    (greedy,) = transcribe(recognizer, recordings, RunSettings())
+    assert greedy.transcript.text == "AA"
+    assert transcribe(recognizer, recordings, RunSettings(), BeamSearch(TINY, BeamSettings(beam=1))) == [greedy]
+    lexicon = lexicon_of_words(words_of_arpa(models["words.arpa"]), TINY)
+    search = BeamSearch(TINY, WIDE, models["words.arpa"], lexicon)
+    assert transcribe(recognizer, recordings, RunSettings(), search)[0].transcript.text in lexicon

@@ -1,0 +1,127 @@
+"""Greedy decoding and forced alignment against brute force over all paths, word lists; test_beam.py has beam search."""
+
+import sys
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.every_path import SPECIAL, TINY, best_by_text, log_probs_of, seeds
+from tests.support.language_models import WORDS
+from wavlm_jax.text import beam
+from wavlm_jax.text.beam import BeamSearch, DecoderError, lexicon_of_words, read_lexicon, words_of_arpa
+from wavlm_jax.text.decoding import AlignmentError, align, best_path, check_fit, decode, decode_greedily
+from wavlm_jax.text.records import RecordError
+from wavlm_jax.text.vocabulary import UnknownCharactersError, VocabularyError
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=seeds, frames=st.lists(st.integers(0, 12), min_size=3, max_size=3), drop=st.booleans())
+def test_greedy_on_the_device_is_the_best_token_of_each_real_frame(seed, frames, drop):
+    logits = np.random.default_rng(seed).normal(size=(3, 12, 6)).astype(np.float32)
+    heard = decode_greedily(jnp.asarray(logits), jnp.asarray(frames), SPECIAL, drop_special=drop)
+    for row, count, transcript in zip(logits, frames, heard, strict=True):
+        assert transcript == decode(row[:count].argmax(axis=1), SPECIAL, drop_special=drop)
+
+
+def test_a_model_with_other_outputs_is_refused():
+    wrong = log_probs_of(0, 5, tokens=5)
+    for use in (
+        lambda x: align(x, "A", TINY),
+        lambda x: decode_greedily(jnp.asarray(x)[None], jnp.asarray([5]), TINY),
+    ):
+        with pytest.raises(VocabularyError, match="found 5 tokens a frame, the vocabulary has 4"):
+            use(wrong)
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        ((3, 12, 0), r"not installed: pip install 'wavlm-jax\[decode\]'$"),
+        ((3, 13, 1), r"no wheel for Python 3\.13\. Decode"),
+    ],
+)
+def test_without_flashlight_the_message_says_what_to_do(monkeypatch, version, message):
+    monkeypatch.setitem(sys.modules, "flashlight.lib.text.dictionary", None)
+    monkeypatch.setattr(beam, "sys", SimpleNamespace(version_info=Version(*version)))
+    with pytest.raises(DecoderError, match=message):
+        BeamSearch(TINY)
+
+
+class Version(NamedTuple):
+    major: int
+    minor: int
+    micro: int
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"A\nCAT\n", "line 2: .*'C'"),
+        (b"A\nAA A X\n", "line 2: 'AA' is spelt with"),
+        (b"A |\n", "line 1: 'A' is spelt with nothing"),
+        (b" \n", "found no word"),
+        (b"A\n\xff\xfe\n", "not UTF-8"),
+        (b"A" * 70_000, "line 1: longer than"),
+    ],
+)
+def test_a_wrong_line_of_a_lexicon_is_named(tmp_path, content, message):
+    (tmp_path / "words.txt").write_bytes(content)
+    with pytest.raises(RecordError, match=message):
+        read_lexicon(tmp_path / "words.txt", TINY)
+
+
+def test_a_wrong_arpa_file_is_named(tmp_path):
+    (tmp_path / "lm.arpa").write_text(WORDS.replace("-0.8\tBA\t-0.1", "-0.8 BA -0.1 7"))
+    with pytest.raises(RecordError, match=r"line 10: found '-0\.8 BA -0\.1 7'"):
+        words_of_arpa(tmp_path / "lm.arpa")
+    (tmp_path / "lm.arpa").write_text("hello")
+    with pytest.raises(RecordError, match="line 1: found 'hello'"):
+        words_of_arpa(tmp_path / "lm.arpa")
+    with pytest.raises(RecordError, match="the vocabulary can spell none of 1 words"):
+        lexicon_of_words(["ab"], TINY)
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=seeds, frames=st.integers(1, 7), text=st.text("AB", min_size=1, max_size=4))
+def test_forced_alignment_is_the_best_of_all_paths(seed, frames, text):
+    log_probs = log_probs_of(seed, frames)
+    labels = TINY.encode(text)
+    every = best_by_text(log_probs, TINY)
+    if tuple(labels.tolist()) not in every:
+        with pytest.raises(AlignmentError, match=f"the audio has {frames}"):
+            align(log_probs, text, TINY)
+        return
+    score, path = every[tuple(labels.tolist())]
+    assert best_path(log_probs, labels, TINY.blank_id).tolist() == list(path)
+    found = align(log_probs, text, TINY)
+    assert found.log_prob == pytest.approx(score, abs=1e-5)
+    assert found.transcript == decode(path, TINY)
+    assert found.transcript.text == text
+    assert all(0 < c <= 1 for c in found.confidence)
+
+
+def test_a_clear_recording_is_aligned_to_the_frame():
+    path = [0, 0, 2, 2, 0, 2, 1, 1, 3, 3, 3, 0]
+    log_probs = np.where(np.arange(4)[None, :] == np.array(path)[:, None], np.log(0.97), np.log(0.01))
+    found = align(log_probs, " AA  B", TINY)
+    assert [tuple(word) for word in found.transcript.words] == [("AA", 2, 6), ("B", 8, 11)]
+    assert [tuple(c) for c in found.transcript.characters] == [("A", 2, 4), ("A", 5, 6), (" ", 6, 8), ("B", 8, 11)]
+    assert found.confidence == pytest.approx([0.97] * 4)
+
+
+def test_texts_that_cannot_be_aligned_are_refused():
+    log_probs = log_probs_of(0, 3)
+    with pytest.raises(AlignmentError, match="nothing to align"):
+        align(log_probs, "  ", TINY)
+    with pytest.raises(AlignmentError, match=r"2 characters need 3 frames, the audio has 2 \(40 ms\)"):
+        align(log_probs[:2], "AA", TINY)
+    with pytest.raises(UnknownCharactersError, match="'C'"):
+        align(log_probs, "C", TINY)
+    check_fit(TINY.encode("AB" * 15_000), 180_000)  # an hour
+    with pytest.raises(AlignmentError, match=r"60000 characters in 360000 frames \(120 min\) would take 40 GiB; cut"):
+        check_fit(TINY.encode("AB" * 30_000), 360_000)

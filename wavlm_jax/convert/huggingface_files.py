@@ -1,0 +1,222 @@
+"""safetensors files, one tensor in memory at a time, in and out.
+
+The library's own reader maps the file, and what was looked at stays in memory while it is open; so it is opened anew
+for each tensor. Its own writer wants all tensors as bytes at once; so the format, a JSON header and the numbers, is
+written here (https://github.com/huggingface/safetensors#format).
+
+The weights of a Hugging Face folder, whole or in shards, as safetensors or as torch's pickles, found by looking.
+
+Models of the Hugging Face hub by name: from the local cache, else over the network, through huggingface_hub.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path, PurePath
+from typing import Any, BinaryIO
+
+import numpy as np
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from jaxtyping import Shaped
+from safetensors import SafetensorError, safe_open
+
+from wavlm_jax.convert.state_dict import (
+    DTYPES,
+    ConversionError,
+    Precision,
+    Source,
+    current_name,
+    rounded,
+    source_of,
+    tensors_of,
+)
+from wavlm_jax.convert.torch_file import read_torch_file
+from wavlm_jax.files import DamagedFile, read_json
+
+_NAMES: Mapping[Precision, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_READABLE = frozenset({"F64", "F32", "F16", "BF16"})
+_ALIGNMENT = 8
+
+
+def open_safetensors(path: Path) -> dict[str, Source]:
+    """Name -> tensor, to be read when it is wanted.
+
+    Raises:
+        DamagedFile: cut off, altered, or no safetensors file.
+        ConversionError: a tensor that does not hold floating-point numbers.
+        FileNotFoundError: there is no such file.
+
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    sources = {}
+    try:
+        with safe_open(path, "numpy") as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                part = file.get_slice(name)
+                if part.get_dtype() not in _READABLE:
+                    raise ConversionError(
+                        f"{path}: {name} holds {part.get_dtype()}, expected floating-point numbers "
+                        f"({', '.join(sorted(_READABLE))}); convert quantised weights back first"
+                    )
+                sources[name] = Source(name, tuple(part.get_shape()), partial(_read, path, name))
+    except (SafetensorError, OSError) as error:
+        raise DamagedFile(f"{path}: not a readable safetensors file ({error}); copy or download it again") from error
+    return sources
+
+
+def _read(path: Path, name: str) -> Shaped[np.ndarray, "..."]:
+    try:
+        with safe_open(path, "numpy") as file:
+            return file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise DamagedFile(f"{path}: changed while it was read ({error})") from error
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], dtype: Precision) -> None:
+    """Writes a new file, tensors in the order of their names, each converted when its turn comes.
+
+    Args:
+        path: the file.
+        tensors: name -> float32 array, of any strides.
+        dtype: of the numbers in the file.
+
+    Raises:
+        ConversionError: a number that is not finite, or too large for `dtype`.
+
+    """
+    size, header, end = DTYPES[dtype].itemsize, dict[str, Any](__metadata__={"format": "pt"}), 0
+    for name in sorted(tensors):
+        start, end = end, end + tensors[name].size * size
+        shape = list(tensors[name].shape)
+        header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
+    content = json.dumps(header, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % _ALIGNMENT)
+    with path.open("xb") as file:
+        file.write(len(content).to_bytes(8, "little") + content)
+        for name in sorted(tensors):
+            _write(file, rounded(name, tensors[name], dtype))
+
+
+def _write(file: BinaryIO, tensor: np.ndarray) -> None:
+    file.write(tensor.reshape(-1).view(np.uint8).data)
+
+
+WEIGHTS, PICKLED = "model.safetensors", "pytorch_model.bin"
+INDEX = ".index.json"
+_MOST_SHARDS = 10_000
+
+
+def open_weights(folder: Path) -> tuple[Path, dict[str, Source]]:
+    """The file (or index) that was taken, and its tensors by name, weight norm in the current spelling.
+
+    Raises:
+        FileNotFoundError: no weights; the message says what the folder has.
+        DamagedFile, HostileFile: a file that is not what it should be.
+        ConversionError: an index that does not match its shards, or a tensor that is there twice.
+
+    """
+    for name, reader in ((WEIGHTS, open_safetensors), (PICKLED, _open_pickled)):
+        if (folder / name).is_file():
+            return folder / name, _current(reader(folder / name), folder / name)
+        if (folder / (name + INDEX)).is_file():
+            index = folder / (name + INDEX)
+            return index, _current(_open_shards(index, reader), index)
+    others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".safetensors", ".h5", ".msgpack"))
+    raise FileNotFoundError(f"{folder / WEIGHTS}: no such file; the folder has {', '.join(others) or 'no weights'}")
+
+
+def _open_pickled(path: Path) -> dict[str, Source]:
+    return {name: source_of(name, tensor) for name, tensor in tensors_of(read_torch_file(path), path).items()}
+
+
+def _open_shards(index: Path, reader: Callable[[Path], dict[str, Source]]) -> dict[str, Source]:
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
+        raise ConversionError(f"{index}: weight_map is no map from tensors to files")
+    shards = sorted(set(where.values()))
+    if len(shards) > _MOST_SHARDS:
+        raise ConversionError(f"{index}: names {len(shards)} files, expected at most {_MOST_SHARDS}")
+    found: dict[str, Source] = {}
+    for shard in shards:
+        if PurePath(shard).name != shard or "\\" in shard or "\0" in shard:
+            raise ConversionError(f"{index}: names the file {shard[:80]!r}, which leads out of the folder")
+        sources = reader(index.parent / shard)
+        if twice := sorted(found.keys() & sources.keys()):
+            raise ConversionError(f"{index}: {twice[0]} is in two files, one of them {shard}")
+        found |= sources
+    missing = sorted({current_name(name) for name in where} - {current_name(name) for name in found})
+    if missing:
+        raise ConversionError(f"{index}: {missing[0]} is in none of its files ({len(missing)} missing)")
+    return found
+
+
+def _current(found: dict[str, Source], path: Path) -> dict[str, Source]:
+    named = {current_name(name): source for name, source in found.items()}
+    if len(named) != len(found):
+        raise ConversionError(f"{path}: holds weight norm in both spellings")
+    return named
+
+
+_NAME = re.compile(r"([\w.-]+/)?[\w.-]+(@[\w./-]+)?")
+_SMALL = ["*.json"]
+_SAFE = ["model*.safetensors", "pretraining_head.safetensors"]
+_LEGACY = ["pytorch_model*.bin"]
+
+
+def is_hub_name(text: str) -> bool:
+    """Whether it can be "organisation/model", or that with "@revision" behind."""
+    return re.fullmatch(_NAME, text) is not None and "/" in text
+
+
+def fetch(name: str) -> Path:
+    """The folder of a model of the hub: config, vocabulary, and safetensors, or pytorch_model.bin where there are none.
+
+    Args:
+        name: "microsoft/wavlm-base-plus", or with a revision, "microsoft/wavlm-base-plus@main".
+
+    Raises:
+        ValueError: not in the cache and not to be had; the message says why and what to do.
+
+    """
+    repository, _, revision = name.partition("@")
+    try:
+        return _snapshot(repository, revision or None, local_files_only=True)
+    except (LocalEntryNotFoundError, FileNotFoundError):
+        pass
+    try:
+        return _snapshot(repository, revision or None, local_files_only=False)
+    except (OfflineModeIsEnabled, HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise ValueError(
+            f"{name}: no such file or folder here, not in Hugging Face's cache, and not to be had from the hub "
+            f"({reason}). Check the name; without a network, download it elsewhere ('hf download {repository}') and "
+            "give the folder"
+        ) from error
+
+
+def _snapshot(repository: str, revision: str | None, *, local_files_only: bool) -> Path:
+    """The folder with all that is wanted of it.
+
+    Raises:
+        FileNotFoundError: it has no weights.
+
+    """
+
+    def download(patterns: list[str]) -> Path:
+        return Path(
+            snapshot_download(repository, revision=revision, allow_patterns=patterns, local_files_only=local_files_only)
+        )
+
+    folder = download(_SMALL + _SAFE)
+    if not _has(folder, WEIGHTS):
+        folder = download(_SMALL + _LEGACY)
+    if not _has(folder, WEIGHTS) and not _has(folder, PICKLED):
+        raise FileNotFoundError(f"{repository}: has neither {WEIGHTS} nor {PICKLED}")
+    return folder
+
+
+def _has(folder: Path, name: str) -> bool:
+    return (folder / name).is_file() or (folder / (name + INDEX)).is_file()

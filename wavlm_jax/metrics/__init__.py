@@ -1,1 +1,0 @@
-"""What results are measured by, each with its field's own scorer."""

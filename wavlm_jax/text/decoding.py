@@ -1,0 +1,301 @@
+"""From the best token of every frame to text with times: collapse first, then drop the blank (FACTS B7, E33).
+
+Hugging Face's `skip_special_tokens=True` drops the blank first and so loses doubled letters ("HELO"); here the order
+cannot be chosen. Frames count from 0, ends are exclusive, and a frame is `geometry.hop` samples (20 ms) long.
+
+Forced alignment: when each character and word of a given text was said (Viterbi over CTC paths).
+
+The best path among those that collapse to the text. A character spans the frames in which its token, and not the blank,
+is on the path; a word goes from its first character to its last. CTC models are peaky: starts are better than ends.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Int8
+
+from wavlm_jax.shapes import SAMPLE_RATE, STANDARD, Geometry
+from wavlm_jax.text.vocabulary import Vocabulary, VocabularyError
+
+Ids = Int[np.ndarray, "frames"]
+Logits = Float[Array, "rows frames tokens"]
+
+
+class Span(NamedTuple):
+    """A character or a word, and the frames that it was heard in."""
+
+    text: str
+    start: int
+    end: int
+    """Exclusive."""
+
+
+class Transcript(NamedTuple):
+    """What a model heard."""
+
+    text: str
+    characters: tuple[Span, ...]
+    """The space between words is one of them."""
+    words: tuple[Span, ...]
+
+
+class Run(NamedTuple):
+    """Frames in a row that have the same token."""
+
+    token_id: int
+    start: int
+    end: int
+
+
+def collapse(ids: Sequence[int] | Ids) -> list[Run]:
+    """The runs of equal ids, blanks among them."""
+    ids = np.asarray(ids, np.int64)
+    if not len(ids):
+        return []
+    starts = np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]]))
+    ends = np.append(starts[1:], len(ids))
+    return [Run(int(ids[start]), int(start), int(end)) for start, end in zip(starts, ends, strict=True)]
+
+
+def decode(ids: Sequence[int] | Ids, vocabulary: Vocabulary, *, drop_special: bool = False) -> Transcript:
+    """The text of a path through the frames, with the frames of its characters and words.
+
+    Args:
+        ids: the token of every real frame (padding cut off by the caller, who knows the length).
+        vocabulary: of the model that gave them.
+        drop_special: leave out `<s>`, `</s>` and `<unk>` too, after collapsing. Hugging Face's pipeline shows them.
+
+    Raises:
+        VocabularyError: an id that the vocabulary does not have.
+
+    """
+    hidden = vocabulary.special_ids if drop_special else {vocabulary.blank_id}
+    return transcript([run for run in collapse(ids) if run.token_id not in hidden], vocabulary)
+
+
+def transcript(runs: Sequence[Run], vocabulary: Vocabulary) -> Transcript:
+    """The text that `runs` of real tokens spell, one run a token."""
+    characters = tuple(Span(vocabulary.show(run.token_id), run.start, run.end) for run in runs)
+    text = "".join(character.text for character in characters).strip()
+    if vocabulary.do_lower_case:
+        text = text.lower()
+        characters = tuple(Span(text.lower(), start, end) for text, start, end in characters)
+    return Transcript(text, characters, _words(characters))
+
+
+def seconds(frame: int, geometry: Geometry = STANDARD) -> float:
+    """When frame number `frame` starts, and the one before it ends."""
+    return frame * geometry.hop / SAMPLE_RATE
+
+
+def frames_needed(labels: Sequence[int] | Int[np.ndarray, "labels"]) -> int:
+    """The fewest frames in which `labels` can be said: one a label, and a blank between two that are the same."""
+    labels = np.asarray(labels)
+    repeats: Bool[np.ndarray, "pairs"] = labels[1:] == labels[:-1]
+    return len(labels) + int(np.count_nonzero(repeats))
+
+
+def _words(characters: tuple[Span, ...]) -> tuple[Span, ...]:
+    words: list[Span] = []
+    open_word: Span | None = None
+    for character in characters:
+        if character.text == " ":
+            words.extend([open_word] if open_word else [])
+            open_word = None
+        elif open_word is None:
+            open_word = character
+        else:
+            open_word = Span(open_word.text + character.text, open_word.start, character.end)
+    return (*words, *([open_word] if open_word else []))
+
+
+class Collapsed(NamedTuple):
+    """The tokens heard in each row, packed to the left; places behind `num_tokens` hold -1."""
+
+    ids: Int[Array, "rows frames"]
+    start: Int[Array, "rows frames"]
+    """The first frame of each token."""
+    end: Int[Array, "rows frames"]
+    """One past its last frame."""
+    num_tokens: Int[Array, "rows"]
+
+
+@jax.jit
+def collapse_greedily(logits: Logits, num_frames: Int[Array, "rows"], blank_id: int | Int[Array, ""]) -> Collapsed:
+    """Collapse runs of the most likely token, then drop the blank; nothing but the tokens has to leave the device.
+
+    Args:
+        logits: (rows, frames, tokens), any monotone scores.
+        num_frames: (rows,) real frames a row; what lies behind is not looked at.
+        blank_id: of the vocabulary.
+
+    """
+    rows, frames = logits.shape[:2]
+    place = jnp.arange(frames)
+    real = place[None, :] < num_frames[:, None]
+    best = jnp.where(real, logits.argmax(axis=2), blank_id)
+    changes = best[:, 1:] != best[:, :-1]
+    edge = jnp.ones((rows, 1), bool)
+    spoken = real & (best != blank_id)
+    first = spoken & jnp.concatenate([edge, changes], axis=1)
+    last = spoken & jnp.concatenate([changes, edge], axis=1)
+    count = first.sum(axis=1)
+
+    def packed(values: Int[Array, "rows frames"], chosen: Array) -> Int[Array, "rows frames"]:
+        order = jnp.argsort(~chosen, axis=1, stable=True)
+        kept = jnp.take_along_axis(values, order, axis=1)
+        return jnp.where(place[None, :] < count[:, None], kept, -1)
+
+    places = jnp.broadcast_to(place, (rows, frames))
+    return Collapsed(packed(best, first), packed(places, first), packed(places + 1, last), count)
+
+
+def read_collapsed(collapsed: Collapsed, vocabulary: Vocabulary, *, drop_special: bool = False) -> list[Transcript]:
+    """The transcript of each row (see `ctc.decode`)."""
+    ids, starts, ends, counts = (part.tolist() for part in jax.device_get(collapsed))
+    hidden = vocabulary.special_ids if drop_special else {vocabulary.blank_id}
+    heard = []
+    for row, count in enumerate(counts):
+        runs = [
+            Run(*run) for run in zip(ids[row][:count], starts[row], ends[row], strict=False) if run[0] not in hidden
+        ]
+        heard.append(transcript(runs, vocabulary))
+    return heard
+
+
+def decode_greedily(
+    logits: Logits, num_frames: Int[Array, "rows"], vocabulary: Vocabulary, *, drop_special: bool = False
+) -> list[Transcript]:
+    """What a CTC model hears in each row: equal to `ctc.decode` of the best token of each real frame.
+
+    Raises:
+        VocabularyError: the model has another number of outputs than the vocabulary has tokens.
+
+    """
+    if logits.shape[2] != len(vocabulary):
+        raise VocabularyError(
+            f"logits: found {logits.shape[2]} tokens a frame, the vocabulary has {len(vocabulary)}; it belongs to "
+            "another model"
+        )
+    return read_collapsed(
+        collapse_greedily(logits, num_frames, vocabulary.blank_id), vocabulary, drop_special=drop_special
+    )
+
+
+LogProbs = Float[np.ndarray, "frames tokens"]
+
+
+class AlignmentError(ValueError):
+    """A text that cannot be aligned with this audio."""
+
+
+class Alignment(NamedTuple):
+    """A text and when it was said."""
+
+    transcript: Transcript
+    log_prob: float
+    """Of the whole best path (natural logarithm)."""
+    confidence: tuple[float, ...]
+    """Mean probability of each character over its frames, in the order of `transcript.characters`."""
+
+
+def align(log_probs: LogProbs, text: str, vocabulary: Vocabulary) -> Alignment:
+    """When `text` was said.
+
+    Args:
+        log_probs: log-softmax of a CTC model's logits, real frames only.
+        text: what was said; its characters are all in the vocabulary.
+        vocabulary: of the model.
+
+    Raises:
+        UnknownCharactersError: characters that the vocabulary does not have.
+        AlignmentError: the text is empty, or needs more frames than there are.
+        VocabularyError: the model has another number of outputs than the vocabulary has tokens.
+
+    """
+    if log_probs.shape[1] != len(vocabulary):
+        raise VocabularyError(
+            f"log_probs: found {log_probs.shape[1]} tokens a frame, the vocabulary has {len(vocabulary)}; it belongs "
+            "to another model"
+        )
+    labels = vocabulary.encode(text)
+    path = best_path(log_probs, labels, vocabulary.blank_id)
+    runs: list[Run] = [run for run in collapse(path) if run.token_id != vocabulary.blank_id]
+    confidence = tuple(
+        float(np.exp(log_probs[run.start : run.end, run.token_id].astype(np.float64)).mean()) for run in runs
+    )
+    total = float(log_probs[np.arange(len(path)), path].sum(dtype=np.float64))
+    return Alignment(transcript(runs, vocabulary), total, confidence)
+
+
+def check_fit(labels: Sequence[int] | Int[np.ndarray, "labels"], frames: int) -> None:
+    """Whether a text can be aligned with audio of so many frames, before anything is computed.
+
+    Raises:
+        AlignmentError: no labels, more than the frames can hold, or more of both than memory should.
+
+    """
+    needed = frames_needed(labels)
+    if not len(labels):
+        raise AlignmentError("text: found nothing to align, expected at least one character")
+    if needed > frames:
+        raise AlignmentError(
+            f"text: {len(labels)} characters need {needed} frames, the audio has {frames} ({frames * 20} ms); is it "
+            "the text of this audio?"
+        )
+    if frames * (2 * len(labels) + 1) > _MOST_PAIRS:
+        raise AlignmentError(
+            f"text: {len(labels)} characters in {frames} frames ({frames / 3000:.0f} min) would take "
+            f"{frames * (2 * len(labels) + 1) >> 30} GiB; cut audio and text into parts"
+        )
+
+
+_MOST_PAIRS = 1 << 35
+"""Bytes of the search: half an hour of audio with 25,000 characters is 4.5 GB, and it grows with the square."""
+
+
+def best_path(log_probs: LogProbs, labels: Sequence[int] | Int[np.ndarray, "labels"], blank_id: int) -> Ids:
+    """The token of each frame on the most likely path that collapses to `labels`.
+
+    States are the labels with a blank around each; frames are taken one after the other, all states at once:
+    O(frames x labels) time, one byte of memory for each pair of frame and state.
+
+    Raises:
+        AlignmentError: see `check_fit`.
+
+    """
+    labels, frames = np.asarray(labels, np.int64), len(log_probs)
+    check_fit(labels, frames)
+    states = np.full(2 * len(labels) + 1, blank_id, np.int64)
+    states[1::2] = labels
+    may_skip = np.zeros(len(states), bool)
+    may_skip[3::2] = labels[1:] != labels[:-1]
+    came_from, score = _forward(log_probs, states, may_skip)
+    state = len(states) - 1 if score[-1] >= score[-2] else len(states) - 2
+    path = np.empty(frames, np.int64)
+    for frame in range(frames - 1, -1, -1):
+        path[frame] = states[state]
+        state -= came_from[frame, state]
+    return path
+
+
+def _forward(
+    log_probs: LogProbs, states: Int[np.ndarray, "states"], may_skip: np.ndarray
+) -> tuple[Int8[np.ndarray, "frames states"], Float[np.ndarray, "states"]]:
+    """How far back each state's best predecessor is (0, 1 or 2 states), and the score of each state at the end."""
+    came_from = np.zeros((len(log_probs), len(states)), np.int8)
+    score = np.full(len(states), -np.inf)
+    score[:2] = log_probs[0, states[:2]]
+    one, two = np.full_like(score, -np.inf), np.full_like(score, -np.inf)
+    for frame in range(1, len(log_probs)):
+        one[1:] = score[:-1]
+        two[2:] = np.where(may_skip[2:], score[:-2], -np.inf)
+        choice = came_from[frame]
+        choice[one > score] = 1
+        best = np.maximum(score, one)
+        choice[two > best] = 2
+        score = np.maximum(best, two) + log_probs[frame, states]
+    return came_from, score

@@ -1,0 +1,355 @@
+"""Where the time goes and what the numbers mean: a clock with buckets, and sums that become means. Host only.
+
+Where the numbers go: JSON lines always; TensorBoard, Weights & Biases and the terminal as wanted.
+
+Process 0 writes. A writer that fails is reported once and never stops training.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from tqdm import tqdm
+
+from wavlm_jax.training.step import Report
+
+BUCKETS = ("init", "compile", "data", "step", "eval", "save", "other")
+
+
+class Clock:
+    """Every second since it was made belongs to exactly one bucket, so that the buckets add up to the wall time."""
+
+    def __init__(self) -> None:
+        self.on_switch: Callable[[str], None] | None = None
+        """Is told the bucket that time goes to from now on."""
+        self._started = self._since = time.monotonic()
+        self._bucket = "other"
+        self.total = dict.fromkeys(BUCKETS, 0.0)
+        self._taken = dict(self.total)
+
+    @contextmanager
+    def bucket(self, name: str) -> Iterator[None]:
+        """The time inside goes to `name`; inner buckets take theirs out of the outer one."""
+        outer = self._switch(name)
+        try:
+            yield
+        finally:
+            self._switch(outer)
+
+    def _switch(self, name: str) -> str:
+        now = time.monotonic()
+        self.total[self._bucket] += now - self._since
+        self._since = now
+        previous, self._bucket = self._bucket, name
+        if self.on_switch is not None:
+            self.on_switch(name)
+        return previous
+
+    def take(self) -> dict[str, float]:
+        """Seconds of each bucket since the last call."""
+        self._switch(self._bucket)
+        result = {name: self.total[name] - self._taken[name] for name in BUCKETS}
+        self._taken = dict(self.total)
+        return result
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since it was made."""
+        return time.monotonic() - self._started
+
+
+class Totals:
+    """Sums and counts over batches, in float64, and the answers of an evaluation."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, np.ndarray] = {}
+        self._histograms: dict[str, np.ndarray] = {}
+        self._answers: dict[str, list[np.ndarray]] = {}
+
+    def add(self, sums: Any) -> None:
+        """Adds the LossSums of one batch, as fetched from the device."""
+        for name, values in sums.answers.items():
+            self._answers.setdefault(name, []).append(np.asarray(values))
+        for name, pair in {"loss": (sums.loss, sums.count), **sums.metrics}.items():
+            self._sums[name] = self._sums.get(name, np.zeros(2)) + np.asarray(pair, np.float64)
+        for name, counts in sums.histograms.items():
+            self._histograms[name] = self._histograms.get(name, np.zeros(1)) + np.asarray(counts, np.float64)
+
+    def answers(self) -> dict[str, np.ndarray]:
+        """All answers, without those of filler rows (`id` -1)."""
+        whole = {name: np.concatenate(parts) for name, parts in self._answers.items()}
+        return {name: values[whole["id"] >= 0] for name, values in whole.items()}
+
+    def means(self) -> dict[str, float]:
+        """Name -> sum / count, and name -> entropy in nats of each histogram; what has no count is left out."""
+        result = {name: float(total / count) for name, (total, count) in self._sums.items() if count > 0}
+        for name, counts in self._histograms.items():
+            if counts.sum() > 0:
+                shares = counts[counts > 0] / counts.sum()
+                result[name] = float(-(shares * np.log(shares)).sum())
+        return result
+
+
+class Interval:
+    """What happened since the last line of the log."""
+
+    def __init__(self) -> None:
+        self._totals = Totals()
+        self._values: dict[str, float] = {}
+        self._audio_seconds = 0.0
+        self._steps = 0
+
+    def add(self, report: Report, audio_seconds: float) -> None:
+        """Adds one step, as fetched. A step that was not finite counts in time, not in the means."""
+        self._audio_seconds += audio_seconds
+        self._steps += 1
+        if report.finite:
+            self._totals.add(report.sums)
+            self._values = {name: float(value) for name, value in report.values.items()}
+        self._values["skipped"] = float(report.skipped)
+
+    def summary(self, seconds: Mapping[str, float]) -> dict[str, float]:
+        """The numbers of one line; `seconds` are the clock's buckets over the same time."""
+        busy = max(seconds["data"] + seconds["step"] + seconds["other"], 1e-9)
+        result = self._totals.means() | self._values
+        result |= {
+            "audio_seconds_per_second": self._audio_seconds / busy,
+            "steps_per_second": self._steps / busy,
+            "data_wait_share": seconds["data"] / busy,
+        }
+        return result | {f"seconds_{name}": value for name, value in seconds.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbSettings:
+    """Goes to `wandb.init` whole."""
+
+    project: str | None
+    """None: no run there."""
+    entity: str | None
+    name: str | None
+    group: str | None
+    mode: str | None
+    """None: as WANDB_MODE says; "offline", for hosts without a way out."""
+
+    def __post_init__(self) -> None:
+        others = {name: value for name, value in asdict(self).items() if name != "project" and value is not None}
+        if self.project is None and others:
+            raise ValueError(f"project: found None beside {others}, expected the project that the run belongs to")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsSettings:
+    """How often, and where besides metrics.jsonl."""
+
+    log_every: int
+    """Steps a line."""
+    tensorboard: bool
+    """Into workdir/tensorboard, where tensorboardX is installed."""
+    progress: bool
+    """A bar with the time left on a terminal, a plain line per interval elsewhere; False: neither."""
+    wandb: WandbSettings | None
+
+    def __post_init__(self) -> None:
+        if self.log_every < 1:
+            raise ValueError(f"log_every: found {self.log_every}, expected 1 or more")
+
+
+@runtime_checkable
+class Writer(Protocol):
+    """Takes the numbers of one kind ("train", "eval/valid") at one step."""
+
+    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """May raise anything."""
+        ...
+
+    def close(self) -> None:
+        """May raise anything."""
+        ...
+
+
+class Jsonl:
+    """One JSON object a line: step, kind, values. After a resume each step is there once."""
+
+    def __init__(self, path: Path, resume: int) -> None:
+        """Lines of steps after `resume` are dropped, and those of evaluations at it, which is done again."""
+        self._path = path
+        kept = [line for line in _lines(path) if _stays(line, resume)]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial.replace(path)
+        self._file = path.open("a")
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Appends one line. What an earlier failure left of a line is closed off first."""
+        line = json.dumps({"step": step, "kind": kind, **for_json(values)}, allow_nan=False)
+        try:
+            self._file.write(line + "\n")
+            self._file.flush()
+        except OSError:
+            self._file = self._path.open("a")
+            self._file.write("\n")
+            raise
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class Tensorboard:
+    """Scalars for TensorBoard, by tensorboardX."""
+
+    def __init__(self, folder: Path, resume: int) -> None:
+        from tensorboardX import SummaryWriter  # noqa: PLC0415 an extra
+
+        self._writer = SummaryWriter(str(folder), purge_step=resume + 1)
+
+    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """One scalar a value, tagged kind/name."""
+        for name, value in values.items():
+            self._writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flushes and closes."""
+        self._writer.close()
+
+
+class Wandb:
+    """A Weights & Biases run that continues under the id that the checkpoint carries."""
+
+    def __init__(self, settings: WandbSettings, folder: Path, run_id: str, config: Mapping[str, Any]) -> None:
+        import wandb  # noqa: PLC0415 an extra
+
+        self._run = wandb.init(**asdict(settings), dir=folder, id=run_id, resume="allow", config=dict(config))
+
+    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """All values at once."""
+        self._run.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+
+    def close(self) -> None:
+        """Ends the run."""
+        self._run.finish()
+
+
+class Terminal:
+    """A bar with the time left where someone looks, a plain line where a file does."""
+
+    def __init__(self, resume: int, num_steps: int) -> None:
+        self._num_steps = num_steps
+        looked_at = sys.stderr.isatty()
+        self._bar = tqdm(total=num_steps, initial=resume, unit="step", dynamic_ncols=True) if looked_at else None
+
+    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """The bar moves with training; an evaluation is a line."""
+        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if not name.startswith("seconds_"))
+        if self._bar is not None and kind == "train":
+            shown = {name: f"{values[name]:.4g}" for name in ("loss", "masked_accuracy", "grad_norm") if name in values}
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        left = ""
+        if kind == "train" and values["steps_per_second"] > 0:
+            left = f"  left {_duration((self._num_steps - step) / values['steps_per_second'])}"
+        tqdm.write(f"{kind} {step}/{self._num_steps}  {text}{left}", file=sys.stdout)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        """Leaves the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class Metrics:
+    """All writers of a process; safe to call whatever they do."""
+
+    def __init__(self, writers: Mapping[str, Writer]) -> None:
+        self._writers = dict(writers)
+        self._failed: set[str] = set()
+
+    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """To every writer."""
+        for name, writer in self._writers.items():
+            try:
+                writer.write(kind, step, values)
+            except Exception as error:  # noqa: BLE001 a tracker may do anything; training goes on
+                self._complain(name, error)
+
+    def close(self) -> None:
+        """Closes every writer."""
+        for name, writer in self._writers.items():
+            try:
+                writer.close()
+            except Exception as error:  # noqa: BLE001 as above
+                self._complain(name, error)
+
+    def _complain(self, name: str, error: Exception) -> None:
+        if name not in self._failed:
+            self._failed.add(name)
+            say(f"warning: metrics: {name} failed ({type(error).__name__}: {error}); training goes on")
+
+
+def say(text: str) -> None:
+    """A line for people, round a progress bar if there is one."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def open_writers(
+    settings: MetricsSettings, workdir: Path, *, resume: int, num_steps: int, run_id: str, config: Mapping[str, Any]
+) -> dict[str, Writer]:
+    """The writers that `settings` asks for; one that cannot be opened is reported and left out."""
+    makers: dict[str, Any] = {"metrics.jsonl": lambda: Jsonl(workdir / "metrics.jsonl", resume)}
+    if settings.tensorboard and find_spec("tensorboardX") is not None:
+        makers["tensorboard"] = lambda: Tensorboard(workdir / "tensorboard", resume)
+    wandb = settings.wandb
+    if wandb is not None and wandb.project is not None:
+        makers["wandb"] = lambda: Wandb(wandb, workdir, run_id, config)
+    if settings.progress:
+        makers["terminal"] = lambda: Terminal(resume, num_steps)
+    writers: dict[str, Writer] = {}
+    for name, make in makers.items():
+        try:
+            writers[name] = make()
+        except Exception as error:  # noqa: BLE001 a tracker may do anything; training goes on
+            say(f"warning: metrics: {name} could not be opened ({type(error).__name__}: {error})")
+    return writers
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON lines file; a line that a kill or a full disk cut short is none."""
+    result = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict) and isinstance(value.get("step"), int):
+            result.append(value)
+    return result
+
+
+def _stays(line: Mapping[str, Any], resume: int) -> bool:
+    repeated = str(line.get("kind")).startswith("eval/") and line["step"] == resume
+    return bool(line["step"] <= resume and not repeated)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def for_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values that strict JSON can hold: what is not finite becomes a string ("nan", "inf")."""
+    return {
+        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }
