@@ -2,7 +2,7 @@
 #   make setup    .venv with everything (idempotent)
 #   make demo     the main job on the embedded corpus, or on DATA=folder: corpus, labels, pre-training, evaluation, export
 #   make test     all tests but the slow ones, which are make test-slow
-#   make check    format, lint, types, import contracts, room limits, README's file tree, tests, and a real train.py run
+#   make check    format, lint, types, import contracts, the house, tests, and a real train.py run
 #   make bench    one JSON line a figure
 
 PYTHON ?= python3
@@ -43,7 +43,6 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python tools/house.py .
-	$(BIN)/python tools/tree.py --check
 	$(MAKE) smoke
 	$(MAKE) test
 
