@@ -21,7 +21,7 @@ Everything is a function of the seed and the corpus, so that an interrupted fit 
 
 import itertools
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,6 +35,7 @@ from jaxtyping import Array, Float, Float32, Int16, Int32, Int64
 
 from pretrain.shares import own_rows, put_everywhere
 from wavlm_jax.config import WavLMConfig
+from wavlm_jax.data.corpus import Corpus
 from wavlm_jax.model.wavlm import WavLM
 from wavlm_jax.shapes import SAMPLE_RATE, Geometry, Params, num_frames, samples_for
 
@@ -119,44 +120,6 @@ Result = TypeVar("Result")
 Utterances = Int64[np.ndarray, " utterances"]
 MFCC_BLOCK = 2**14
 """Frames of MFCC that a host labels at a time."""
-
-
-@runtime_checkable
-class Corpus(Protocol):
-    """What labels need of a `wavlm_jax.data.corpus.Corpus`."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Tells two corpora apart."""
-        ...
-
-    @property
-    def ids(self) -> Sequence[str]:
-        """Utterance ids."""
-        ...
-
-    @property
-    def lengths(self) -> Any:
-        """int64 (utterances,): samples of each utterance."""
-        ...
-
-    @property
-    def means(self) -> Any:
-        """float32 (utterances,): mean of each whole utterance in [-1, 1] scale."""
-        ...
-
-    @property
-    def variances(self) -> Any:
-        """float32 (utterances,): variance of each whole utterance in [-1, 1] scale."""
-        ...
-
-    def wave(self, index: int, start: int = 0, num_samples: int | None = None) -> Int16[np.ndarray, " samples"]:
-        """Samples `start` to `start + num_samples` of an utterance."""
-        ...
-
-    def phones(self, index: int) -> Any:
-        """Aligned phones of an utterance (symbols, starts, ends), or None."""
-        ...
 
 
 @runtime_checkable

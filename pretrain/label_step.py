@@ -25,7 +25,6 @@ from jaxtyping import Array, Int, Int64, UInt16
 from pretrain.features import (
     MFCC_BLOCK,
     MFCC_DIM,
-    Corpus,
     FeatureSource,
     Padded,
     Piece,
@@ -38,6 +37,7 @@ from pretrain.features import (
 from pretrain.kmeans import Centroids, nearest
 from pretrain.shares import ROWS, LabelError, most, own_rows, put_rows, row_mesh, row_sharding, rows_over, together
 from wavlm_jax.config import WavLMConfig
+from wavlm_jax.data.corpus import Corpus
 from wavlm_jax.model.wavlm import WavLM
 from wavlm_jax.settings import read
 from wavlm_jax.shapes import SAMPLE_RATE, Geometry, samples_for

@@ -25,7 +25,6 @@ from jaxtyping import Array, Float32
 from tqdm import tqdm
 
 from pretrain.features import (
-    Corpus,
     Drawing,
     FeatureSource,
     LayerFeatures,
@@ -50,6 +49,7 @@ from pretrain.shares import (
     utterance_keys,
     write_json,
 )
+from wavlm_jax.data.corpus import Corpus
 from wavlm_jax.loading import Load
 from wavlm_jax.shapes import SAMPLE_RATE, Params
 from wavlm_jax.training.hosts import from_first

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64, UInt16
 
-from pretrain.features import Corpus
 from pretrain.labels import LabelSettings, LabelStore
 from pretrain.quality import entropy
 from pretrain.shares import LabelError, array_digest, file_of, utterance_keys
+from wavlm_jax.data.corpus import Corpus
 from wavlm_jax.shapes import SAMPLE_RATE, expected_labels, num_frames
 
 TOLERANCE = 1

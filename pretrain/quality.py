@@ -22,7 +22,6 @@ import jax
 import numpy as np
 from jaxtyping import Float64, Int32, Int64
 
-from pretrain.features import Corpus as FeatureCorpus
 from pretrain.labels import LabelStore
 from pretrain.predictor import NO_LABEL
 from wavlm_jax.data.corpus import Corpus
@@ -117,7 +116,7 @@ class Usage(NamedTuple):
     """Stretches of equal labels within utterances."""
 
 
-def measure(store: LabelStore, corpus: FeatureCorpus) -> dict[str, float | None]:
+def measure(store: LabelStore, corpus: Corpus) -> dict[str, float | None]:
     """All measures of one split; those that need phones are None where the corpus has none.
 
     `aligned_share` is the share of frames that a phone covers.
@@ -140,7 +139,7 @@ def usage(store: LabelStore) -> Usage:
     return Usage(counts, changes - changes_at_starts + len(starts))
 
 
-def phone_joint(store: LabelStore, corpus: FeatureCorpus) -> Joint:
+def phone_joint(store: LabelStore, corpus: Corpus) -> Joint:
     """Frames of each (phone, label) pair over all utterances that have an alignment."""
     clusters = store.header.num_clusters
     numbers: dict[str, int] = {}

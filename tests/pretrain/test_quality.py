@@ -23,7 +23,8 @@ from pretrain.quality import (
     usage,
     without_stress,
 )
-from tests.support.fake_corpus import FakeCorpus, FakePhones, write_store
+from tests.support.fake_corpus import FakeCorpus, write_store
+from wavlm_jax.data.corpus import Phones
 
 pairs = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 9)), min_size=1, max_size=300)
 
@@ -68,7 +69,7 @@ class OneUtterance(FakeCorpus):
     """0.2 s, of which 0.05 to 0.15 s are aligned, with a hole."""
 
     def phones(self, index):  # noqa: ARG002 (there is but one utterance)
-        return FakePhones(["AH0", "B", "AH1"], np.array([800, 1440, 2000]), np.array([1440, 1760, 2400]))
+        return Phones(["AH0", "B", "AH1"], np.array([800, 1440, 2000]), np.array([1440, 1760, 2400]))
 
 
 def test_labels_meet_phones_at_the_centre_of_their_window(tmp_path):

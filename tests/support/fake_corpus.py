@@ -1,23 +1,17 @@
 """A corpus in memory with the attributes that labels need: noise and tones whose phones are known."""
 
 import hashlib
-from typing import NamedTuple
 
 import numpy as np
 
 from pretrain.labels import FORMAT, LabelHeader, SplitHeader, SplitWriter
 from pretrain.shares import utterance_keys
+from wavlm_jax.data.corpus import Corpus, Phones
 
 SEGMENT = 3200
 
 
-class FakePhones(NamedTuple):
-    symbols: list
-    starts: np.ndarray
-    ends: np.ndarray
-
-
-class FakeCorpus:
+class FakeCorpus(Corpus):
     """Utterance i is made from (seed, i) when it is asked for: segments of 0.2 s, each one of four sounds or noise."""
 
     def __init__(self, lengths, seed=0, aligned=True):
@@ -29,6 +23,12 @@ class FakeCorpus:
         for i in range(len(self.lengths)):
             scaled = self.wave(i) / 32768
             self.means[i], self.variances[i] = scaled.mean(), scaled.var()
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __repr__(self):
+        return f"FakeCorpus({len(self)} utterances)"
 
     @property
     def fingerprint(self):
@@ -50,9 +50,8 @@ class FakeCorpus:
             return None
         sounds, length = self._sounds(index), int(self.lengths[index])
         starts = np.arange(len(sounds), dtype=np.int32) * SEGMENT
-        return FakePhones(
-            [f"p{sound}" for sound in sounds], starts, np.minimum(starts + SEGMENT, length).astype(np.int32)
-        )
+        ends = np.minimum(starts + SEGMENT, length).astype(np.int32)
+        return Phones([f"p{sound}" for sound in sounds], starts, ends)
 
     def _sounds(self, index):
         count = -(-int(self.lengths[index]) // SEGMENT)
