@@ -20,11 +20,9 @@ from absl import flags
 from ml_collections import config_flags
 
 import wavlm_jax.command_line
-from pretrain import task as pretraining
+from pretrain.task import TASKS
 from wavlm_jax.command_line import EXIT_WRONG
 from wavlm_jax.settings import read_sections
-from wavlm_jax.tasks import classification, ctc, speaker
-from wavlm_jax.tasks import diarization as frame_classification
 from wavlm_jax.training import hosts, loop
 from wavlm_jax.training.hosts import HostsMissing
 from wavlm_jax.training.sharding import make_mesh
@@ -32,15 +30,6 @@ from wavlm_jax.training.start import RunSettings
 from wavlm_jax.training.step import OutOfMemory
 from wavlm_jax.training.task import Topology
 from wavlm_jax.training.workdir import Workdir, open_workdir
-
-TASKS = {
-    "masked_prediction": pretraining.build,
-    "ctc": ctc.build,
-    "classification": classification.build,
-    "frame_classification": frame_classification.build,
-    "speaker_xvector": speaker.build_xvector,
-    "speaker_ecapa": speaker.build_ecapa,
-}
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "What to train and how; see configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
@@ -55,7 +44,7 @@ def train(config: dict[str, Any], workdir: Workdir) -> int:
         raise ValueError(f"config.task: found {config['task']!r}, expected one of {', '.join(TASKS)}")
     hosts.check_machine(settings.mesh)
     mesh = make_mesh(settings.mesh)
-    task = TASKS[config["task"]](config, Topology.of(mesh))
+    task = TASKS[config["task"]].build(config, Topology.of(mesh))
     return int(loop.run(task, settings, mesh, workdir, config={**config, **task.resolved}).status)
 
 

@@ -58,7 +58,7 @@ config = getattr(WavLMConfig, sys.argv[2])()
 random = np.random.default_rng(0)
 shapes = tree_shapes(config, None, None)
 params = jax.tree.map(lambda leaf: random.standard_normal(leaf.shape, np.float32), shapes)
-export_huggingface(Weights(config, params, None), Path(sys.argv[1]), tree_shapes)
+export_huggingface(Weights(config, params, None), Path(sys.argv[1]))
 export_microsoft(config, params, Path(sys.argv[1]).with_suffix(".pt"))
 """
 

@@ -31,9 +31,10 @@ from wavlm_jax.model.attention import current_device
 from wavlm_jax.model.attention import describe as describe_attention
 from wavlm_jax.settings import SettingsError, read_sections, refuse_unknown_sections
 from wavlm_jax.shapes import Params, StepKey, samples_for
+from wavlm_jax.tasks import FINE_TUNING
 from wavlm_jax.training.optim import Freeze
 from wavlm_jax.training.start import RunSettings
-from wavlm_jax.training.task import BatchStream, Task, Topology
+from wavlm_jax.training.task import BatchStream, Task, TaskKind, Topology
 
 _SPECIAL_ROWS = 4
 """Label embeddings that fairseq's dictionary has before those of the clusters (FACTS E20)."""
@@ -281,3 +282,7 @@ def _fingerprints(corpora: Mapping[str, Corpus], stores: Mapping[str, LabelStore
     """What a resumed run has to find unchanged."""
     labels = {f"labels.{split}": store.header.splits[split].sha256 for split, store in stores.items()}
     return {f"corpus.{split}": corpus.fingerprint for split, corpus in corpora.items()} | labels
+
+
+TASKS = {"masked_prediction": TaskKind(build, outline, label_step), **FINE_TUNING}
+"""What train.py trains and `wavlm_jax.plan` plans, by `config.task`."""

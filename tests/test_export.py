@@ -25,7 +25,7 @@ from wavlm_jax.convert import __main__ as command
 from wavlm_jax.convert import huggingface
 from wavlm_jax.convert.state_dict import ConversionError
 from wavlm_jax.export import NotProvedError
-from wavlm_jax.model.heads import KINDS
+from wavlm_jax.model.heads import HEADS
 from wavlm_jax.text.decoding import decode
 from wavlm_jax.text.vocabulary import Vocabulary, read_vocabulary, write_vocabulary
 
@@ -61,7 +61,7 @@ def plain(tmp_path_factory, head):
 def ctc(tmp_path_factory):
     """A CTC model with its vocabulary."""
     folder = tmp_path_factory.mktemp("ctc")
-    torch_head(KINDS["WavLMForCTC"], small_config(), small_head(final_dropout=0.0)).save_pretrained(folder)
+    torch_head(HEADS["WavLMForCTC"].module, small_config(), small_head(final_dropout=0.0)).save_pretrained(folder)
     roles = {"blank": "<pad>", "delimiter": "|", "unknown": "<unk>", "begin": "<s>", "end": "</s>"}
     write_vocabulary(Vocabulary(tokens=TOKENS, do_lower_case=False, **roles), folder)
     return wavlm_jax.load(folder)
@@ -113,12 +113,12 @@ def test_transformers_recognises_speech_as_we_do(exported, tmp_path):
     np.testing.assert_allclose(output.last_hidden_state, states.numpy(), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["WavLMModel", *(name for name in KINDS if hasattr(transformers, name))])
+@pytest.mark.parametrize("name", ["WavLMModel", *(name for name, row in HEADS.items() if row.transformers)])
 def test_all_five_classes_load_without_a_warning(name, tmp_path, caplog, plain):
     if name == "WavLMModel":
         model = plain
     else:
-        torch_head(KINDS[name], small_config(), small_head()).save_pretrained(tmp_path / "theirs")
+        torch_head(HEADS[name].module, small_config(), small_head()).save_pretrained(tmp_path / "theirs")
         model = wavlm_jax.load(tmp_path / "theirs")
     wavlm_jax.save_huggingface(model, tmp_path / "ours", compared=False)
     logger = logging.getLogger("transformers")
@@ -259,12 +259,11 @@ from pathlib import Path
 import jax
 from wavlm_jax.loading import load_weights
 from wavlm_jax.convert.huggingface import export_huggingface
-from wavlm_jax.model.heads import tree_shapes
 from wavlm_jax.weights import ready
 small, big, out = map(Path, sys.argv[1:])
 def go(source, out):
     model = ready(load_weights(source))
-    export_huggingface(model.current, out, tree_shapes)
+    export_huggingface(model.current, out)
 go(small, out / "small")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 go(big, out / "big")

@@ -330,9 +330,27 @@ def test_padding_is_the_callers_choice(folder):
 def test_sizes_of_a_fine_tuned_head_are_those_of_its_parameters():
     """The vocabulary and the speakers come from the data, so a run's config does not have them."""
     config = {"head": {"final_dropout": 0.0}}
-    ctc = _task_head(config, {"lm_head": {"kernel": np.zeros((32, 29)), "bias": np.zeros(29)}})
+    ctc = _task_head(config, {"lm_head": {"kernel": np.zeros((32, 29)), "bias": np.zeros(29)}}, "run")
     assert (ctc.kind, ctc.config.vocab_size, ctc.config.final_dropout) == ("WavLMForCTC", 29, 0.0)
-    frames = _task_head(config, {"classifier": {"kernel": np.zeros((32, 3)), "bias": np.zeros(3)}})
+    frames = _task_head(config, {"classifier": {"kernel": np.zeros((32, 3)), "bias": np.zeros(3)}}, "run")
     assert (frames.kind, frames.config.num_labels) == ("WavLMForAudioFrameClassification", 3)
-    speakers = _task_head(config, {"objective": {"weight": np.zeros((10, 7))}, "projector": {}, "classifier": {}})
+    parts = {
+        name: {} for name in ("layer_weights", "projector", "tdnn_0", "tdnn_10", "feature_extractor", "classifier")
+    }
+    speakers = _task_head(config, {**parts, "objective": {"weight": np.zeros((10, 7))}}, "run")
     assert (speakers.kind, speakers.config.num_labels) == ("WavLMForXVector", 7)
+
+
+def test_a_head_that_no_row_describes_is_an_error():
+    for names in (("decoder",), ("classifier", "decoder"), ("objective", "projector"), ()):
+        found = ", ".join(names) or "no parts"
+        with pytest.raises(ValueError, match=f"runs/a: found a head of {found}, expected one that"):
+            _task_head({"head": {}}, {name: {} for name in names}, "runs/a")
+
+
+def test_a_field_of_older_runs_counts_only_with_the_value_that_is_left():
+    """`ecapa_global_context` was False wherever nobody had asked for it."""
+    parts = {"ecapa": {}, "objective": {"weight": np.zeros((10, 7))}}
+    assert _task_head({"head": {"ecapa_global_context": False}}, parts, "run").kind == "WavLMForECAPA"
+    with pytest.raises(ValueError, match=r"run: config\.head\.ecapa_global_context is True, which this version"):
+        _task_head({"head": {"ecapa_global_context": True}}, parts, "run")

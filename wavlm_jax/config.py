@@ -15,7 +15,7 @@ from wavlm_jax.shapes import Params
 
 Padding = Literal["exact", "huggingface", "microsoft"]
 Remat = Literal["none", "full", "dots"]
-Attention = Literal["auto", "dense", "chunked", "pallas_tpu", "pallas_gpu", "cudnn"]
+Attention = Literal["auto", "dense", "chunked", "pallas_tpu", "pallas_gpu"]
 
 BASE_STRIDES = (5, 2, 2, 2, 2, 2, 2)
 BASE_KERNELS = (10, 3, 3, 3, 3, 2, 2)
@@ -310,8 +310,6 @@ class HeadConfig:
     """ECAPA-TDNN: width of its layers, a multiple of 8."""
     ecapa_output_dim: int = 256
     """ECAPA-TDNN: width of the embedding."""
-    ecapa_global_context: bool = False
-    """ECAPA-TDNN: whether the weights of the pooling know mean and deviation of the whole utterance."""
 
     add_adapter: bool = False
     """Whether convolutions shorten the sequence between encoder and head (CTC and x-vector)."""
@@ -360,7 +358,7 @@ class TaskHead:
     """What stands on the encoder of a fine-tuned model."""
 
     kind: str
-    """Name of the class here and in transformers: "WavLMForCTC"; a key of `model.kinds.KINDS`."""
+    """A key of `model.heads.HEADS`: "WavLMForCTC"."""
     config: HeadConfig
     params: Params
     """Everything beside the encoder: {"lm_head": ...}."""

@@ -49,7 +49,6 @@ from wavlm_jax.convert.microsoft import (
 )
 from wavlm_jax.convert.state_dict import Precision, Source, rounded
 from wavlm_jax.files import read_json
-from wavlm_jax.model.heads import tree_shapes
 from wavlm_jax.shapes import Geometry, samples_for
 from wavlm_jax.weights import Model, Output, Weights, ready
 
@@ -66,7 +65,7 @@ def compare(path: Path) -> dict[str, Any]:
         NotProvedError: transformers finds tensors missing, left over or of another shape.
 
     """
-    weights = import_huggingface(path, tree_shapes) if path.is_dir() else import_microsoft(path)
+    weights = import_huggingface(path) if path.is_dir() else import_microsoft(path)
     config, task = dataclasses.replace(weights.config, padding="huggingface"), weights.task
     if task is not None:
         head = dataclasses.replace(task.config, compat="huggingface", layer_sum_states="raw")
@@ -342,8 +341,8 @@ def save_huggingface(model: Model, folder: Path | str, *, dtype: Precision = "fl
     weights, target = model.current, Path(folder)
     _check_replaceable(target)
     with _unproved(target) as scratch:
-        export_huggingface(weights, scratch, tree_shapes, dtype)
-        tensors = huggingface_tensors(weights, tree_shapes)
+        export_huggingface(weights, scratch, dtype)
+        tensors = huggingface_tensors(weights)
         path, found = open_weights(scratch)
         proof = _prove(scratch, check_file(found, tensors, dtype, path), len(tensors), compared=compared)
         (scratch / CARD).write_text(model_card(weights, dtype, proof), encoding="utf-8")

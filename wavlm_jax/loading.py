@@ -21,7 +21,7 @@ from wavlm_jax.convert.microsoft import import_microsoft
 from wavlm_jax.convert.torch_file import read_torch_file
 from wavlm_jax.convert.torchaudio import import_torchaudio, is_torchaudio
 from wavlm_jax.lora import BRANCH, LoRASettings, merged
-from wavlm_jax.model.heads import tree_shapes
+from wavlm_jax.model.heads import HEADS, recognise
 from wavlm_jax.settings import SettingsError, read
 from wavlm_jax.shapes import SAMPLE_RATE, Geometry, Params, samples_for
 from wavlm_jax.text.vocabulary import files_of_record
@@ -65,7 +65,7 @@ def load_weights(path: Path | str, step: int | None = None) -> Weights:
     if path.is_file():
         return _from_file(path)
     if is_hub_name(str(path)):
-        return import_huggingface(fetch(str(path)), tree_shapes)
+        return import_huggingface(fetch(str(path)))
     raise ValueError(f"{path}: no such file or folder; {_EXPECTED}")
 
 
@@ -79,12 +79,12 @@ def _from_folder(path: Path) -> Weights:
     if not (path / _CONFIG).is_file():
         some = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
         raise ValueError(f"{path}: {_EXPECTED}; the folder has {some}")
-    return import_huggingface(path, tree_shapes)
+    return import_huggingface(path)
 
 
 def _from_file(path: Path) -> Weights:
     if path.suffix in (".safetensors", ".bin") and (path.parent / _CONFIG).is_file():
-        return import_huggingface(path.parent, tree_shapes)
+        return import_huggingface(path.parent)
     if path.suffix == ".safetensors":
         raise ValueError(f"{path}: no {_CONFIG} beside it; weights alone do not tell the model. Expected its folder")
     return import_torchaudio(path) if is_torchaudio(read_torch_file(path)) else import_microsoft(path)
@@ -109,7 +109,7 @@ def _from_run(workdir: Path | str, step: int | None) -> Weights:
         params = merged(params, read(manifest.config["lora"], LoRASettings, "lora"), np.matmul)
     config = read(manifest.config["model"], WavLMConfig, "model")
     beside = {name: part for name, part in params.items() if name not in ("wavlm", _PRETRAINING_HEAD)}
-    task = _task_head(manifest.config, beside) if beside else None
+    task = _task_head(manifest.config, beside, str(workdir)) if beside else None
     notes = (f"step {manifest.step} of run {manifest.run_id}",)
     files = {}
     if "vocabulary" in manifest.config:
@@ -118,27 +118,28 @@ def _from_run(workdir: Path | str, step: int | None) -> Weights:
     return Weights(config, params["wavlm"], params.get(_PRETRAINING_HEAD), task, origin)
 
 
-def _task_head(config: Mapping[str, Any], params: Mapping[str, Any]) -> TaskHead:
-    """The head of a fine-tuned run, whose parameters stand beside the encoder's."""
-    kinds = {name: kind for kind, name in _MARKS.items() if name in params}
-    kind = next(iter(kinds.values()), "WavLMForAudioFrameClassification")
-    sizes = {}  # what the data decide is not in the config: the parameters tell it
-    if kind == "WavLMForCTC":
-        sizes["vocab_size"] = params["lm_head"]["kernel"].shape[-1]
-    else:
-        last = params["objective"]["weight"] if "objective" in params else params["classifier"]["kernel"]
-        sizes["num_labels"] = last.shape[-1]
+def _task_head(config: Mapping[str, Any], params: Mapping[str, Any], where: str) -> TaskHead:
+    """The head of a fine-tuned run, whose parameters stand beside the encoder's.
+
+    Raises:
+        ValueError: a head that no row of `model.heads.HEADS` describes, or one of an earlier version that is gone.
+
+    """
+    kind = recognise(params, where)
+    section = {key: value for key, value in config["head"].items() if key not in _FORMER_FIELDS}
+    for key, value in _FORMER_FIELDS.items():
+        if (found := config["head"].get(key, value)) != value:
+            raise ValueError(f"{where}: config.head.{key} is {found!r}, which this version no longer computes")
+    field, path = HEADS[kind].size  # what the data decide is not in the config of every run: the parameters tell it
+    sized: Any = params
+    for name in path.split("/"):
+        sized = sized[name]
     labels = tuple(config["classes"]) if "classes" in config else None
-    return TaskHead(kind, read({**config["head"], **sizes}, HeadConfig, "head"), params, labels)
+    return TaskHead(kind, read({**section, field: sized.shape[-1]}, HeadConfig, "head"), params, labels)
 
 
-_MARKS = {
-    "WavLMForCTC": "lm_head",
-    "WavLMForECAPA": "ecapa",
-    "WavLMForXVector": "objective",
-    "WavLMForSequenceClassification": "projector",
-}
-"""Kind -> a module that only this kind has, the first that fits counts; the frame classifier has none of its own."""
+_FORMER_FIELDS = {"ecapa_global_context": False}
+"""Fields of HeadConfig in the configs of older runs -> the one value that still means something."""
 
 
 def _facts(workdir: Path | str, manifest: Manifest) -> dict[str, str]:

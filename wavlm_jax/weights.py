@@ -1,14 +1,10 @@
-"""A model at rest: what every reader of weights gives, and every writer takes.
-
-A model with its parameters, ready to be called: what `wavlm_jax.load` gives.
-"""
+"""Weights as every reader returns and every writer takes them, and the model that can be called with them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +13,7 @@ from jaxtyping import Array, Float, Float32
 from wavlm_jax.audio.recordings import Inputs, normalize, pad
 from wavlm_jax.config import TaskHead, WavLMConfig
 from wavlm_jax.model.heads import Headed, module_of
-from wavlm_jax.model.wavlm import WavLM, WavLMOutput
+from wavlm_jax.model.wavlm import WavLM
 from wavlm_jax.shapes import FrameMask, Hidden, NumSamples, Params, Waveform
 
 
@@ -126,28 +122,7 @@ def ready(weights: Weights) -> Model:
 
 @partial(jax.jit, static_argnames="module")
 def _forward(module: WavLM | Headed, params: Params, waveform: Waveform, num_samples: NumSamples | None) -> Output:
-    if isinstance(module, WavLM):
-        alone: Any = module.apply({"params": params}, waveform, num_samples, output_hidden_states=True)
-        return _output(alone, None)
-    encoder = WavLM(module.config, module.compute)
-    encoded: Any = encoder.apply({"params": params["wavlm"]}, waveform, num_samples, output_hidden_states=True)
-
-    def encoded_already(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        if isinstance(context.module, WavLM) and context.method_name == "__call__":
-            return encoded
-        return call(*args, **kwargs)
-
-    with nn.intercept_methods(encoded_already):
-        return _output(encoded, module.apply({"params": params}, waveform, num_samples))
-
-
-def _output(encoded: WavLMOutput, headed: Any) -> Output:
-    if encoded.hidden_states is None:
-        raise ValueError("the hidden states were asked for")
-    return Output(
-        encoded.last_hidden_state,
-        encoded.hidden_states,
-        encoded.frame_mask,
-        getattr(headed, "logits", None),
-        getattr(headed, "embeddings", None),
-    )
+    found: Any = module.apply({"params": params}, waveform, num_samples, output_hidden_states=True)
+    encoder = found if isinstance(module, WavLM) else found.encoder
+    logits, embeddings = (getattr(found, name, None) for name in ("logits", "embeddings"))
+    return Output(encoder.last_hidden_state, encoder.hidden_states, encoder.frame_mask, logits, embeddings)

@@ -14,7 +14,6 @@ from tests.support.torch_twins import small_config, torch_model, waveforms
 from wavlm_jax.convert import huggingface
 from wavlm_jax.convert.state_dict import ConversionError, from_torch, to_torch
 from wavlm_jax.files import DamagedFile
-from wavlm_jax.model.heads import tree_shapes
 from wavlm_jax.model.wavlm import WavLM, parameter_shapes
 from wavlm_jax.settings import SettingsError
 from wavlm_jax.weights import Weights
@@ -27,11 +26,11 @@ CONFIGS = {
 
 
 def import_huggingface(folder):
-    return huggingface.import_huggingface(folder, tree_shapes)
+    return huggingface.import_huggingface(folder)
 
 
 def export_huggingface(config, params, folder, **parts):
-    huggingface.export_huggingface(Weights(config, params, None, **parts), folder, tree_shapes)
+    huggingface.export_huggingface(Weights(config, params, None, **parts), folder)
 
 
 @pytest.fixture(params=CONFIGS)

@@ -193,7 +193,7 @@ def test_a_speaker_at_another_speed_is_another_speaker(corpora):
     config["train"]["eval_splits"] = []
     config["batch"]["buckets"] = [32]
     config["augmentation"] = json.loads(json.dumps(values))
-    task = speaker.build_xvector(config, ONE)
+    task = speaker.build(config, ONE)
     base = ["speaker0", "speaker1"]
     assert task.resolved["classes"] == base + [f"{name} @0.9" for name in base] + [f"{name} @1.1" for name in base]
     assert task.resolved["head"]["num_labels"] == 6

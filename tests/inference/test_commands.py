@@ -23,7 +23,7 @@ from wavlm_jax.config import HeadConfig, TaskHead, WavLMConfig
 from wavlm_jax.convert.huggingface import export_huggingface
 from wavlm_jax.inference import commands
 from wavlm_jax.inference.running import RunSettings
-from wavlm_jax.model.heads import module_of, tree_shapes
+from wavlm_jax.model.heads import module_of
 from wavlm_jax.text.records import read_rttm, write_rttm
 from wavlm_jax.text.vocabulary import Vocabulary, write_vocabulary
 from wavlm_jax.weights import Weights
@@ -50,9 +50,9 @@ def folder(tmp_path_factory):
         params = jax.tree.map(partial(np.multiply, np.float32(louder)), params)
         labels = ("cat", "dog", "owl") if name == "classes" else None
         task = TaskHead(kind, HEAD, params, labels)
-        export_huggingface(Weights(CONFIG, encoder, None, task), folder / name, tree_shapes)
+        export_huggingface(Weights(CONFIG, encoder, None, task), folder / name)
     write_vocabulary(TOKENS, folder / "ctc")
-    export_huggingface(Weights(CONFIG, encoder, None), folder / "encoder", tree_shapes)
+    export_huggingface(Weights(CONFIG, encoder, None), folder / "encoder")
     random = np.random.default_rng(0)
     soundfile.write(folder / "a.wav", random.normal(size=9_000) * 0.1, 16_000)
     soundfile.write(folder / "b.wav", random.normal(size=12_000) * np.linspace(0, 0.2, 12_000), 16_000)

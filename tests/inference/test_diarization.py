@@ -78,7 +78,8 @@ class Oracle:
         active = jnp.stack([(speaking >> speaker) & 1 for speaker in range(3)] + [0 * speaking], axis=2)
         orders = jnp.array(ORDERS)[(speaking**2).sum(axis=1) % len(ORDERS)]
         logits = jnp.take_along_axis(20.0 * active - 10.0, orders[:, None, :], axis=2)
-        return FrameOutput(logits, jnp.arange(frames)[None] < ((num_samples - 80) // 320)[:, None])
+        mask = jnp.arange(frames)[None] < ((num_samples - 80) // 320)[:, None]
+        return FrameOutput(logits, mask, None)
 
 
 EXACT = TurnSettings(fill_seconds=0.0, least_seconds=0.0)

@@ -15,7 +15,6 @@ from wavlm_jax.audio.recordings import ChunkSettings, normalize, open_recordings
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.convert.huggingface import export_huggingface
 from wavlm_jax.inference.running import RunSettings, frames_of, jobs_of, run
-from wavlm_jax.model.heads import tree_shapes
 from wavlm_jax.model.wavlm import WavLM
 from wavlm_jax.weights import Weights
 
@@ -35,7 +34,7 @@ def folder(tmp_path_factory, params):
     random = np.random.default_rng(0)
     for name, length in LENGTHS.items():
         soundfile.write(folder / f"{name}.wav", random.normal(size=length) * 0.1, 16_000)
-    export_huggingface(Weights(CONFIG, jax.device_get(params), None), folder / "model", tree_shapes)
+    export_huggingface(Weights(CONFIG, jax.device_get(params), None), folder / "model")
     return folder
 
 

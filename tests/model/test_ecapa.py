@@ -18,12 +18,12 @@ from wavlm_jax.training.step import _follow
 FEATURES, WIDTH, EMBEDDING, FRAMES = 12, 16, 6, 23
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["plain", "context"])
-def twins(request):
+@pytest.fixture(scope="module")
+def twins():
     """torch's module, ours, and its parameters."""
-    theirs = torch_ecapa(FEATURES, WIDTH, EMBEDDING, request.param)
+    theirs = torch_ecapa(FEATURES, WIDTH, EMBEDDING)
     tensors = [*theirs.named_parameters(), *theirs.named_buffers()]
-    return theirs, ECAPA(WIDTH, EMBEDDING, request.param), our_tree(tensors)
+    return theirs, ECAPA(WIDTH, EMBEDDING), our_tree(tensors)
 
 
 def frames(rows=4, seed=0):
@@ -97,7 +97,7 @@ def test_every_parameter_of_the_full_model_has_a_place():
     assert len(parameter_axes(shapes, WAVLM_AXES)) == len(jax.tree.leaves(shapes))
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes["ecapa"]))
     with torch.device("meta"):
-        theirs = TorchECAPA(1024, 512, 256, False)
+        theirs = TorchECAPA(1024, 512, 256)
     assert count == sum(tensor.numel() for name, tensor in theirs.state_dict().items() if "tracked" not in name)
     assert shapes["ecapa"]["linear"]["kernel"].shape == (3072, 256)
     assert shapes["objective"]["weight"].shape == (256, 5994)

@@ -20,7 +20,6 @@ from tests.support.pods import Run, finish, joined, spawn
 from tests.support.speech import make_corpora, tiny_config
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.convert.huggingface import export_huggingface
-from wavlm_jax.model.heads import tree_shapes
 from wavlm_jax.model.wavlm import WavLM
 from wavlm_jax.weights import Weights
 
@@ -39,7 +38,7 @@ def teacher(tmp_path_factory) -> Path:
     """A small WavLM with random weights."""
     folder, model = tmp_path_factory.mktemp("teacher"), WavLMConfig.tiny()
     params = jax.jit(WavLM(model).init)(jax.random.key(0), jnp.zeros((1, 8000)))["params"]
-    export_huggingface(Weights(model, jax.device_get(params), None), folder, tree_shapes)
+    export_huggingface(Weights(model, jax.device_get(params), None), folder)
     return folder
 
 

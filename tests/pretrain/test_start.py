@@ -12,7 +12,6 @@ from pretrain.task import InitSettings, build, head_warmup, initial_params
 from tests.support.speech import make_corpora, tiny_config
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.convert.huggingface import export_huggingface
-from wavlm_jax.model.heads import tree_shapes
 from wavlm_jax.model.wavlm import WavLM
 from wavlm_jax.settings import SettingsError, read, read_sections
 from wavlm_jax.training import checkpoint as stored
@@ -52,7 +51,7 @@ def imported(root, config):
     """A Hugging Face folder without a head."""
     model = read(config["model"], WavLMConfig, "model")
     params = jax.jit(WavLM(model).init)(jax.random.key(7), np.zeros((1, 400), np.float32))["params"]
-    export_huggingface(Weights(model, jax.device_get(params), None), root / "imported", tree_shapes)
+    export_huggingface(Weights(model, jax.device_get(params), None), root / "imported")
     return root / "imported", jax.device_get(params)
 
 

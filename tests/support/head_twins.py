@@ -28,7 +28,7 @@ def small_head(**changes) -> HeadConfig:
 def huggingface_values(config, head) -> dict:
     """`config.json` of a model with a head, spelled out here so that no code of ours can be wrong twice."""
     values = {key: value for key, value in config.to_huggingface().items() if key != "architectures"}
-    ours = {"compat", "layer_sum_states", "ecapa_dim", "ecapa_output_dim", "ecapa_global_context"}
+    ours = {"compat", "layer_sum_states", "ecapa_dim", "ecapa_output_dim"}
     heads = {key: value for key, value in dataclasses.asdict(head).items() if key not in ours and value is not None}
     return values | heads | {"add_adapter": head.add_adapter}
 

@@ -35,31 +35,26 @@ class Block(nn.Module):
 
 
 class Pooling(nn.Module):
-    def __init__(self, width, context):
+    def __init__(self, width):
         super().__init__()
-        self.context = context
-        self.attend1 = nn.Conv1d(width * (3 if context else 1), 128, 1)
+        self.attend1 = nn.Conv1d(width, 128, 1)
         self.attend2 = nn.Conv1d(128, width, 1)
 
     def forward(self, x):
-        seen = x
-        if self.context:
-            mean, std = x.mean(dim=2, keepdim=True), torch.sqrt(x.var(dim=2, keepdim=True) + 1e-10)
-            seen = torch.cat([x, mean.expand_as(x), std.expand_as(x)], dim=1)
-        weights = torch.softmax(self.attend2(torch.tanh(self.attend1(seen))), dim=2)
+        weights = torch.softmax(self.attend2(torch.tanh(self.attend1(x))), dim=2)
         mean = (weights * x).sum(dim=2)
         spread = (weights * x**2).sum(dim=2) - mean**2
         return torch.cat([mean, spread.clamp(min=1e-9).sqrt()], dim=1)
 
 
 class TorchECAPA(nn.Module):
-    def __init__(self, features, width, embedding, context):
+    def __init__(self, features, width, embedding):
         super().__init__()
         self.norm = nn.InstanceNorm1d(features)
         self.layer1 = Unit(features, width, 5)
         self.layer2, self.layer3, self.layer4 = (Block(width, dilation) for dilation in (2, 3, 4))
         self.conv = nn.Conv1d(3 * width, 3 * width, 1)
-        self.pooling = Pooling(3 * width, context)
+        self.pooling = Pooling(3 * width)
         self.bn = nn.BatchNorm1d(6 * width)
         self.linear = nn.Linear(6 * width, embedding)
 
@@ -73,10 +68,10 @@ class TorchECAPA(nn.Module):
         return self.linear(self.bn(self.pooling(x)))
 
 
-def torch_ecapa(features, width, embedding, context, seed=0):
+def torch_ecapa(features, width, embedding, seed=0):
     """The module with every weight and statistic random."""
     torch.manual_seed(seed)
-    module = TorchECAPA(features, width, embedding, context)
+    module = TorchECAPA(features, width, embedding)
     with torch.no_grad():
         for name, buffer in module.named_buffers():
             if name.endswith("running_mean"):

@@ -46,7 +46,8 @@ class Waves(WavLMForAudioFrameClassification):
         frames = (waveform.shape[1] - 80) // 320
         phase = jnp.arange(frames)[:, None] * 0.3 + 2.0 * jnp.arange(self.head.num_labels)[None]
         logits = jnp.broadcast_to(3 * jnp.sin(phase)[None], (len(waveform), *phase.shape))
-        return FrameOutput(logits, jnp.arange(frames)[None] < ((num_samples - 80) // 320)[:, None])
+        mask = jnp.arange(frames)[None] < ((num_samples - 80) // 320)[:, None]
+        return FrameOutput(logits, mask, None)
 
 
 def conversation(number: int, frames: int = FRAMES) -> list[tuple[int, int, int]]:

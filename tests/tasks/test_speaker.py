@@ -26,8 +26,6 @@ from wavlm_jax.text.records import Trial, write_trials
 from wavlm_jax.training.checkpoint import load_params
 from wavlm_jax.training.start import RunSettings
 
-BUILD = {"speaker_xvector": speaker.build_xvector, "speaker_ecapa": speaker.build_ecapa}
-OUTLINE = {"speaker_xvector": speaker.outline_xvector, "speaker_ecapa": speaker.outline_ecapa}
 RECIPES = {"speaker_xvector": speaker_xvector, "speaker_ecapa": speaker_ecapa}
 
 
@@ -55,13 +53,13 @@ def run(request, root, folders, trials):
     """A finished run of each head: its task, its folder, and what its evaluation said."""
     name, folder = request.param, root / request.param
     config = tiny_speakers(RECIPES[name], folders["train"], folders["same"], trials=[str(trials)])
-    return name, folder, train(BUILD[name], config, folder)
+    return name, folder, train(speaker.build, config, folder)
 
 
-@pytest.mark.parametrize("name", list(BUILD))
+@pytest.mark.parametrize("name", list(RECIPES))
 def test_it_can_be_planned_without_its_data(name, folders, trials):
     config = tiny_speakers(RECIPES[name], folders["train"], folders["same"], trials=[str(trials)])
-    assert_outlined(OUTLINE[name], BUILD[name], config)
+    assert_outlined(speaker.outline, speaker.build, config)
 
 
 def test_ten_utterances_are_learned_by_heart(run):
@@ -125,7 +123,7 @@ def test_strangers_are_embedded_and_not_in_the_loss(root, folders):
     """An evaluation on other speakers has trials, and no accuracy."""
     corpus = make_corpus(root, "strangers", [("ABC", 7, "ABC"), ("ABE", 8, "ABE"), ("ABD", 7, "ABD")])
     config = tiny_speakers(speaker_xvector, folders["train"], corpus)
-    task = speaker.build_xvector(config, ONE)
+    task = speaker.build(config, ONE)
     _, batch = next(task.stream("strangers").batches())
     assert batch["labels"][batch["id"] >= 0].tolist() == [-1, -1, -1]
     params = jax.eval_shape(task.init, jax.random.key(0))
@@ -163,7 +161,7 @@ def test_wrong_trials_get_an_answer(root, folders, trials):
         config = tiny_speakers(
             speaker_xvector, folders["train"], folders["same"], trials=[str(trials), str(root / "list.txt")]
         )
-        return speaker.build_xvector(config, ONE)
+        return speaker.build(config, ONE)
 
     with pytest.raises(SettingsError, match=r"no folder.*list\.txt: same, the nearest, lacks 099\.flac"):
         build("1 000.flac 005.flac\n0 000.flac 099.flac\n")
@@ -173,7 +171,7 @@ def test_wrong_trials_get_an_answer(root, folders, trials):
     config = tiny_speakers(speaker_xvector, folders["train"], folders["same"])
     config["margin"]["margin"] = 1.5
     with pytest.raises(SettingsError, match=r"config\.margin: scale 30\.0, margin 1\.5"):
-        speaker.build_xvector(config, ONE)
+        speaker.build(config, ONE)
 
 
 ANSWERS = {"id": np.arange(10, dtype=np.int32), "embedding": np.eye(10, 4, dtype=np.float32)}

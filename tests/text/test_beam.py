@@ -166,7 +166,8 @@ class Says:
         loud = waveform[:, 160 : 160 + 320 * frames : 320] > 0.1
         heard = jnp.where(loud, 2, TINY.blank_id)
         logits = 8.0 * jax.nn.one_hot(heard, 4)
-        return CTCOutput(logits, jnp.arange(frames)[None] < ((num_samples - 80) // 320)[:, None])
+        mask = jnp.arange(frames)[None] < ((num_samples - 80) // 320)[:, None]
+        return CTCOutput(logits, mask, None)
 
 
 def test_recordings_are_searched_as_they_are_read(tmp_path, models):

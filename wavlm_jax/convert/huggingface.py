@@ -15,11 +15,11 @@ conventions in wavlm_jax.json, the pre-training head in pretraining_head.safeten
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +37,7 @@ from wavlm_jax.convert.state_dict import (
     read_head,
 )
 from wavlm_jax.files import read_json, to_json, typed
+from wavlm_jax.model.heads import HEADS, recognise, tree_shapes
 from wavlm_jax.settings import SettingsError, read
 from wavlm_jax.shapes import SAMPLE_RATE, Params
 from wavlm_jax.text.vocabulary import tokenizer_files
@@ -45,10 +46,9 @@ from wavlm_jax.weights import Origin, Weights
 CONFIG, PREPROCESSOR, CONVENTIONS = "config.json", "preprocessor_config.json", "wavlm_jax.json"
 FORMAT = 1
 
-_CTC = "WavLMForCTC"
 _OURS = ("compat", "layer_sum_states")
 """Fields of HeadConfig that transformers does not have."""
-_UNKNOWN_THERE = ("ecapa_dim", "ecapa_output_dim", "ecapa_global_context")
+_UNKNOWN_THERE = ("ecapa_dim", "ecapa_output_dim")
 """Fields of a head that transformers has no class for."""
 _NOT_STORED = (*_OURS, *_UNKNOWN_THERE, "num_labels")
 """Fields of HeadConfig that are neither written to a config.json nor read from one; the labels tell their number."""
@@ -205,7 +205,7 @@ def _head_values(task: TaskHead, config: WavLMConfig) -> dict[str, Any]:
     if not config.position_bias:  # transformers' HuBERT has neither
         head = {key: value for key, value in head.items() if "adapter" not in key and key != "output_hidden_size"}
     values = head | {"architectures": [task.kind if config.position_bias else task.kind.replace("WavLM", "Hubert")]}
-    if task.kind == _CTC:
+    if HEADS[task.kind].size[0] != "num_labels":
         return values
     labels = task.labels or tuple(f"LABEL_{number}" for number in range(task.config.num_labels))
     return values | {
@@ -273,17 +273,12 @@ _MASK_VECTOR = "masked_spec_embed"
 _PREFIXES = ("wavlm.", "hubert.")
 
 
-Shapes: TypeAlias = Callable[[WavLMConfig, str | None, HeadConfig | None], Params]
-"""(encoder, name of a class with a head, its head) -> the parameter tree as shapes: `model.heads.tree_shapes`."""
-
-
-def import_huggingface(folder: Path, tree_shapes: Shapes) -> Weights:
+def import_huggingface(folder: Path) -> Weights:
     """The model in a Hugging Face folder, or in one of ours.
 
     Args:
         folder: holds config.json and the weights (model.safetensors, pytorch_model.bin, or shards of either with their
             index), and may hold preprocessor_config.json, a vocabulary, and what we write beside these.
-        tree_shapes: `wavlm_jax.model.heads.tree_shapes`.
 
     Raises:
         FileNotFoundError: no config.json or weights, naming what the folder has instead.
@@ -296,7 +291,7 @@ def import_huggingface(folder: Path, tree_shapes: Shapes) -> Weights:
         raise FileNotFoundError(f"{folder / CONFIG}: no such file; expected the folder of a Hugging Face model")
     path, found = open_weights(folder)
     sources = _our_names(found, path)
-    kind = _kind(sources, architecture(folder))
+    kind = _kind(sources, architecture(folder), path)
     conventions = read_conventions(folder)
     config = read_config(folder, conventions, has_head=kind is not None)
     num_labels = _num_labels(kind, sources, path)
@@ -316,13 +311,12 @@ def import_huggingface(folder: Path, tree_shapes: Shapes) -> Weights:
     )
 
 
-def export_huggingface(weights: Weights, folder: Path, tree_shapes: Shapes, dtype: Precision = "float32") -> None:
+def export_huggingface(weights: Weights, folder: Path, dtype: Precision = "float32") -> None:
     """Writes the model as a new Hugging Face folder. Whether it is good is for `verify` to say.
 
     Args:
         weights: what is written; parameters on any device.
         folder: made; it must not exist, or be empty.
-        tree_shapes: `wavlm_jax.model.heads.tree_shapes`.
         dtype: of the numbers in the file.
 
     Raises:
@@ -331,7 +325,7 @@ def export_huggingface(weights: Weights, folder: Path, tree_shapes: Shapes, dtyp
         FileExistsError: there is something in `folder`.
 
     """
-    tensors, config, origin = huggingface_tensors(weights, tree_shapes), weights.config, weights.origin
+    tensors, config, origin = huggingface_tensors(weights), weights.config, weights.origin
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).open("xb").close()
     (folder / CONFIG).write_bytes(config_json(config, weights.task, dtype))
@@ -345,7 +339,7 @@ def export_huggingface(weights: Weights, folder: Path, tree_shapes: Shapes, dtyp
     write_safetensors(folder / WEIGHTS, tensors, dtype)
 
 
-def huggingface_tensors(weights: Weights, tree_shapes: Shapes) -> dict[str, np.ndarray]:
+def huggingface_tensors(weights: Weights) -> dict[str, np.ndarray]:
     """Transformers' state dict of the model: float32 views.
 
     Raises:
@@ -374,12 +368,12 @@ def _check_place(kind: str | None, head: HeadConfig | None, config: WavLMConfig)
     """Whether transformers has a class that computes this."""
     if kind is None or head is None:
         return
-    if kind == "WavLMForECAPA":
-        raise ConversionError("transformers has no class with an ECAPA-TDNN; a run of ours is read as it is")
-    if kind == "WavLMForCTC" and head.use_weighted_layer_sum and head.compat != "huggingface":
-        raise ConversionError("head.use_weighted_layer_sum: transformers' WavLMForCTC has no layer weights")
-    hubert = ("WavLMForCTC", "WavLMForSequenceClassification")
-    if not config.position_bias and (kind not in hubert or head.add_adapter):
+    row = HEADS[kind]
+    if not row.transformers:
+        raise ConversionError(f"transformers has no class like our {kind}; a run of ours is read as it is")
+    if head.use_weighted_layer_sum and head.compat != "huggingface" and not row.module.averages_in_transformers:
+        raise ConversionError(f"head.use_weighted_layer_sum: transformers' {kind} has no layer weights")
+    if not config.position_bias and ("Hubert" not in row.transformers or head.add_adapter):
         raise ConversionError(f"transformers has no HuBERT that is like our {kind} (adapter: {head.add_adapter})")
 
 
@@ -395,25 +389,20 @@ def _our_names(found: Mapping[str, Source], path: Path) -> dict[str, Source]:
     return named
 
 
-def _kind(names: Mapping[str, Source], said: str | None) -> str | None:
+def _kind(names: Mapping[str, Source], said: str | None, path: Path) -> str | None:
     """Which class has tensors of these names; the config's word counts where there are some of a head."""
-    marks = {
-        "lm_head": "WavLMForCTC",
-        "objective": "WavLMForXVector",
-        "projector": "WavLMForSequenceClassification",
-        "classifier": "WavLMForAudioFrameClassification",
-    }
-    found = [kind for module, kind in marks.items() if any(name.startswith(f"{module}.") for name in names)]
-    if not found:
+    modules = {name.split(".")[0] for name in names}
+    if "wavlm" not in modules or modules == {"wavlm"}:
         return None
-    return said if said in marks.values() else found[0]
+    return said if said in HEADS and HEADS[said].transformers else recognise(modules - {"wavlm"}, str(path))
 
 
 def _num_labels(kind: str | None, sources: Mapping[str, Source], path: Path) -> int | None:
     """Classes, as the weights have them; None for CTC, whose characters are in the config."""
-    if kind is None or kind == "WavLMForCTC":
+    if kind is None or HEADS[kind].size[0] != "num_labels":
         return None
-    name, axis = ("objective.weight", 1) if kind == "WavLMForXVector" else ("classifier.weight", 0)
+    name = HEADS[kind].size[1].replace("/", ".")
+    name, axis = (name.replace(".kernel", ".weight"), 0) if name.endswith(".kernel") else (name, 1)
     if name not in sources or len(sources[name].shape) != 2:  # noqa: PLR2004
         raise ConversionError(f"{path}: {name} is missing or no matrix; it tells the number of classes")
     return sources[name].shape[axis]

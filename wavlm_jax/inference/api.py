@@ -16,7 +16,7 @@ from wavlm_jax.inference import recognition, utterances
 from wavlm_jax.inference.diarization import TurnSettings, pieces_of
 from wavlm_jax.inference.diarization import diarize as turns_of
 from wavlm_jax.inference.recognition import Heard, Recognizer
-from wavlm_jax.inference.running import SPEAKERS, Opened, RunSettings, geometry_of, labels_of, opened, vocabulary_of
+from wavlm_jax.inference.running import Opened, RunSettings, geometry_of, labels_of, opened, vocabulary_of
 from wavlm_jax.inference.utterances import Answer
 from wavlm_jax.text.beam import BeamSearch
 from wavlm_jax.text.decoding import Transcript
@@ -63,7 +63,7 @@ def embed(
     model: Model, files: Sequence[File], running: RunSettings = _DEFAULT
 ) -> Float32[np.ndarray, "files embedding"]:
     """The speaker embedding of each file, of length 1; `model` is a `WavLMForXVector` or a `WavLMForECAPA`."""
-    ready, recordings = _opened(model, *SPEAKERS), _recordings(model, files, running)
+    ready, recordings = _opened(model, "embed"), _recordings(model, files, running)
     found = utterances.embed(ready.module, ready.params, recordings, running)
     return np.stack(list(found.values())).astype(np.float32)
 
@@ -86,7 +86,7 @@ def diarize(
         running: batches and pieces; None: pieces as long as the rows that the model was trained on (`pieces_of`).
 
     """
-    ready = _opened(model, "WavLMForAudioFrameClassification")
+    ready = _opened(model, "diarize")
     running = RunSettings(chunks=pieces_of(ready.weights.origin.trained_seconds)) if running is None else running
     recordings = _recordings(model, files, running)
     return list(turns_of(ready.module, ready.params, recordings, running, settings or TurnSettings()).values())
@@ -94,17 +94,17 @@ def diarize(
 
 def classify(model: Model, files: Sequence[File], running: RunSettings = _DEFAULT) -> list[list[Answer]]:
     """The classes of each file with their probabilities, the likeliest first; for `WavLMForSequenceClassification`."""
-    ready, recordings = _opened(model, "WavLMForSequenceClassification"), _recordings(model, files, running)
+    ready, recordings = _opened(model, "classify"), _recordings(model, files, running)
     return list(utterances.classify(ready.module, ready.params, recordings, labels_of(ready), running).values())
 
 
 def _recognizer(model: Model) -> Recognizer:
-    ready = _opened(model, "WavLMForCTC")
+    ready = _opened(model, "transcribe")
     return Recognizer(ready.module, ready.params, vocabulary_of(ready))
 
 
-def _opened(model: Model, *kinds: str) -> Opened:
-    return opened(model.current, *kinds)
+def _opened(model: Model, command: str) -> Opened:
+    return opened(model.current, command)
 
 
 def _recordings(model: Model, files: Sequence[File], running: RunSettings) -> list[Recording]:

@@ -31,7 +31,6 @@ from wavlm_jax.inference.diarization import TurnSettings, diarize, pieces_of
 from wavlm_jax.inference.features import FeatureSettings, write_features
 from wavlm_jax.inference.recognition import Heard, Recognizer
 from wavlm_jax.inference.running import (
-    SPEAKERS,
     AnyAnswer,
     RunSettings,
     UsageError,
@@ -279,7 +278,7 @@ def _written(options: argparse.Namespace) -> Callable[[Mapping[Recording, Heard]
 
 
 def _recognizer(options: argparse.Namespace) -> Recognizer:
-    opened = open_model(options, "WavLMForCTC")
+    opened = open_model(options, "transcribe")
     return Recognizer(opened.module, opened.params, vocabulary_of(opened))
 
 
@@ -331,7 +330,7 @@ def _texts(options: argparse.Namespace, recordings: list[Recording]) -> dict[Rec
 
 def _embed(options: argparse.Namespace) -> None:
     choose_device(options)
-    running, opened = run_settings(options), open_model(options, *SPEAKERS)
+    running, opened = run_settings(options), open_model(options, "embed")
     recordings = recordings_of(options, opened.module.config)
     bar = progress_bar(recordings, options)
     with kept_if_stopped(recordings, _embeddings, options) as done:
@@ -367,7 +366,7 @@ def _verify(options: argparse.Namespace) -> None:
     pair = 2
     if len(files) not in (1, pair):
         raise UsageError(f"FILES: found {len(files)}, expected two recordings or one trial list")
-    running, opened = run_settings(options), open_model(options, *SPEAKERS)
+    running, opened = run_settings(options), open_model(options, "embed")
     trials = _trials_alone(Path(files[0])) if len(files) == 1 else []
     paths = files_of(trials, options.root) if trials else {name: Path(name) for name in files}
     recordings = recordings_of(options, opened.module.config, list(dict.fromkeys(paths.values())))
@@ -394,7 +393,7 @@ def _classify(options: argparse.Namespace) -> None:
     if options.top < 1:
         raise UsageError(f"--top: found {options.top}, expected 1 or more")
     choose_device(options)
-    running, opened = run_settings(options), open_model(options, "WavLMForSequenceClassification")
+    running, opened = run_settings(options), open_model(options, "classify")
     recordings = recordings_of(options, opened.module.config)
     bar = progress_bar(recordings, options)
 
@@ -444,7 +443,7 @@ def _diarize(options: argparse.Namespace) -> None:
         threshold=options.threshold, fill_seconds=options.fill_seconds, least_seconds=options.least_seconds
     )
     choose_device(options)
-    opened = open_model(options, "WavLMForAudioFrameClassification")
+    opened = open_model(options, "diarize")
     running = run_settings(options, pieces_of(opened.weights.origin.trained_seconds))
     recordings = recordings_of(options, opened.module.config)
     truth, regions = _reference(options, {recording.name: recording.seconds for recording in recordings})

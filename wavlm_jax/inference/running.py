@@ -18,20 +18,10 @@ import numpy as np
 
 from wavlm_jax.audio.recordings import ChunkSettings, Inputs, Piece, Recording, Samples, Statistics, cut, normalize, pad
 from wavlm_jax.config import WavLMConfig
-from wavlm_jax.model.heads import module_of
+from wavlm_jax.model.heads import HEADS, module_of
 from wavlm_jax.shapes import SAMPLE_RATE, Geometry, Params, num_frames, samples_for
 from wavlm_jax.text.vocabulary import VOCABULARY, Vocabulary, parse_vocabulary
 from wavlm_jax.weights import Weights
-
-SPEAKERS = ("WavLMForXVector", "WavLMForECAPA")
-"""Models whose answer is a speaker embedding."""
-_DOES = {
-    "WavLMForCTC": "transcribe, align",
-    "WavLMForXVector": "embed, verify",
-    "WavLMForECAPA": "embed, verify",
-    "WavLMForSequenceClassification": "classify",
-    "WavLMForAudioFrameClassification": "diarize",
-}
 
 
 class Opened(NamedTuple):
@@ -42,30 +32,30 @@ class Opened(NamedTuple):
     weights: Weights
 
 
-def open_model(options: argparse.Namespace, *kinds: str) -> Opened:
-    """The model of `--model`.
+def open_model(options: argparse.Namespace, command: str) -> Opened:
+    """The model of `--model`, for a command of `python -m wavlm_jax`.
 
     Raises:
         UsageError: see `opened`.
         ValueError: see `loading.load_weights`, which the command line hands down (`options.load`).
 
     """
-    return opened(options.load(options.model, options.step), *kinds)
+    return opened(options.load(options.model, options.step), command)
 
 
-def opened(weights: Weights, *kinds: str) -> Opened:
-    """The model of these weights; padding never changes its answers.
+def opened(weights: Weights, command: str) -> Opened:
+    """The model of these weights, which has a head for `command`; padding never changes its answers.
 
     Raises:
         UsageError: it has another head, or none.
 
     """
     task, where = weights.task, weights.origin.path
-    expected = " or a ".join(kinds)
+    expected = " or a ".join(kind for kind, row in HEADS.items() if command in row.commands)
     if task is None:
         raise UsageError(f"{where}: an encoder without a head, which does `features`; expected a {expected}")
-    if task.kind not in kinds:
-        raise UsageError(f"{where}: a {task.kind}, which does {_DOES[task.kind]}; expected a {expected}")
+    if command not in (does := HEADS[task.kind].commands):
+        raise UsageError(f"{where}: a {task.kind}, which does {', '.join(does) or 'none'}; expected a {expected}")
     config = dataclasses.replace(weights.config, padding="exact")
     params = jax.tree.map(jax.device_put, dict(weights.tree))
     return Opened(module_of(config, task.kind, task.config), params, weights)

@@ -37,8 +37,6 @@ class ECAPA(nn.Module):
     width: int
     """A multiple of 8."""
     embedding: int
-    global_context: bool
-    """See `AttentivePooling`."""
 
     @nn.compact
     def __call__(self, hidden: Hidden, frame_mask: FrameMask, training: bool) -> Float[Array, "rows embedding"]:
@@ -54,10 +52,10 @@ class ECAPA(nn.Module):
         x = Unit(self.width, taps=5, name="layer1")(instance_norm(Frames(hidden, mask)), mask, training)
         outputs = []
         for number, dilation in enumerate(_BLOCKS, start=2):
-            x = Block(self.width, dilation, name=f"layer{number}")(x, mask, training)
+            x = SERes2Block(self.width, dilation, name=f"layer{number}")(x, mask, training)
             outputs.append(x)
         x = jax.nn.relu(_conv(3 * self.width, name="conv")(jnp.concatenate(outputs, axis=-1)))
-        pooled = AttentivePooling(self.global_context, name="pooling")(Frames(x, mask))
+        pooled = AttentivePooling(name="pooling")(Frames(x, mask))
         everywhere = jnp.ones((len(pooled), 1), bool)
         normed = BatchNorm(name="bn")(pooled[:, None, :], everywhere, training)[:, 0]
         return nn.Dense(self.embedding, name="linear")(normed)
@@ -105,7 +103,7 @@ class Unit(nn.Module):
         return BatchNorm(name="bn")(jax.nn.relu(convolved), mask, training)
 
 
-class Block(nn.Module):
+class SERes2Block(nn.Module):
     """A Res2 block with squeeze and excitation, plus its input: of the 8 parts each is heard with the one before it."""
 
     width: int
@@ -131,21 +129,11 @@ class Block(nn.Module):
 class AttentivePooling(nn.Module):
     """Mean and standard deviation over frames, each feature with its own weights."""
 
-    global_context: bool
-    """Whether the weights know mean and deviation of the whole row."""
-
     @nn.compact
     def __call__(self, frames: Frames) -> Float[Array, "rows statistics"]:
         """Means and deviations side by side."""
         x, mask = frames
-        seen = x
-        if self.global_context:
-            count = mask.sum(axis=1)[:, None, None]
-            mean = _speech(mask, x).sum(axis=1, keepdims=True) / count
-            squares = jnp.square(_speech(mask, x - mean)).sum(axis=1, keepdims=True)
-            deviation = jnp.sqrt(squares / jnp.maximum(count - 1, 1) + 1e-10)
-            seen = jnp.concatenate([x, *(jnp.broadcast_to(part, x.shape) for part in (mean, deviation))], axis=-1)
-        logits = _conv(x.shape[-1], name="attend2")(jnp.tanh(_conv(_BOTTLENECK, name="attend1")(seen)))
+        logits = _conv(x.shape[-1], name="attend2")(jnp.tanh(_conv(_BOTTLENECK, name="attend1")(x)))
         weights = jax.nn.softmax(jnp.where(mask[:, :, None], logits, -jnp.inf), axis=1)
         mean = (weights * x).sum(axis=1)
         variance = (weights * jnp.square(x - mean[:, None, :])).sum(axis=1)  # the authors' difference of squares rounds

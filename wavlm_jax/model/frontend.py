@@ -19,7 +19,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from wavlm_jax.config import Compute, WavLMConfig
-from wavlm_jax.model.layers import Site, dropout, gelu, keep_where, layer_norm, matrix_product
+from wavlm_jax.model.layers import Site, dropout, gelu, keep_where, layer_norm, matrix_product, prefix_mask
 from wavlm_jax.shapes import ConvFeatures, FrameMask, Geometry, Hidden, NumSamples, RowKeys, Waveform, num_frames
 
 Windows = Float[Array, "rows taps frames"]
@@ -183,11 +183,6 @@ def normalize_waveform(waveform: Waveform, num_samples: NumSamples | None = None
     centred = jnp.where(real, waveform - waveform.sum(axis=1, keepdims=True) / count, 0.0)
     variance = jnp.square(centred).sum(axis=1, keepdims=True) / count
     return centred * jax.lax.rsqrt(variance + eps)
-
-
-def prefix_mask(lengths: NumSamples, total: int) -> FrameMask:
-    """(rows, total), True at the first `lengths` places of each row."""
-    return jnp.arange(total)[None, :] < lengths[:, None]
 
 
 def strided_convolution(

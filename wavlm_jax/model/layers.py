@@ -261,7 +261,12 @@ def frame_mask(num_samples: NumSamples, num_frames: int, padded_samples: int, co
         valid = huggingface_num_frames(num_samples, padded_samples, geometry)
     else:
         valid = frames_of(num_samples, geometry)
-    return jnp.arange(num_frames)[None, :] < valid[:, None]
+    return prefix_mask(valid, num_frames)
+
+
+def prefix_mask(lengths: NumSamples, total: int) -> FrameMask:
+    """(rows, total), True at the first `lengths` places of each row."""
+    return jnp.arange(total)[None, :] < lengths[:, None]
 
 
 def span_mask(

@@ -16,25 +16,11 @@ from absl import flags
 from ml_collections import config_flags
 
 import wavlm_jax.command_line
-from pretrain import task as pretraining
+from pretrain.task import TASKS
 from wavlm_jax.command_line import EXIT_WRONG
-from wavlm_jax.plan.program import LabelStep, Memory, Outline, Plan, plan_run, same_programs
+from wavlm_jax.plan.program import Memory, Plan, plan_run, same_programs
 from wavlm_jax.plan.report import Cure, as_json, as_text, find_cures
 from wavlm_jax.plan.targets import Target, open_target, with_memory
-from wavlm_jax.tasks import classification, ctc, speaker
-from wavlm_jax.tasks import diarization as frame_classification
-
-OUTLINES: dict[str, Outline] = {
-    "masked_prediction": pretraining.outline,
-    "ctc": ctc.outline,
-    "classification": classification.outline,
-    "frame_classification": frame_classification.outline,
-    "speaker_xvector": speaker.outline_xvector,
-    "speaker_ecapa": speaker.outline_ecapa,
-}
-"""The tasks of train.py, without their data."""
-LABEL_STEPS: dict[str, LabelStep] = {"masked_prediction": pretraining.label_step}
-"""Of those that make labels first."""
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "What is to be trained; see configs/.", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:16x16, v4:2x2x4, v5p:4x4x4, v6e:16x16, h100:8, ...")
@@ -59,11 +45,9 @@ def plan(
         ValueError: a task that cannot be planned, or as `plan_run`.
 
     """
-    if config["task"] not in OUTLINES:
-        raise ValueError(f"config.task: found {config['task']!r}; what can be planned: {', '.join(OUTLINES)}")
-    outline, label_step = OUTLINES[config["task"]], None
-    if config["task"] in LABEL_STEPS:
-        label_step = LABEL_STEPS[config["task"]]
+    if config["task"] not in TASKS:
+        raise ValueError(f"config.task: found {config['task']!r}; what can be planned: {', '.join(TASKS)}")
+    _, outline, label_step = TASKS[config["task"]]
 
     def compiling(name: str) -> None:
         say(f"compiling {name} for {target.topology} ...")

@@ -14,7 +14,7 @@ import math
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -32,7 +32,7 @@ from wavlm_jax.settings import read_sections
 from wavlm_jax.training.sharding import RULES, WAVLM_AXES, AxesTable, make_mesh, row_shards
 from wavlm_jax.training.start import RunSettings, lay_out, make_builder
 from wavlm_jax.training.step import root_key
-from wavlm_jax.training.task import BatchSpec, Task, Topology
+from wavlm_jax.training.task import BatchSpec, LabelStep, Task, Topology
 
 
 def matrix_flops(jaxpr: ClosedJaxpr | Jaxpr, platform: str | None = None) -> int:
@@ -289,8 +289,6 @@ def _needed(message: str) -> int:
 
 Outline = Callable[[Mapping[str, Any], Topology], Task]
 """A task that knows its shapes without its data."""
-LabelStep = Callable[[Mapping[str, Any], Sequence[jax.Device]], tuple[str, Traced, float, Mesh]]
-"""From a config and the devices to (name, program, seconds of audio, mesh) of the step that makes labels."""
 
 
 @dataclass(frozen=True)

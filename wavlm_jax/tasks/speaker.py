@@ -17,8 +17,8 @@ from wavlm_jax.data.augment import Augment
 from wavlm_jax.data.corpus import Corpora, Corpus, open_corpora
 from wavlm_jax.loading import load_weights
 from wavlm_jax.metrics import equal_error_rate, minimum_detection_cost
-from wavlm_jax.model import heads
 from wavlm_jax.model.ecapa import AVERAGES
+from wavlm_jax.model.heads import Headed, HeadKind, XVectorOutput, head_of_task
 from wavlm_jax.settings import SettingsError
 from wavlm_jax.shapes import Batch, Params, StepKey
 from wavlm_jax.tasks.classification import ClassesBySpeed, ClassNumber, TargetSettings, describe, training_classes
@@ -174,33 +174,14 @@ class SpeakerSettings(TaskSettings):
     """Trial lists (`1|0 path path` or Kaldi's); each is scored on the evaluation split that has all its recordings."""
 
 
-def build_xvector(config: Mapping[str, Any], topology: Topology) -> Task:
-    """The task of an x-vector config; see `build`."""
-    return build(config, topology, heads.WavLMForXVector)
+def build(config: Mapping[str, Any], topology: Topology) -> Task:
+    """The task of a speaker config, for the head that `model.heads.HEADS` has for it.
 
-
-def build_ecapa(config: Mapping[str, Any], topology: Topology) -> Task:
-    """The task of an ECAPA-TDNN config; see `build`."""
-    return build(config, topology, heads.WavLMForECAPA)
-
-
-def outline_xvector(config: Mapping[str, Any], topology: Topology) -> Task:
-    """An x-vector task without data; see `outline`."""
-    return outline(config, topology, heads.WavLMForXVector)
-
-
-def outline_ecapa(config: Mapping[str, Any], topology: Topology) -> Task:
-    """An ECAPA-TDNN task without data; see `outline`."""
-    return outline(config, topology, heads.WavLMForECAPA)
-
-
-def build(config: Mapping[str, Any], topology: Topology, kind: type[heads.Headed]) -> Task:
-    """The task of a speaker config. Speakers and trials are looked at before anything is compiled.
+    Speakers and trials are looked at before anything is compiled.
 
     Args:
         config: resolved, as JSON values.
         topology: the devices that share the rows of a batch.
-        kind: of the head.
 
     Raises:
         SettingsError: a section or key that is missing, unknown or mistyped; trials of recordings that are not there.
@@ -208,10 +189,10 @@ def build(config: Mapping[str, Any], topology: Topology, kind: type[heads.Headed
 
     """
     settings = read_task(config, SpeakerSettings)
-    return _assembled(settings, open_corpora(settings.data), topology, kind)
+    return _assembled(settings, open_corpora(settings.data), topology, head_of_task(config["task"]))
 
 
-def outline(config: Mapping[str, Any], topology: Topology, kind: type[heads.Headed]) -> Task:
+def outline(config: Mapping[str, Any], topology: Topology) -> Task:
     """The same task without corpora and trials, for `wavlm_jax.plan`, with `targets.PLANNED_CLASSES` speakers.
 
     Raises:
@@ -220,15 +201,16 @@ def outline(config: Mapping[str, Any], topology: Topology, kind: type[heads.Head
 
     """
     settings = read_task(config, SpeakerSettings)
-    return outlined(_assembled(settings, {}, topology, kind), settings, ClassNumber.shapes, topology)
+    planned = _assembled(settings, {}, topology, head_of_task(config["task"]))
+    return outlined(planned, settings, ClassNumber.shapes, topology)
 
 
-def _assembled(settings: SpeakerSettings, corpora: Corpora, topology: Topology, kind: type[heads.Headed]) -> Task:
+def _assembled(settings: SpeakerSettings, corpora: Corpora, topology: Topology, kind: HeadKind) -> Task:
     classes = training_classes(settings.target, corpora.get("train"))
     speeds = _classes_by_speed(settings, len(classes.names))
     names = classes.names if speeds is None else speeds.names(classes.names)
     head = head_config(settings.head, num_labels=len(names))
-    model = kind(settings.model, head, settings.compute)
+    model = kind.module(settings.model, head, settings.compute)
     numbers = {name: classes.numbers(corpus) for name, corpus in corpora.items()}
     splits = {name: Split(corpus, None, ClassNumber(numbers[name])) for name, corpus in corpora.items()}
     if corpora:
@@ -247,12 +229,16 @@ def _assembled(settings: SpeakerSettings, corpora: Corpora, topology: Topology, 
         names=names,
         speeds_are_classes=speeds is not None,
         score=VerificationScores(place_trials(settings.trials, corpora) if corpora else {}),
-        freeze=_RUNNING_STATISTICS if kind is heads.WavLMForECAPA else {},
+        freeze=_frozen_statistics(kind),
     )
     return assemble(settings, parts, topology, load_weights)
 
 
-_RUNNING_STATISTICS = {"running statistics": Freeze(pattern="^ecapa/.*bn/(mean|variance)$", updates=None)}
+def _frozen_statistics(kind: HeadKind) -> dict[str, Freeze]:
+    """Running statistics of batch norms are not learned: the step sets them from `LossSums.averages`."""
+    if kind.running_statistics is None:
+        return {}
+    return {"running statistics": Freeze(pattern=kind.running_statistics, updates=None)}
 
 
 def _classes_by_speed(settings: SpeakerSettings, num_classes: int) -> ClassesBySpeed | None:
@@ -273,7 +259,7 @@ class SpeakerLoss:
     Batch norms of an ECAPA-TDNN normalise over a micro-batch, all its devices together.
     """
 
-    model: heads.Headed
+    model: Headed
     margin: MarginSettings
 
     def __call__(self, params: Params, batch: Batch, key: StepKey | None) -> LossSums:
@@ -285,7 +271,7 @@ class SpeakerLoss:
             key: of the step; None: evaluation.
 
         """
-        output: heads.XVectorOutput
+        output: XVectorOutput
         given = arguments(self.model.config, batch, key)
         applied: Any = self.model.apply({"params": params}, *given, mutable=[] if key is None else [AVERAGES])
         output, state = applied

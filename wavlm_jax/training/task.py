@@ -9,7 +9,7 @@ What the loop trains: the one contract between a model and the training tower.
 A task is four pure functions. The loop knows neither speech nor Flax; a task knows neither devices nor files.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from flax import struct
 from jax.sharding import Mesh
+from jax.stages import Traced
 
 from wavlm_jax.shapes import Batch, Params, StepKey
 from wavlm_jax.training.optim import Freeze
@@ -130,3 +131,18 @@ class Task:
     resolved: Mapping[str, Any] = field(default_factory=dict)
     """Sections that the data completed (the head with its number of outputs, the vocabulary), as JSON values. They
     take their place in the config that every checkpoint keeps, so that a run says all about its model."""
+
+
+LabelStep: TypeAlias = Callable[[Mapping[str, Any], Sequence[jax.Device]], tuple[str, Traced, float, Mesh]]
+"""From a config and all devices to (name, program, seconds of audio, mesh) of the step that makes its labels."""
+
+
+class TaskKind(NamedTuple):
+    """A row of `pretrain.task.TASKS`: how a task is made from its config."""
+
+    build: Callable[[Mapping[str, Any], Topology], Task]
+    """The task that train.py runs. Data are opened and checked before anything is compiled."""
+    outline: Callable[[Mapping[str, Any], Topology], Task]
+    """The same task without its data, whose streams know their shapes only: what `wavlm_jax.plan` compiles."""
+    label_step: LabelStep | None = None
+    """Of a task that makes labels first."""
