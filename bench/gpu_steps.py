@@ -269,7 +269,7 @@ def torch_model(values: dict[str, Any], weights: dict[str, np.ndarray]) -> tuple
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
-    described = json.loads(config_json(read(values["model"], WavLMConfig, "model"), None, "float32"))
+    described = config_json(read(values["model"], WavLMConfig, "model"), None, "float32")
     model = transformers.WavLMModel(transformers.WavLMConfig(**described))
     body = {name: torch.tensor(value) for name, value in weights.items() if not name.startswith("head.")}
     model.load_state_dict(body)

@@ -9,7 +9,6 @@ From features to the labels of consecutive utterances.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -38,6 +37,7 @@ from pretrain.kmeans import Centroids, nearest
 from pretrain.shares import ROWS, LabelError, most, own_rows, put_rows, row_mesh, row_sharding, rows_over, together
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.data.corpus import Corpus
+from wavlm_jax.files import read_json
 from wavlm_jax.model.wavlm import WavLM
 from wavlm_jax.settings import read
 from wavlm_jax.shapes import SAMPLE_RATE, Geometry, samples_for
@@ -96,7 +96,7 @@ def teacher_config(path: Path) -> WavLMConfig:
     file = path / "config.json"
     if not file.is_file():
         return WavLMConfig.base(position_bias=False)
-    found = json.loads(file.read_text())
+    found = read_json(file)
     if "model" in found:
         model: WavLMConfig = read(found["model"], WavLMConfig, "model")
         return model

@@ -42,14 +42,13 @@ from pretrain.shares import (
     Share,
     offsets_of,
     put_everywhere,
-    read_json,
     row_sharding,
     together,
     total,
     utterance_keys,
-    write_json,
 )
 from wavlm_jax.data.corpus import Corpus
+from wavlm_jax.files import read_json, write_json
 from wavlm_jax.loading import Load
 from wavlm_jax.shapes import SAMPLE_RATE, Params
 from wavlm_jax.training.hosts import from_first

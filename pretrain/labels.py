@@ -24,7 +24,8 @@ import numpy as np
 from jaxtyping import Int64, UInt16, UInt64
 
 from pretrain.kmeans import KMeansSettings
-from pretrain.shares import LabelError, Share, array_digest, file_of, map_array, offsets_of, read_json, write_json
+from pretrain.shares import LabelError, Share, array_digest, file_of, map_array, offsets_of
+from wavlm_jax.files import read_json, write_json
 from wavlm_jax.settings import read
 
 FORMAT = 1

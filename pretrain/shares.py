@@ -1,4 +1,4 @@
-"""Small files that are whole or absent: JSON objects, and safetensors with a JSON header.
+"""Safetensors files with a JSON header, written whole or not at all.
 
 The flat arrays of a label store: where they lie, how they are read, what tells them apart.
 
@@ -29,42 +29,16 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int64, Shaped, UInt64
 
-from wavlm_jax.files import replacing
+from wavlm_jax.files import write_bytes
 from wavlm_jax.training.hosts import agreed, told
 
-_MAX_JSON_BYTES = 64 * 2**20
 _HEADER_KEY = "header"
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a JSON object: whoever reads `path` finds the old one or the new one, never a half."""
-    _replace(path, json.dumps(value, indent=2, sort_keys=True).encode() + b"\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of at most 64 MiB.
-
-    Raises:
-        ValueError: the file holds something else.
-        FileNotFoundError: there is no such file.
-
-    """
-    size = path.stat().st_size
-    if size > _MAX_JSON_BYTES:
-        raise ValueError(f"{path}: {size} bytes, expected a JSON object of at most {_MAX_JSON_BYTES}")
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error}); it was cut off or written by something else") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: found a JSON {type(value).__name__}, expected an object")
-    return value
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> None:
     """Writes a safetensors file, whole or not at all, with `header` as JSON in its metadata."""
     metadata = {_HEADER_KEY: json.dumps(header, sort_keys=True)}
-    _replace(path, safetensors.numpy.save(dict(tensors), metadata=metadata))
+    write_bytes(path, safetensors.numpy.save(dict(tensors), metadata=metadata))
 
 
 def read_tensors(path: Path, expected: Mapping[str, tuple[str, int]]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -91,11 +65,6 @@ def read_tensors(path: Path, expected: Mapping[str, tuple[str, int]]) -> tuple[d
         if not np.isfinite(tensor).all():
             raise ValueError(f"{path}: {name} holds values that are not finite; delete it")
     return tensors, header
-
-
-def _replace(path: Path, content: bytes) -> None:
-    with replacing(path) as draft:
-        draft.write_bytes(content)
 
 
 _DIGEST_PIECE = 2**22

@@ -1,10 +1,11 @@
-"""A file is the old one or the new one, and nothing is left beside it."""
+"""A file is the old one or the new one, and nothing is left beside it; JSON is read within bounds."""
 
 from pathlib import Path
 
 import pytest
 
-from wavlm_jax.files import replacing
+from wavlm_jax.files import read_json, replacing, write_json
+from wavlm_jax.settings import SettingsError
 
 
 def test_new_content_takes_the_place_of_the_old(tmp_path):
@@ -40,3 +41,17 @@ def test_who_reads_before_the_end_finds_the_old_file(tmp_path):
         assert path.read_text() == "old"
         assert isinstance(draft, Path)
         assert draft.parent == tmp_path
+
+
+def test_json_comes_back(tmp_path):
+    values = {"name": "Ünïcode", "sizes": [1, 2.5, None], "inner": {"flag": True}}
+    write_json(tmp_path / "a.json", values)
+    assert read_json(tmp_path / "a.json") == values
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.json"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff", b"[" * 100_000, b" " * (64 * 2**20 + 1)])
+def test_what_is_no_json_object_is_named(tmp_path, content):
+    (tmp_path / "b.json").write_bytes(content)
+    with pytest.raises(SettingsError, match=r"b\.json: "):
+        read_json(tmp_path / "b.json")

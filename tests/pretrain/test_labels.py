@@ -207,8 +207,8 @@ def damaged(path, change):
         ("train.labels.npy", lambda data: data.replace(b"<u2", b"<i2"), r"found 1-D int16, expected 1-D uint16"),
         ("train.offsets.npy", lambda data: data.replace(b"<i8", b"<u8"), r"found 1-D uint64, expected 1-D int64"),
         ("train.offsets.npy", lambda data: data[:-8] + b"\xff" * 8, r"train.offsets.npy: not ascending"),
-        ("header.json", lambda data: data[:200], r"header.json: not a label header .*not JSON"),
-        ("header.json", lambda _: b"[1]", r"header.json: not a label header .*a JSON list"),
+        ("header.json", lambda data: data[:200], r"header.json: not a label header .*not readable as JSON"),
+        ("header.json", lambda _: b"[1]", r"header.json: not a label header .*found a list"),
         (
             "header.json",
             lambda data: data.replace(b'"format": 1', b'"format": 9'),

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 
@@ -36,15 +36,17 @@ from wavlm_jax.convert.state_dict import (
     places,
     read_head,
 )
-from wavlm_jax.files import read_json, to_json, typed
+from wavlm_jax.files import read_json, write_bytes, write_json
 from wavlm_jax.model.heads import HEADS, recognise, tree_shapes
-from wavlm_jax.settings import SettingsError, read
+from wavlm_jax.settings import SettingsError, convert, read
 from wavlm_jax.shapes import SAMPLE_RATE, Params
 from wavlm_jax.text.vocabulary import tokenizer_files
 from wavlm_jax.weights import Origin, Weights
 
 CONFIG, PREPROCESSOR, CONVENTIONS = "config.json", "preprocessor_config.json", "wavlm_jax.json"
 FORMAT = 1
+_MAX_SIZE = 2**20
+"""No size in a config is larger; what is, would only fill the memory."""
 
 _OURS = ("compat", "layer_sum_states")
 """Fields of HeadConfig that transformers does not have."""
@@ -109,7 +111,7 @@ def read_config(folder: Path, conventions: Conventions | None, *, has_head: bool
         values.pop("add_adapter", None)  # the head's business; an encoder alone has none here
     preprocessor = read_json(folder / PREPROCESSOR) if (folder / PREPROCESSOR).is_file() else {}
     config = WavLMConfig.from_huggingface(
-        values | typed(values, WavLMConfig, path), do_normalize=_do_normalize(preprocessor, folder / PREPROCESSOR)
+        values | _typed(values, WavLMConfig, path), do_normalize=_do_normalize(preprocessor, folder / PREPROCESSOR)
     )
     if conventions is None:
         return config
@@ -131,7 +133,7 @@ def read_head_config(folder: Path, num_labels: int | None, conventions: Conventi
     """
     path = folder / CONFIG
     stored = {key: value for key, value in read_json(path).items() if key not in _NOT_STORED}
-    values = {**_HEAD_DEFAULTS, **typed(stored, HeadConfig, path)}
+    values = {**_HEAD_DEFAULTS, **_typed(stored, HeadConfig, path)}
     if num_labels is not None:
         values["num_labels"] = num_labels
     if conventions is not None:
@@ -159,32 +161,28 @@ def read_labels(folder: Path, num_labels: int | None) -> tuple[str, ...] | None:
     return tuple(stored[str(number)] for number in range(num_labels))
 
 
-def config_json(config: WavLMConfig, task: TaskHead | None, dtype: str) -> bytes:
+def config_json(config: WavLMConfig, task: TaskHead | None, dtype: str) -> dict[str, Any]:
     """The config.json that transformers reads as this model."""
     values = config.to_huggingface() | {"dtype": dtype}
-    if task is not None:
-        values |= _head_values(task, config)
-    return to_json(values)
+    return values if task is None else values | _head_values(task, config)
 
 
-def preprocessor_json(config: WavLMConfig) -> bytes:
+def _preprocessor_json(config: WavLMConfig) -> dict[str, Any]:
     """The preprocessor_config.json of transformers' feature extractor, which normalises as training did."""
-    return to_json(
-        {
-            "feature_extractor_type": "Wav2Vec2FeatureExtractor",
-            "do_normalize": config.do_normalize,
-            "feature_size": 1,
-            "padding_side": "right",
-            "padding_value": 0.0,
-            "return_attention_mask": True,
-            "sampling_rate": SAMPLE_RATE,
-        }
-    )
+    return {
+        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+        "do_normalize": config.do_normalize,
+        "feature_size": 1,
+        "padding_side": "right",
+        "padding_value": 0.0,
+        "return_attention_mask": True,
+        "sampling_rate": SAMPLE_RATE,
+    }
 
 
-def conventions_json(config: WavLMConfig, task: TaskHead | None, source: str, notes: tuple[str, ...]) -> bytes:
+def _conventions_json(weights: Weights) -> dict[str, Any]:
     """The wavlm_jax.json of a model."""
-    head = task.config if task else HeadConfig()
+    config, head = weights.config, weights.task.config if weights.task else HeadConfig()
     conventions = Conventions(
         format=FORMAT,
         padding=config.padding,
@@ -193,10 +191,10 @@ def conventions_json(config: WavLMConfig, task: TaskHead | None, source: str, no
         layerdrop_first=config.layerdrop_first,
         compat=head.compat,
         layer_sum_states=head.layer_sum_states,
-        source=source,
-        notes=notes,
+        source=weights.origin.dialect,
+        notes=weights.origin.notes,
     )
-    return to_json(dataclasses.asdict(conventions))
+    return dataclasses.asdict(conventions)
 
 
 def _head_values(task: TaskHead, config: WavLMConfig) -> dict[str, Any]:
@@ -212,6 +210,23 @@ def _head_values(task: TaskHead, config: WavLMConfig) -> dict[str, Any]:
         "id2label": {str(number): label for number, label in enumerate(labels)},
         "label2id": {label: number for number, label in enumerate(labels)},
     }
+
+
+def _typed(values: Mapping[str, Any], kind: type, path: Path) -> dict[str, Any]:
+    """Those of `values` that are fields of the dataclass `kind`, of the field's type and of sane size.
+
+    Raises:
+        SettingsError: another type, or a number above a million; the key is named.
+
+    """
+    hints = get_type_hints(kind)
+    where = path.name.removeprefix("config.")  # settings' messages begin with "config."
+    known = {key: convert(value, hints[key], f"{where}.{key}") for key, value in values.items() if key in hints}
+    for key, value in known.items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(number, int) and abs(number) > _MAX_SIZE for number in numbers):
+            raise SettingsError(f"{path}: {key} is {str(value)[:80]}, expected at most {_MAX_SIZE}")
+    return known
 
 
 def _do_normalize(preprocessor: Mapping[str, Any], path: Path) -> bool | None:
@@ -325,15 +340,15 @@ def export_huggingface(weights: Weights, folder: Path, dtype: Precision = "float
         FileExistsError: there is something in `folder`.
 
     """
-    tensors, config, origin = huggingface_tensors(weights), weights.config, weights.origin
+    tensors, config = huggingface_tensors(weights), weights.config
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).open("xb").close()
-    (folder / CONFIG).write_bytes(config_json(config, weights.task, dtype))
-    (folder / PREPROCESSOR).write_bytes(preprocessor_json(config))
-    (folder / CONVENTIONS).write_bytes(conventions_json(config, weights.task, origin.dialect, origin.notes))
+    write_json(folder / CONFIG, config_json(config, weights.task, dtype))
+    write_json(folder / PREPROCESSOR, _preprocessor_json(config))
+    write_json(folder / CONVENTIONS, _conventions_json(weights))
     if weights.task is not None:
-        for name, content in origin.files.items():
-            (folder / name).write_bytes(content)
+        for name, content in weights.origin.files.items():
+            write_bytes(folder / name, content)
     if weights.head is not None:
         write_pretraining_head(weights.head, folder, config.hidden_size, dtype)
     write_safetensors(folder / WEIGHTS, tensors, dtype)

@@ -15,7 +15,6 @@ The corpora that a config names: one to learn from, any number to evaluate on.
 import bisect
 import functools
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from jaxtyping import Float32, Int16, Int32, Int64
 
 from wavlm_jax.audio.wave import AudioFault, read_crop
 from wavlm_jax.data.sources import SourceError
-from wavlm_jax.files import write_text
+from wavlm_jax.files import read_json, write_json, write_text
 from wavlm_jax.settings import SettingsError, read
 from wavlm_jax.shapes import SAMPLE_RATE
 from wavlm_jax.text.records import Turn, read_rttm, write_rttm
@@ -87,9 +86,7 @@ def is_corpus(path: Path) -> bool:
 
 def write_header(folder: Path, header: CorpusHeader) -> None:
     """Write `header.json`, the last file of a corpus, whole or not at all."""
-    draft = folder / "header.tmp"
-    draft.write_text(json.dumps(asdict(header), indent=2, ensure_ascii=False) + "\n")
-    draft.rename(folder / HEADER)
+    write_json(folder / HEADER, asdict(header))
 
 
 def sha256_of(file: Path) -> str:
@@ -114,12 +111,12 @@ def read_header(path: Path) -> CorpusHeader:
             f"{path}: no {HEADER}, so not a whole corpus; make it: python -m wavlm_jax.data SOURCE --out {path}"
         )
     try:
-        values = json.loads(file.read_text())
+        values = read_json(file)
         found = values["format"]
         if found != FORMAT:
             raise CorpusError(f"{file}: corpus format {found}, this version reads {FORMAT}; prepare the corpus again")
         return read(values, CorpusHeader, str(file))
-    except (json.JSONDecodeError, TypeError, KeyError, SettingsError) as error:
+    except (TypeError, KeyError, SettingsError) as error:
         raise CorpusError(f"{file}: not a corpus header ({error}); prepare the corpus again") from error
 
 

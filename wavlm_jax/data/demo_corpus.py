@@ -36,6 +36,7 @@ from wavlm_jax.audio.wave import FULL_SCALE, encode_flac, resample, to_int16
 from wavlm_jax.data.corpus import is_corpus, read_header
 from wavlm_jax.data.prepare import Preparation, PrepareError, Result, prepare
 from wavlm_jax.data.sources import from_manifest
+from wavlm_jax.files import write_text
 from wavlm_jax.shapes import SAMPLE_RATE
 
 PATTERNS = (
@@ -282,9 +283,7 @@ def render(job: VoiceJob) -> None:
             "phones": {"symbols": spoken.symbols, "starts": spoken.starts, "ends": spoken.ends},
         }
         lines.append(json.dumps(row) + "\n")
-    draft = job.folder / "draft"
-    draft.write_text("".join(lines))
-    draft.rename(job.folder / MANIFEST)
+    write_text(job.folder / MANIFEST, "".join(lines))
 
 
 def written(text: str) -> str:
@@ -395,7 +394,7 @@ def make_demo(out: Path, settings: DemoSettings, workers: int, *, progress: bool
     _render_all(jobs, workers, progress=progress)
     _write_manifests(jobs, settings, scratch)
     results = {name: _prepare(scratch / f"{name}.jsonl", out / name) for name in SPLITS}
-    done.write_text(recipe)
+    write_text(done, recipe)
     shutil.rmtree(scratch)
     return results
 

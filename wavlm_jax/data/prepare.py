@@ -34,7 +34,7 @@ from wavlm_jax.audio.wave import AudioFault
 from wavlm_jax.data.conform import Conformed, Policy, conform
 from wavlm_jax.data.corpus import FORMAT, CorpusHeader, Shard, is_corpus, read_header, sha256_of, write_header
 from wavlm_jax.data.sources import SCHEMA, Alignment, AudioReader, Entry, Source, digest, printable, write_dataset_info
-from wavlm_jax.files import write_text
+from wavlm_jax.files import read_json, write_json, write_text
 from wavlm_jax.shapes import SAMPLE_RATE
 from wavlm_jax.version import __version__
 
@@ -206,7 +206,7 @@ def write_shard(file: Path, entries: Sequence[Entry], reader: AudioReader, polic
         sha256=sha256_of(draft),
     )
     draft.replace(file)
-    write_text(report_file(file), json.dumps(asdict(report)))
+    write_json(report_file(file), asdict(report))
     return report
 
 
@@ -323,7 +323,7 @@ def _claim(partial: Path, source: Source, policy: Policy) -> None:
     plan = {"listing": digest(source.entries), "options": _options(policy), "source": source.description}
     file = partial / _PLAN
     if file.is_file():
-        found = json.loads(file.read_text())
+        found = read_json(file)
         for key, what in (("listing", "the source has changed since"), ("options", "it was begun with other options")):
             if found[key] != plan[key]:
                 raise PrepareError(
@@ -332,7 +332,7 @@ def _claim(partial: Path, source: Source, policy: Policy) -> None:
                 )
         return
     partial.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps(plan, indent=2))
+    write_json(file, plan)
 
 
 def _jobs(source: Source, partial: Path) -> list[_Job]:
@@ -451,7 +451,7 @@ def _complete(jobs: Sequence[_Job], reports: Sequence[ShardReport], header: Corp
 
 
 def _publish(partial: Path, out: Path) -> None:
-    """Take down the scaffolding of a whole corpus, and give it its name."""
-    for leftover in (partial / _PLAN, *partial.glob("data-*.json")):
+    """Deletes what only a resumption needs, and what a killed worker left half written; renames the folder."""
+    for leftover in (partial / _PLAN, *partial.glob("data-*.json"), *partial.glob(".*.partial")):
         leftover.unlink(missing_ok=True)
     partial.rename(out)

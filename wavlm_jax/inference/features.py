@@ -7,7 +7,6 @@ each shard `features-00000.json` with the recordings in it and their frames.
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,10 @@ import numpy as np
 
 from wavlm_jax.audio.recordings import Inputs, Recording
 from wavlm_jax.config import WavLMConfig
-from wavlm_jax.files import replacing
+from wavlm_jax.files import read_json, write_json
 from wavlm_jax.inference.running import RunSettings, frames_of, geometry_of, jobs_of, run
 from wavlm_jax.model.wavlm import WavLM, WavLMOutput
+from wavlm_jax.settings import SettingsError
 from wavlm_jax.shapes import Params
 
 HEADER = "features.json"
@@ -115,7 +115,7 @@ def _write_shard(
         {"name": recording.name, "path": str(recording.path), "start": starts[recording], "frames": frames}
         for recording, frames in zip(shard.recordings, shard.frames, strict=True)
     ]
-    _write_json(shard.path(folder, ".json"), index)
+    write_json(shard.path(folder, ".json"), index)
 
 
 def _hidden_states(config: WavLMConfig, params: Params, layers: Sequence[int]) -> Callable[[Inputs], Any]:
@@ -194,17 +194,12 @@ def _claim(folder: Path, header: dict[str, Any]) -> None:
     if not path.exists():
         if any(folder.iterdir()):
             raise FeatureError(f"{folder}: is not empty and has no {HEADER}; name a new folder")
-        _write_json(path, header)
+        write_json(path, header)
         return
     try:
-        there = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise FeatureError(f"{path}: not readable as JSON ({error}); name a new folder") from error
-    other = [key for key in header if not isinstance(there, dict) or there.get(key) != header[key]]
+        there = read_json(path)
+    except SettingsError as error:
+        raise FeatureError(f"{error}; name a new folder") from error
+    other = [key for key in header if there.get(key) != header[key]]
     if other:
         raise FeatureError(f"{folder}: holds features with other {', '.join(other)}; name a new folder")
-
-
-def _write_json(path: Path, values: Any) -> None:
-    with replacing(path) as draft:
-        draft.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

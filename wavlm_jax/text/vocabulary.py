@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, Int32
 
-from wavlm_jax.files import replacing
+from wavlm_jax.files import write_bytes
 from wavlm_jax.settings import read
 
 BLANK, BEGIN, END, UNKNOWN, DELIMITER = "<pad>", "<s>", "</s>", "<unk>", "|"
@@ -300,8 +300,7 @@ def parse_vocabulary(files: Mapping[str, bytes], folder: Path, language: str | N
 def write_vocabulary(vocabulary: Vocabulary, folder: Path) -> None:
     """Write vocab.json and tokenizer_config.json into `folder`, which is made; files of these names are replaced."""
     for name, content in files_of(vocabulary).items():
-        with replacing(folder / name) as draft:
-            draft.write_bytes(content)
+        write_bytes(folder / name, content)
 
 
 def files_of(vocabulary: Vocabulary) -> dict[str, bytes]:

@@ -19,6 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from tqdm import tqdm
 
+from wavlm_jax.files import write_text
 from wavlm_jax.training.step import Report
 
 BUCKETS = ("init", "compile", "data", "step", "eval", "save", "other")
@@ -183,9 +184,7 @@ class Jsonl:
         """Lines of steps after `resume` are dropped, and those of evaluations at it, which is done again."""
         self._path = path
         kept = [line for line in _lines(path) if _stays(line, resume)]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(path)
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
