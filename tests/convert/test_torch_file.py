@@ -146,7 +146,7 @@ def test_any_arrays(tmp_path_factory, arrays, zipped):
 def test_checksum_catches_one_flipped_bit(tmp_path):
     path = save({"first": torch.zeros(100), "second": torch.zeros(100)}, tmp_path / "w.pt")
     content = bytearray(path.read_bytes())
-    offset = read_torch_file(path)["second"].storage.places["1"].offset
+    offset = read_torch_file(path)["second"].storage.extent.offset
     content[offset + 17] ^= 4
     path.write_bytes(content)
     found = read_torch_file(path)
@@ -181,7 +181,7 @@ def test_archives_in_zip64(tmp_path, monkeypatch):
     path.write_bytes(content[: -len(ending)] + ending)
     assert_same(read_torch_file(path), value)
     path.write_bytes(content.replace(b"PK\6\6", b"PK\6\0")[: -len(ending)] + ending)
-    with pytest.raises(DamagedFile, match="zip64 archive without its end record"):
+    with pytest.raises(DamagedFile, match="zip archive without a sound directory"):
         read_torch_file(path)
 
 
