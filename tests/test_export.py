@@ -19,10 +19,9 @@ from tests.support.foreign_layouts import HEAD_ROWS
 from tests.support.head_twins import small_head, torch_head
 from tests.support.speech import write_audio
 from tests.support.torch_twins import small_config, torch_model, waveforms
-from wavlm_jax import export as compare
-from wavlm_jax import export as saving
+from wavlm_jax import export
 from wavlm_jax.convert import __main__ as command
-from wavlm_jax.convert import huggingface
+from wavlm_jax.convert import compare, huggingface
 from wavlm_jax.convert.state_dict import ConversionError
 from wavlm_jax.export import NotProvedError
 from wavlm_jax.model.heads import HEADS
@@ -179,7 +178,7 @@ def test_an_export_that_is_not_exact_is_not_left_behind(plain, tmp_path, monkeyp
 
     monkeypatch.setattr(huggingface, "config_json", wrong)
     # our own reading of the folder would follow the wrong config too, so the reference is the model that was meant
-    monkeypatch.setattr(saving, "compare", lambda path: compare_with(path, plain))
+    monkeypatch.setattr(export, "compare_models", lambda path: compare_with(path, plain))
     with pytest.raises(NotProvedError, match=r"max error against transformers is .*, expected at most 0.0001"):
         wavlm_jax.save_huggingface(plain, tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -197,7 +196,7 @@ def compare_with(path: Path, meant) -> tuple[float, str]:
 
 
 def test_a_proof_that_cannot_run_leaves_nothing(plain, tmp_path, monkeypatch):
-    monkeypatch.setattr(saving, "check_file", lambda *_: (_ for _ in ()).throw(NotProvedError("broken disk")))
+    monkeypatch.setattr(export, "check_file", lambda *_: (_ for _ in ()).throw(NotProvedError("broken disk")))
     for save, name in ((wavlm_jax.save_huggingface, "out"), (wavlm_jax.save_microsoft, "out.pt")):
         with pytest.raises(NotProvedError, match="broken disk"):
             save(plain, tmp_path / name)
@@ -205,7 +204,7 @@ def test_a_proof_that_cannot_run_leaves_nothing(plain, tmp_path, monkeypatch):
 
 
 def test_without_transformers_it_says_so(plain, tmp_path, monkeypatch):
-    monkeypatch.setattr(saving, "why_not", lambda: "torch not installed")
+    monkeypatch.setattr(export, "why_not", lambda: "torch not installed")
     proof = wavlm_jax.save_huggingface(plain, tmp_path / "out")
     assert proof.max_error is None
     assert "not compared with transformers: torch not installed" in (tmp_path / "out" / "README.md").read_text()

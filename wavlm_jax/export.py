@@ -1,19 +1,10 @@
-"""transformers' own model beside ours, on a fixed clip and a ragged padded batch: wavlm_jax.export X.
+"""Weights out, proved: written beside the wanted place, read again, compared with transformers, and only then moved.
 
-X is a Hugging Face folder of ours, or a `.pt` in the authors' layout. Prints one line of JSON. The only module that
-imports torch and transformers; `verify` runs it in a process of its own.
-
-The proof at the end of every conversion: the file is read again to the bit, and transformers computes the same.
-
-transformers runs in a process of its own, so that neither torch nor a second copy of the weights is in this one; where
-torch or transformers is missing, the proof says that this part was not made.
-
-The README.md of an export: what the model is, what it learned from, and how exact the conversion is.
-
-Weights out, proved: written beside the wanted place, read again, compared with transformers, and only then moved.
+The file is read again to the bit. transformers then computes the same, in a process of its own (`convert.compare`), so
+that neither torch nor a second copy of the weights is in this one; where torch or transformers is missing, the proof
+says that this part was not made. The README.md of an export, its model card, says how exact it is.
 """
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -24,144 +15,36 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
-import torch
-import transformers
 
-from wavlm_jax.convert.huggingface import (
-    CONFIG,
-    CONVENTIONS,
-    export_huggingface,
-    huggingface_tensors,
-    import_huggingface,
-)
+from wavlm_jax.convert.huggingface import CONVENTIONS, export_huggingface, huggingface_tensors
 from wavlm_jax.convert.huggingface_files import open_weights
-from wavlm_jax.convert.microsoft import (
-    export_microsoft,
-    identity,
-    import_microsoft,
-    microsoft_name,
-    microsoft_tensors,
-    open_microsoft,
-)
-from wavlm_jax.convert.state_dict import Precision, Source, rounded
-from wavlm_jax.files import read_json
-from wavlm_jax.shapes import Geometry, samples_for
-from wavlm_jax.weights import Model, Output, Weights, ready
-
-_SHORTEST = 7000
-_SHARES = (2.3, 1.6, 1.0)
-"""Lengths of the rows of the ragged batch, in shortest rows; the first alone is the fixed clip."""
-_SEED = 2110_13900
-
-
-def compare(path: Path) -> dict[str, Any]:
-    """Max error and what was compared, as JSON values.
-
-    Raises:
-        NotProvedError: transformers finds tensors missing, left over or of another shape.
-
-    """
-    weights = import_huggingface(path) if path.is_dir() else import_microsoft(path)
-    config, task = dataclasses.replace(weights.config, padding="huggingface"), weights.task
-    if task is not None:
-        head = dataclasses.replace(task.config, compat="huggingface", layer_sum_states="raw")
-        task = dataclasses.replace(task, config=head)
-    ours = ready(dataclasses.replace(weights, config=config, task=task))
-    theirs = _load_folder(path) if path.is_dir() else _load_pt(path, ours)
-    errors = dict[str, float]()
-    for waveform, num_samples in probes(ours):
-        given, expected = ours(waveform, num_samples), _run(theirs, waveform, num_samples)
-        for name, found, wanted in _pairs(given, expected):
-            errors[name] = max(errors.get(name, 0.0), error(found, wanted))
-    names = ", ".join(["all hidden states", *(name for name in errors if not name.startswith("hidden state"))])
-    versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
-    return {
-        "max_error": float(np.max(list(errors.values()))),
-        "against": f"{type(theirs).__name__} of {versions}: {names} of a clip and of a ragged padded batch",
-    }
-
-
-def error(found: np.ndarray, wanted: np.ndarray) -> float:
-    """Largest difference; of numbers whose root mean square is above 1, as a share of it."""
-    if found.shape != wanted.shape:
-        return float("inf")
-    scale = max(1.0, float(np.sqrt(np.mean(np.square(wanted, dtype=np.float64)))))
-    return float(np.abs(found - wanted).max(initial=0.0)) / scale
-
-
-def probes(model: Model) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """(waveform, num_samples): a clip alone, then three rows of different lengths padded to the longest."""
-    shortest = _SHORTEST
-    if model.weights.task is not None:
-        head = model.weights.task.config
-        frames = head.tdnn_context + 4
-        frames *= head.adapter_stride**head.num_adapter_layers if head.add_adapter else 1
-        shortest = max(shortest, samples_for(frames, Geometry(model.config.conv_kernel, model.config.conv_stride)))
-    random = np.random.default_rng(_SEED)
-    waves = []
-    for share in _SHARES:
-        time = np.arange(int(shortest * share))
-        swell = 0.2 + np.sin(time / 3000) ** 2
-        waves.append((0.3 * swell * random.standard_normal(len(time))).astype(np.float32))
-    yield model.inputs(waves[:1]).waveform, None
-    batch = model.inputs(waves)
-    yield batch.waveform, batch.num_samples
-
-
-def _load_folder(folder: Path) -> torch.nn.Module:
-    (name,) = read_json(folder / CONFIG)["architectures"]
-    model, report = getattr(transformers, name).from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
-    )
-    problems = {key: sorted(map(str, found))[:4] for key, found in report.items() if found}
-    if problems:
-        raise NotProvedError(f"{name}.from_pretrained reports {problems}")
-    return model.eval()
-
-
-def _load_pt(path: Path, ours: Model) -> torch.nn.Module:
-    """Transformers' model filled from what torch itself reads in the authors' file."""
-    state = torch.load(path, map_location="cpu", weights_only=True)["model"]
-    values = {key: value for key, value in ours.config.to_huggingface().items() if key != "architectures"}
-    kind = "WavLM" if ours.config.position_bias else "Hubert"
-    model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**values))
-    absent = {name: torch.from_numpy(source.read()) for name, source in identity(ours.config).items()}
-    names = model.state_dict().keys()
-    found = {name: absent[name] if name in absent else state[microsoft_name(name, ours.config)] for name in names}
-    model.load_state_dict({name: tensor.float() for name, tensor in found.items()}, strict=True)
-    return model.eval()
-
-
-def _run(model: torch.nn.Module, waveform: np.ndarray, num_samples: np.ndarray | None) -> Any:
-    mask = None
-    if num_samples is not None:
-        mask = (torch.arange(waveform.shape[1])[None] < torch.from_numpy(num_samples)[:, None]).long()
-    with torch.no_grad():
-        return model(torch.from_numpy(waveform), attention_mask=mask, output_hidden_states=True)
-
-
-def _pairs(ours: Output, theirs: Any) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """(name, ours, theirs) of everything that both models give."""
-    if len(theirs.hidden_states) != len(ours.hidden_states):
-        raise NotProvedError(
-            f"transformers has {len(theirs.hidden_states)} hidden states, {len(ours.hidden_states)} here"
-        )
-    for index, states in enumerate(theirs.hidden_states):
-        yield f"hidden state {index}", np.asarray(ours.hidden_states[index]), states.numpy()
-    for name in ("last_hidden_state", "logits", "embeddings"):
-        wanted, found = getattr(theirs, name, None), getattr(ours, name)
-        if wanted is not None and found is not None:
-            yield name, np.asarray(found), wanted.numpy()
-
+from wavlm_jax.convert.microsoft import export_microsoft, microsoft_tensors, open_microsoft
+from wavlm_jax.convert.state_dict import Precision, StoredTensor, rounded
+from wavlm_jax.files import write_text
+from wavlm_jax.weights import Model, Weights
 
 TOLERANCE = 1e-4
 """Largest difference in a hidden state or logit, float32; of states whose root mean square is above 1, of that."""
+CARD = "README.md"
+_LICENCE = (
+    "The weights have the licence of whoever trained them; this export adds none. For WavLM's released weights the "
+    "sources disagree: the authors' code is MIT, the model cards on the Hugging Face hub say CC BY-SA 3.0 "
+    "(microsoft/unilm issue 1757, open). Weights that you trained yourself are yours, within the terms of your data."
+)
+_INPUT = {
+    True: "Speech at 16 kHz, each wave normalised to mean 0 and variance 1 first (`do_normalize`).",
+    False: "Speech at 16 kHz, not normalised (`do_normalize` is false).",
+}
+_USE = """## Use
 
-_COMPARE = "wavlm_jax.export"
+```python
+import transformers, wavlm_jax
+
+transformers.AutoModel.from_pretrained(FOLDER)  # PyTorch
+wavlm_jax.load(FOLDER)  # JAX
+```"""
 
 
 class NotProvedError(ValueError):
@@ -187,7 +70,100 @@ class Proof:
         return [read, f"max error {self.max_error:.2e} (tolerance {TOLERANCE:g}) against {self.against}"]
 
 
-def check_file(found: Mapping[str, Source], tensors: Mapping[str, np.ndarray], dtype: Precision, path: Path) -> int:
+def save_huggingface(model: Model, folder: Path | str, *, dtype: Precision = "float32", compared: bool = True) -> Proof:
+    """A folder that transformers and `wavlm_jax.load` read: weights, configs, vocabulary, head, model card.
+
+    Args:
+        model: of `wavlm_jax.load`; `dataclasses.replace(model, params=...)` has others.
+        folder: must not exist, be empty, or be an earlier folder of ours, which is replaced at once.
+        dtype: of the numbers in the files.
+        compared: whether transformers is asked too, where it is installed (seconds); the file is always read again.
+
+    Raises:
+        ValueError: parameters that do not fit, something that has no place there, or a proof that fails; nothing
+            is left behind then.
+        FileExistsError: `folder` holds something else.
+
+    """
+    weights, target = model.current, Path(folder)
+    _check_replaceable(target)
+    with _unproved(target) as scratch:
+        export_huggingface(weights, scratch, dtype)
+        tensors = huggingface_tensors(weights)
+        path, found = open_weights(scratch)
+        proof = _prove(scratch, check_file(found, tensors, dtype, path), len(tensors), compared=compared)
+        write_text(scratch / CARD, model_card(weights, dtype, proof))
+    return proof
+
+
+def save_microsoft(model: Model, path: Path | str, *, dtype: Precision = "float32", compared: bool = True) -> Proof:
+    """A `.pt` in the authors' layout, with the pre-training head if there is one.
+
+    Args:
+        model: of `wavlm_jax.load`; `dataclasses.replace(model, params=...)` has others.
+        path: the file; an older one is replaced at once.
+        dtype: of the numbers in the file.
+        compared: whether transformers is asked too, where it is installed.
+
+    Raises:
+        ValueError: see `save_huggingface`; and a fine-tuned model, whose head the layout has no place for.
+
+    """
+    weights, target = model.current, Path(path)
+    if target.is_dir():
+        raise ValueError(f"{target}: is a folder, expected the name of a file (wavlm.pt)")
+    if weights.task is not None:
+        raise ValueError(
+            f"the authors' layout has no place for the head of a {weights.task.kind}; write it as huggingface, or the "
+            "encoder alone (task=None)"
+        )
+    with _unproved(target) as scratch:
+        export_microsoft(weights.config, weights.params, scratch, weights.head, dtype=dtype)
+        tensors = microsoft_tensors(weights.config, weights.params, weights.head, scratch)
+        num_bytes = check_file(open_microsoft(scratch), tensors, dtype, scratch)
+        return _prove(scratch, num_bytes, len(tensors), compared=compared)
+
+
+def _check_replaceable(folder: Path) -> None:
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONVENTIONS).is_file():
+        raise FileExistsError(f"{folder}: is not empty and was not written by wavlm_jax; expected a new folder")
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder}: is a file, expected a new folder")
+
+
+@contextmanager
+def _unproved(target: Path) -> Iterator[Path]:
+    """A hidden place beside `target`, which becomes `target` when the block ends well and vanishes when it does not."""
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    scratch = target.absolute().with_name(f".{target.absolute().name}.{os.getpid()}.unproved")
+    _remove(scratch)
+    try:
+        yield scratch
+        older = scratch.with_suffix(".older")
+        if target.is_dir():
+            target.rename(older)
+        scratch.rename(target)
+        _remove(older)
+    finally:
+        _remove(scratch)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def _prove(path: Path, num_bytes: int, num_tensors: int, *, compared: bool) -> Proof:
+    reason = why_not() if compared else "not asked to"
+    if reason is not None:
+        return Proof(num_tensors, num_bytes, None, reason)
+    return Proof(num_tensors, num_bytes, *compare_models(path))
+
+
+def check_file(
+    found: Mapping[str, StoredTensor], tensors: Mapping[str, np.ndarray], dtype: Precision, path: Path
+) -> int:
     """Reads back what was written, tensor by tensor; the number of bytes.
 
     Args:
@@ -224,7 +200,7 @@ def compare_models(path: Path) -> tuple[float, str]:
         NotProvedError: it does not load there, the error is above the tolerance, or the comparison itself failed.
 
     """
-    root = str(Path(__file__).parents[2])
+    root = str(Path(__file__).parents[1])
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -232,7 +208,7 @@ def compare_models(path: Path) -> tuple[float, str]:
         "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
     done = subprocess.run(  # noqa: S603 our own module, and a path
-        [sys.executable, "-m", _COMPARE, str(path.absolute())],
+        [sys.executable, "-m", "wavlm_jax.convert.compare", str(path.absolute())],
         env=environment,
         capture_output=True,
         text=True,
@@ -258,25 +234,6 @@ def check_error(max_error: float, path: Path) -> None:
             f"{path.name}: max error against transformers is {max_error:.2e}, expected at most {TOLERANCE:g}; nothing "
             "was left behind. Please report this with the config"
         )
-
-
-_LICENCE = (
-    "The weights have the licence of whoever trained them; this export adds none. For WavLM's released weights the "
-    "sources disagree: the authors' code is MIT, the model cards on the Hugging Face hub say CC BY-SA 3.0 "
-    "(microsoft/unilm issue 1757, open). Weights that you trained yourself are yours, within the terms of your data."
-)
-_INPUT = {
-    True: "Speech at 16 kHz, each wave normalised to mean 0 and variance 1 first (`do_normalize`).",
-    False: "Speech at 16 kHz, not normalised (`do_normalize` is false).",
-}
-_USE = """## Use
-
-```python
-import transformers, wavlm_jax
-
-transformers.AutoModel.from_pretrained(FOLDER)  # PyTorch
-wavlm_jax.load(FOLDER)  # JAX
-```"""
 
 
 def model_card(weights: Weights, dtype: str, proof: Proof) -> str:
@@ -318,102 +275,3 @@ def conventions(weights: Weights) -> list[str]:
 
 def _list(lines: list[str]) -> str:
     return "\n".join(f"* {' '.join(line.split())}" for line in lines)
-
-
-CARD = "README.md"
-
-
-def save_huggingface(model: Model, folder: Path | str, *, dtype: Precision = "float32", compared: bool = True) -> Proof:
-    """A folder that transformers and `wavlm_jax.load` read: weights, configs, vocabulary, head, model card.
-
-    Args:
-        model: of `wavlm_jax.load`; `dataclasses.replace(model, params=...)` has others.
-        folder: must not exist, be empty, or be an earlier folder of ours, which is replaced at once.
-        dtype: of the numbers in the files.
-        compared: whether transformers is asked too, where it is installed (seconds); the file is always read again.
-
-    Raises:
-        ValueError: parameters that do not fit, something that has no place there, or a proof that fails; nothing
-            is left behind then.
-        FileExistsError: `folder` holds something else.
-
-    """
-    weights, target = model.current, Path(folder)
-    _check_replaceable(target)
-    with _unproved(target) as scratch:
-        export_huggingface(weights, scratch, dtype)
-        tensors = huggingface_tensors(weights)
-        path, found = open_weights(scratch)
-        proof = _prove(scratch, check_file(found, tensors, dtype, path), len(tensors), compared=compared)
-        (scratch / CARD).write_text(model_card(weights, dtype, proof), encoding="utf-8")
-    return proof
-
-
-def save_microsoft(model: Model, path: Path | str, *, dtype: Precision = "float32", compared: bool = True) -> Proof:
-    """A `.pt` in the authors' layout, with the pre-training head if there is one.
-
-    Args:
-        model: of `wavlm_jax.load`; `dataclasses.replace(model, params=...)` has others.
-        path: the file; an older one is replaced at once.
-        dtype: of the numbers in the file.
-        compared: whether transformers is asked too, where it is installed.
-
-    Raises:
-        ValueError: see `save_huggingface`; and a fine-tuned model, whose head the layout has no place for.
-
-    """
-    weights, target = model.current, Path(path)
-    if target.is_dir():
-        raise ValueError(f"{target}: is a folder, expected the name of a file (wavlm.pt)")
-    if weights.task is not None:
-        raise ValueError(
-            f"the authors' layout has no place for the head of a {weights.task.kind}; write it as huggingface, or the "
-            "encoder alone (task=None)"
-        )
-    with _unproved(target) as scratch:
-        export_microsoft(weights.config, weights.params, scratch, weights.head, dtype=dtype)
-        tensors = microsoft_tensors(weights.config, weights.params, weights.head, scratch)
-        num_bytes = check_file(open_microsoft(scratch), tensors, dtype, scratch)
-        return _prove(scratch, num_bytes, len(tensors), compared=compared)
-
-
-def _prove(path: Path, num_bytes: int, num_tensors: int, *, compared: bool) -> Proof:
-    reason = why_not() if compared else "not asked to"
-    if reason is not None:
-        return Proof(num_tensors, num_bytes, None, reason)
-    return Proof(num_tensors, num_bytes, *compare_models(path))
-
-
-def _check_replaceable(folder: Path) -> None:
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONVENTIONS).is_file():
-        raise FileExistsError(f"{folder}: is not empty and was not written by wavlm_jax; expected a new folder")
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder}: is a file, expected a new folder")
-
-
-@contextmanager
-def _unproved(target: Path) -> Iterator[Path]:
-    """A hidden place beside `target`, which becomes `target` when the block ends well and vanishes when it does not."""
-    target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.absolute().with_name(f".{target.absolute().name}.{os.getpid()}.unproved")
-    _remove(scratch)
-    try:
-        yield scratch
-        older = scratch.with_suffix(".older")
-        if target.is_dir():
-            target.rename(older)
-        scratch.rename(target)
-        _remove(older)
-    finally:
-        _remove(scratch)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)
-
-
-if __name__ == "__main__":
-    jax.config.update("jax_default_matmul_precision", "highest")
-    print(json.dumps(compare(Path(sys.argv[1]))))

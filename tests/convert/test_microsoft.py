@@ -1,7 +1,6 @@
 """The authors', fairseq's and torchaudio's checkpoints become the model that they are, or an error with a name."""
 
 import argparse
-import hashlib
 import re
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from tests.support.foreign_layouts import (
 )
 from tests.support.torch_twins import small_config, torch_model, waveforms
 from wavlm_jax.convert.microsoft import export_microsoft, import_microsoft
-from wavlm_jax.convert.state_dict import KNOWN, ConversionError, check_known, from_torch
+from wavlm_jax.convert.state_dict import ConversionError, from_torch
 from wavlm_jax.convert.torchaudio import import_torchaudio
 from wavlm_jax.files import DamagedFile, HostileFile
 from wavlm_jax.model.wavlm import WavLM, parameter_shapes
@@ -426,23 +425,6 @@ def test_exports_that_have_no_place_in_the_layout(tmp_path):
     with pytest.raises(ConversionError, match="of another shape or not finite: encoder/layers/feed_forward"):
         export_microsoft(small_config(intermediate_size=16), imported.params, tmp_path / "out.pt")
     assert not (tmp_path / "out.pt").exists()
-
-
-def test_a_known_release_with_another_hash_is_refused(tmp_path):
-    _, path = saved(tmp_path)
-    sound = {"wavlm.pt": hashlib.sha256(path.read_bytes()).hexdigest()}
-    assert "is that of the release" in check_known(path, sound)
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(DamagedFile, match=rf"wavlm\.pt: SHA-256 is [0-9a-f]{{64}}, expected {sound['wavlm.pt']}"):
-        check_known(path, sound)
-
-
-def test_an_empty_slot_says_so(tmp_path):
-    for name in KNOWN:
-        assert "no trustworthy SHA-256 is known" in check_known(tmp_path / name, dict.fromkeys(KNOWN))
-    assert all(value is None or len(bytes.fromhex(value)) == 32 for value in KNOWN.values())
 
 
 MEASURE = """

@@ -1,20 +1,17 @@
-"""safetensors files, one tensor in memory at a time, in and out.
+"""The weight files of a Hugging Face folder, and how the folder is found: on this machine, or on the hub.
 
-The library's own reader maps the file, and what was looked at stays in memory while it is open; so it is opened anew
-for each tensor. Its own writer wants all tensors as bytes at once; so the format, a JSON header and the numbers, is
-written here (https://github.com/huggingface/safetensors#format).
-
-The weights of a Hugging Face folder, whole or in shards, as safetensors or as torch's pickles, found by looking.
-
-Models of the Hugging Face hub by name: from the local cache, else over the network, through huggingface_hub.
+Weights are whole or in shards, as safetensors or as torch's pickles. Only one tensor is in memory at a time, in and
+out. For safetensors that means two things. The library's reader maps the file, and what was looked at stays in memory
+while it is open; so it is opened anew for each tensor. The library's writer wants all tensors as bytes at once; so the
+format, a JSON header and the numbers, is written here (https://github.com/huggingface/safetensors#format).
 """
 
 import json
 import re
 from collections.abc import Callable, Mapping
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from huggingface_hub import snapshot_download
@@ -26,21 +23,45 @@ from wavlm_jax.convert.state_dict import (
     DTYPES,
     ConversionError,
     Precision,
-    Source,
+    StoredTensor,
     current_name,
+    respelled,
     rounded,
-    source_of,
     tensors_of,
 )
 from wavlm_jax.convert.torch_file import read_torch_file
 from wavlm_jax.files import DamagedFile, read_json
 
+WEIGHTS, PICKLED = "model.safetensors", "pytorch_model.bin"
+INDEX = ".index.json"
+_MAX_SHARDS = 10_000
 _NAMES: Mapping[Precision, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _READABLE = frozenset({"F64", "F32", "F16", "BF16"})
 _ALIGNMENT = 8
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_SMALL = ["*.json"]
+_SAFE = ["model*.safetensors", "pretraining_head.safetensors"]
+_LEGACY = ["pytorch_model*.bin"]
 
 
-def open_safetensors(path: Path) -> dict[str, Source]:
+@dataclass(frozen=True)
+class _SafeTensor:
+    """One tensor of a safetensors file."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+
+    def read(self) -> Shaped[np.ndarray, "..."]:
+        """The numbers, in the dtype of the file."""
+        try:
+            with safe_open(self.path, "numpy") as file:
+                return file.get_tensor(self.name)
+        except (SafetensorError, OSError) as error:
+            raise DamagedFile(f"{self.path}: changed while it was read ({error})") from error
+
+
+def open_safetensors(path: Path) -> dict[str, StoredTensor]:
     """Name -> tensor, to be read when it is wanted.
 
     Raises:
@@ -51,7 +72,7 @@ def open_safetensors(path: Path) -> dict[str, Source]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    sources = {}
+    found: dict[str, StoredTensor] = {}
     try:
         with safe_open(path, "numpy") as file:
             for name in file.keys():  # noqa: SIM118 (no mapping)
@@ -61,18 +82,10 @@ def open_safetensors(path: Path) -> dict[str, Source]:
                         f"{path}: {name} holds {part.get_dtype()}, expected floating-point numbers "
                         f"({', '.join(sorted(_READABLE))}); convert quantised weights back first"
                     )
-                sources[name] = Source(name, tuple(part.get_shape()), partial(_read, path, name))
+                found[name] = _SafeTensor(path, name, tuple(part.get_shape()))
     except (SafetensorError, OSError) as error:
         raise DamagedFile(f"{path}: not a readable safetensors file ({error}); copy or download it again") from error
-    return sources
-
-
-def _read(path: Path, name: str) -> Shaped[np.ndarray, "..."]:
-    try:
-        with safe_open(path, "numpy") as file:
-            return file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise DamagedFile(f"{path}: changed while it was read ({error})") from error
+    return found
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], dtype: Precision) -> None:
@@ -97,19 +110,10 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], dtype: Prec
     with path.open("xb") as file:
         file.write(len(content).to_bytes(8, "little") + content)
         for name in sorted(tensors):
-            _write(file, rounded(name, tensors[name], dtype))
+            file.write(rounded(name, tensors[name], dtype).reshape(-1).view(np.uint8).data)
 
 
-def _write(file: BinaryIO, tensor: np.ndarray) -> None:
-    file.write(tensor.reshape(-1).view(np.uint8).data)
-
-
-WEIGHTS, PICKLED = "model.safetensors", "pytorch_model.bin"
-INDEX = ".index.json"
-_MOST_SHARDS = 10_000
-
-
-def open_weights(folder: Path) -> tuple[Path, dict[str, Source]]:
+def open_weights(folder: Path) -> tuple[Path, dict[str, StoredTensor]]:
     """The file (or index) that was taken, and its tensors by name, weight norm in the current spelling.
 
     Raises:
@@ -120,55 +124,42 @@ def open_weights(folder: Path) -> tuple[Path, dict[str, Source]]:
     """
     for name, reader in ((WEIGHTS, open_safetensors), (PICKLED, _open_pickled)):
         if (folder / name).is_file():
-            return folder / name, _current(reader(folder / name), folder / name)
-        if (folder / (name + INDEX)).is_file():
-            index = folder / (name + INDEX)
-            return index, _current(_open_shards(index, reader), index)
+            return folder / name, respelled(reader(folder / name), current_name, folder / name)
+        index = folder / (name + INDEX)
+        if index.is_file():
+            return index, respelled(_open_shards(index, reader), current_name, index)
     others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".safetensors", ".h5", ".msgpack"))
     raise FileNotFoundError(f"{folder / WEIGHTS}: no such file; the folder has {', '.join(others) or 'no weights'}")
 
 
-def _open_pickled(path: Path) -> dict[str, Source]:
-    return {name: source_of(name, tensor) for name, tensor in tensors_of(read_torch_file(path), path).items()}
+def _open_pickled(path: Path) -> dict[str, StoredTensor]:
+    return dict(tensors_of(read_torch_file(path), path))
 
 
-def _open_shards(index: Path, reader: Callable[[Path], dict[str, Source]]) -> dict[str, Source]:
+def _open_shards(index: Path, reader: Callable[[Path], dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
         raise ConversionError(f"{index}: weight_map is no map from tensors to files")
     shards = sorted(set(where.values()))
-    if len(shards) > _MOST_SHARDS:
-        raise ConversionError(f"{index}: names {len(shards)} files, expected at most {_MOST_SHARDS}")
-    found: dict[str, Source] = {}
+    if len(shards) > _MAX_SHARDS:
+        raise ConversionError(f"{index}: names {len(shards)} files, expected at most {_MAX_SHARDS}")
+    found: dict[str, StoredTensor] = {}
     for shard in shards:
         if PurePath(shard).name != shard or "\\" in shard or "\0" in shard:
             raise ConversionError(f"{index}: names the file {shard[:80]!r}, which leads out of the folder")
-        sources = reader(index.parent / shard)
-        if twice := sorted(found.keys() & sources.keys()):
+        tensors = reader(index.parent / shard)
+        if twice := sorted(found.keys() & tensors.keys()):
             raise ConversionError(f"{index}: {twice[0]} is in two files, one of them {shard}")
-        found |= sources
+        found |= tensors
     missing = sorted({current_name(name) for name in where} - {current_name(name) for name in found})
     if missing:
         raise ConversionError(f"{index}: {missing[0]} is in none of its files ({len(missing)} missing)")
     return found
 
 
-def _current(found: dict[str, Source], path: Path) -> dict[str, Source]:
-    named = {current_name(name): source for name, source in found.items()}
-    if len(named) != len(found):
-        raise ConversionError(f"{path}: holds weight norm in both spellings")
-    return named
-
-
-_NAME = re.compile(r"([\w.-]+/)?[\w.-]+(@[\w./-]+)?")
-_SMALL = ["*.json"]
-_SAFE = ["model*.safetensors", "pretraining_head.safetensors"]
-_LEGACY = ["pytorch_model*.bin"]
-
-
 def is_hub_name(text: str) -> bool:
     """Whether it can be "organisation/model", or that with "@revision" behind."""
-    return re.fullmatch(_NAME, text) is not None and "/" in text
+    return _HUB_NAME.fullmatch(text) is not None
 
 
 def fetch(name: str) -> Path:

@@ -1,23 +1,13 @@
-"""The strings that describe conv layers in fairseq's configs, "[(512,10,5)] + [(512,3,2)] * 4": read by a grammar.
-
-    layers  =  term { "+" term }
-    term    =  list [ "*" number ]
-    list    =  "[" layer { "," layer } [ "," ] "]"
-    layer   =  "(" number "," number "," number [ "," ] ")"
-
-The authors' code hands this string, which comes out of the checkpoint, to Python's `eval`.
-
-The config in the authors' and in fairseq's checkpoints, as a `WavLMConfig`, and back (FACTS A11).
-
-A config is a dict, an `argparse.Namespace`, or OmegaConf's objects; it is flat in the authors' files, and has sections
-`model` and `task` in fairseq's, where a fine-tuned model keeps that of its encoder in `w2v_args`.
-
-The authors' checkpoints, in and out: `{"cfg": ..., "model": ...}`, and fairseq's training checkpoints (FACTS A13).
+"""The authors' checkpoints, `{"cfg": ..., "model": ...}`, and fairseq's, in and out (FACTS A11 and A13).
 
 WavLM of microsoft/unilm and microsoft/UniSpeech, HuBERT of fairseq; pre-trained or fine-tuned (the encoder is taken, a
 CTC projection is left out by name). Read and written without torch.
+
+A config is a dict, an `argparse.Namespace`, or OmegaConf's objects; it is flat in the authors' files, and has sections
+`model` and `task` in fairseq's, where a fine-tuned model keeps that of its encoder in `w2v_args`.
 """
 
+import ast
 import itertools
 import math
 import re
@@ -28,26 +18,19 @@ from typing import Any, Literal
 import numpy as np
 
 from wavlm_jax.config import WavLMConfig
-from wavlm_jax.convert.huggingface import NAMES as HEAD_NAMES
-from wavlm_jax.convert.huggingface import head_tensors
 from wavlm_jax.convert.pickle_machine import Inert
 from wavlm_jax.convert.state_dict import (
+    HEAD_NAMES,
     ConversionError,
-    Place,
     Precision,
-    Source,
-    Sources,
-    as_in_torch,
-    check_known,
     check_layers,
-    fill,
-    match,
-    old_spelling,
-    places,
+    from_torch,
+    head_tensors,
+    old_name,
     read_head,
     rounded,
-    source_of,
     tensors_of,
+    to_torch,
 )
 from wavlm_jax.convert.torch_file import LazyTensor, read_torch_file, write_torch_file
 from wavlm_jax.model.wavlm import parameter_shapes
@@ -61,66 +44,7 @@ _MAX_TEXT = 4096
 _MAX_LAYERS = 32
 _MAX_NUMBER = 65536
 _MAX_STRIDE = 2**20
-_LAYER = r"\(([0-9]{1,6}),([0-9]{1,6}),([0-9]{1,6}),?\)"
-_LAYER_ONCE = re.compile(_LAYER)
-_LIST = rf"\[{_LAYER}(?:,{_LAYER})*,?\]"
-_TERM = re.compile(rf"(?P<list>{_LIST})(?:\*(?P<repeats>[0-9]{{1,6}}))?(?P<more>\+|$)")
-_BROKEN_NUMBER = re.compile(r"[0-9]\s+[0-9]")
-
-
-def parse_conv_layers(text: str) -> tuple[ConvLayer, ...]:
-    """The conv layers that `text` describes.
-
-    Raises:
-        ValueError: anything but the grammar above, no layer, a number of 0, or out of all proportion (more than 32
-            layers, numbers above 65,536, strides that multiply to more than 2**20).
-
-    """
-    compact = "".join(text[:_MAX_TEXT].split())
-    if len(text) > _MAX_TEXT or _BROKEN_NUMBER.search(text):
-        raise ValueError(_expected(text))
-    layers: list[ConvLayer] = []
-    position, more = 0, True
-    while more:
-        term = _TERM.match(compact, position)
-        if term is None:
-            raise ValueError(_expected(text))
-        once = [_layer(match.groups()) for match in _LAYER_ONCE.finditer(term["list"])]
-        repeats = int(term["repeats"] or 1)
-        if len(layers) + len(once) * repeats > _MAX_LAYERS:
-            raise ValueError(f"conv_feature_layers: more than {_MAX_LAYERS} layers in {text[:120]!r}")
-        layers += once * repeats
-        position, more = term.end(), bool(term["more"])
-    return _checked(layers, text)
-
-
-def _expected(text: str) -> str:
-    return (
-        f"conv_feature_layers: found {text[:120]!r}, expected a sum of lists such as '[(512,10,5)] + [(512,3,2)] * 4'"
-    )
-
-
-def format_conv_layers(layers: Iterable[ConvLayer]) -> str:
-    """`layers` as fairseq writes them, runs of equal layers shortened."""
-    terms = []
-    for layer, run in itertools.groupby(layers):
-        count = len(list(run))
-        terms.append(f"[({','.join(map(str, layer))})]" + (f" * {count}" if count > 1 else ""))
-    return " + ".join(terms)
-
-
-def _layer(numbers: Iterable[str]) -> ConvLayer:
-    channels, kernel, stride = map(int, numbers)
-    return channels, kernel, stride
-
-
-def _checked(layers: list[ConvLayer], text: str) -> tuple[ConvLayer, ...]:
-    numbers = list(itertools.chain.from_iterable(layers))
-    stride = math.prod(stride for _, _, stride in layers)
-    if not layers or min(numbers) < 1 or max(numbers) > _MAX_NUMBER or stride > _MAX_STRIDE:
-        raise ValueError(f"conv_feature_layers: {text[:120]!r} describes no conv encoder of speech")
-    return tuple(layers)
-
+_CONV_TEXT = re.compile(r"[\[\](),+*0-9\s]*", re.ASCII)
 
 _FIELDS: Mapping[str, tuple[str, Any]] = {
     "encoder_layers": ("num_hidden_layers", 12),
@@ -242,6 +166,62 @@ def training_only(config: Any, where: str) -> tuple[str, ...]:
     )
 
 
+def parse_conv_layers(text: str) -> tuple[ConvLayer, ...]:
+    """The conv layers that `conv_feature_layers` of a config describes, such as "[(512,10,5)] + [(512,3,2)] * 4".
+
+    The authors' code hands this string, which comes out of the checkpoint, to Python's `eval`. Here it is parsed, and
+    the tree of lists, tuples, numbers, sums and repetitions is walked; nothing is evaluated.
+
+    Raises:
+        ValueError: anything else, no layer, a number of 0, or out of all proportion (more than 32 layers, numbers above
+            65,536, strides that multiply to more than 2**20).
+
+    """
+    shown = f"{text[:120]!r}"
+    wrong = f"conv_feature_layers: found {shown}, expected a sum of lists such as '[(512,10,5)] + [(512,3,2)] * 4'"
+    if len(text) > _MAX_TEXT or not _CONV_TEXT.fullmatch(text):
+        raise ValueError(wrong)
+    try:
+        layers = _layers(ast.parse(" ".join(text.split()), mode="eval").body)
+    except (SyntaxError, RecursionError, MemoryError, TypeError) as error:
+        raise ValueError(wrong) from error
+    if len(layers) > _MAX_LAYERS:
+        raise ValueError(f"conv_feature_layers: more than {_MAX_LAYERS} layers in {shown}")
+    numbers = list(itertools.chain.from_iterable(layers))
+    stride = math.prod(stride for _, _, stride in layers)
+    if not layers or min(numbers) < 1 or max(numbers) > _MAX_NUMBER or stride > _MAX_STRIDE:
+        raise ValueError(f"conv_feature_layers: {shown} describes no conv encoder of speech")
+    return tuple(layers)
+
+
+def _layers(node: ast.expr) -> list[ConvLayer]:
+    """The value of a list, a sum or a repetition; of a repetition beyond `_MAX_LAYERS` only one layer more."""
+    match node:
+        case ast.List(elements):
+            return [_layer(element) for element in elements]
+        case ast.BinOp(left, ast.Add(), right):
+            return _layers(left) + _layers(right)
+        case ast.BinOp(left, ast.Mult(), ast.Constant(int(count))):
+            return (_layers(left) * min(count, _MAX_LAYERS + 1))[: _MAX_LAYERS + 1]
+    raise TypeError(f"a {type(node).__name__}")
+
+
+def _layer(node: ast.expr) -> ConvLayer:
+    match node:
+        case ast.Tuple([ast.Constant(int(channels)), ast.Constant(int(kernel)), ast.Constant(int(stride))]):
+            return channels, kernel, stride
+    raise TypeError(f"a {type(node).__name__}")
+
+
+def format_conv_layers(layers: Iterable[ConvLayer]) -> str:
+    """`layers` as fairseq writes them, runs of equal layers shortened."""
+    terms = []
+    for layer, run in itertools.groupby(layers):
+        count = len(list(run))
+        terms.append(f"[({','.join(map(str, layer))})]" + (f" * {count}" if count > 1 else ""))
+    return " + ".join(terms)
+
+
 def _model_fields(config: Any, where: str) -> dict[str, Any]:
     """The fields of the encoder's own config, `normalize` among them."""
     top = _section(config, where)
@@ -323,7 +303,7 @@ _BESIDE_THE_MODEL = frozenset(
 
 def microsoft_name(name: str, config: WavLMConfig) -> str:
     """The authors' name of a tensor of Hugging Face's state dict, with weight norm as `weight_g` and `weight_v`."""
-    name = _CONV_NORM.sub(_CONV_NORM_NAME[config.feat_extract_norm], old_spelling(name))
+    name = _CONV_NORM.sub(_CONV_NORM_NAME[config.feat_extract_norm], old_name(name))
     for pattern, replacement in _RENAMED:
         renamed, count = re.subn(pattern, replacement, name)
         if count:
@@ -335,24 +315,24 @@ def import_microsoft(path: Path) -> Weights:
     """The model in an authors' or fairseq checkpoint: config, parameters, and the pre-training head if it is there.
 
     Raises:
-        HostileFile, DamagedFile: see `read_torch_file`; a known release with another hash.
+        HostileFile, DamagedFile: see `read_torch_file`.
         ConversionError: tensors missing, left over, of another shape or not finite; all of them named.
         ValueError: a config that this model does not do, naming the field.
 
     """
-    notes = [check_known(path)]
     config, tensors = _open(path)
     prefix, encoder = _encoder(tensors, path)
-    notes += [f"left out: {name}" for name in tensors if name.removeprefix(prefix) not in encoder]
+    notes = [f"left out: {name}" for name in tensors if name.removeprefix(prefix) not in encoder]
     model = from_fairseq(config, str(path))
     head, head_notes = _take_head(encoder, model.hidden_size, path)
     check_layers(model.num_hidden_layers, encoder, path)
-    shapes = parameter_shapes(model)
-    wanted = {place.name: (microsoft_name(place.name, model), place.shape) for place in _stored(shapes, model)}
-    match(encoder, dict(wanted.values()), path)
-    sources = {name: source_of(prefix + key, encoder[key]) for name, (key, _) in wanted.items()}
-    sources |= identity(model)
-    params = fill(Sources(sources, path), shapes)
+    params = from_torch(
+        encoder,
+        parameter_shapes(model),
+        path,
+        name_of=lambda name: microsoft_name(name, model),
+        absent=identity(model),
+    )
     notes += [*head_notes, *training_only(config, str(path))]
     return Weights(model, params, head, origin=Origin("microsoft", str(path), tuple(notes)))
 
@@ -396,9 +376,9 @@ def microsoft_tensors(
     """
     if config.layer_norm_eps != 1e-5:  # noqa: PLR2004 (the authors' code knows no other)
         raise ConversionError(f"layer_norm_eps is {config.layer_norm_eps}; the authors' layout has no place for it")
-    tensors = as_in_torch(params, parameter_shapes(config))
-    for name, source in identity(config).items():
-        if not np.array_equal(tensors.pop(name), source.read()):
+    tensors = to_torch(params, parameter_shapes(config))
+    for name, array in identity(config).items():
+        if not np.array_equal(tensors.pop(name), array):
             raise ConversionError(
                 f"{name} is not the identity; the authors' model has no projection where the conv encoder is as wide "
                 f"as the Transformer ({config.hidden_size})"
@@ -409,14 +389,14 @@ def microsoft_tensors(
     return model
 
 
-def open_microsoft(path: Path) -> dict[str, Source]:
+def open_microsoft(path: Path) -> dict[str, LazyTensor]:
     """The tensors of a checkpoint in the authors' names, to be read when they are wanted.
 
     Raises:
         HostileFile, DamagedFile, ConversionError: see `import_microsoft`.
 
     """
-    return {name: source_of(name, tensor) for name, tensor in _open(path)[1].items()}
+    return _open(path)[1]
 
 
 def _open(path: Path) -> tuple[Any, dict[str, LazyTensor]]:
@@ -451,28 +431,18 @@ def _encoder(tensors: Mapping[str, LazyTensor], path: Path) -> tuple[str, dict[s
 
 def _take_head(encoder: dict[str, LazyTensor], hidden: int, path: Path) -> tuple[dict[str, Any] | None, list[str]]:
     """The pre-training head, removed from the tensors; None and notes where only a part of it is there."""
-    found = {name: source_of(name, encoder.pop(name)) for name in HEAD_NAMES if name in encoder}
+    found = {name: encoder.pop(name) for name in HEAD_NAMES if name in encoder}
     if len(found) < len(HEAD_NAMES):
         return None, [f"left out: {name}, which is no whole pre-training head" for name in found]
-    head = read_head(*found.values(), width=hidden, path=path)
+    head = read_head(found, hidden, path)
     rows, width = head["label_embeddings"].shape
     return head, [f"pre-training head with {rows} label embeddings of width {width}"]
 
 
-def _stored(shapes: Params, config: WavLMConfig) -> list[Place]:
-    """The tensors that the layout holds: all but a projection between equal widths."""
-    absent = identity(config)
-    return [place for place in places(shapes) if place.name not in absent]
-
-
-def identity(config: WavLMConfig) -> dict[str, Source]:
-    """What stands for the projection that the authors leave out where both widths are equal."""
+def identity(config: WavLMConfig) -> dict[str, np.ndarray]:
+    """Hugging Face's name -> what stands for the projection that the authors leave out where both widths are equal."""
     width = config.hidden_size
     if config.conv_dim[-1] != width:
         return {}
-    return {
-        "feature_projection.projection.weight": Source(
-            "identity", (width, width), lambda: np.eye(width, dtype=np.float32)
-        ),
-        "feature_projection.projection.bias": Source("zeros", (width,), lambda: np.zeros(width, np.float32)),
-    }
+    name = "feature_projection.projection"
+    return {f"{name}.weight": np.eye(width, dtype=np.float32), f"{name}.bias": np.zeros(width, np.float32)}

@@ -14,16 +14,12 @@ import numpy as np
 from wavlm_jax.config import BASE_STRIDES, WavLMConfig
 from wavlm_jax.convert.state_dict import (
     ConversionError,
-    Source,
-    Sources,
-    check_known,
+    Tensors,
     check_layers,
-    fill,
-    match,
-    old_spelling,
-    places,
+    from_torch,
+    old_name,
+    read_float32,
     read_head,
-    source_of,
     tensors_of,
 )
 from wavlm_jax.convert.torch_file import LazyTensor, read_torch_file
@@ -62,14 +58,13 @@ def import_torchaudio(path: Path, **changes: Any) -> Weights:
         ValueError: sizes or `changes` that make no model.
 
     """
-    notes = [check_known(path)]
     state = read_torch_file(path)
     if not is_torchaudio(state):
         raise ConversionError(f"{path}: no state dict of torchaudio's; its names begin with encoder.transformer.layers")
     tensors = tensors_of(state, path)
     head = {name: tensors.pop(name) for name in _HEAD if name in tensors}
     vector = tensors.pop(_MASK_VECTOR, None)
-    notes += [f"left out: {name}" for name in tensors if _FINE_TUNING.match(name)]
+    notes = [f"left out: {name}" for name in tensors if _FINE_TUNING.match(name)]
     encoder = {
         name: tensor
         for key, lazy in tensors.items()
@@ -83,23 +78,15 @@ def import_torchaudio(path: Path, **changes: Any) -> Weights:
         f"max_bucket_distance {config.max_bucket_distance}"
     )
     check_layers(config.num_hidden_layers, encoder, path)
-    shapes = parameter_shapes(config)
-    wanted = {
-        place.name: (torchaudio_name(place.name), place.shape)
-        for place in places(shapes)
-        if place.name != _OUR_MASK_VECTOR
-    }
-    match(encoder, dict(wanted.values()), path)
-    sources = {name: source_of(key, encoder[key]) for name, (key, _) in wanted.items()}
-    sources[_OUR_MASK_VECTOR] = _mask_vector(vector, config, notes)
-    params = fill(Sources(sources, path), shapes)
+    absent = {_OUR_MASK_VECTOR: _mask_vector(vector, config, notes, path)}
+    params = from_torch(encoder, parameter_shapes(config), path, name_of=torchaudio_name, absent=absent)
     origin = Origin("torchaudio", str(path), tuple(notes))
     return Weights(config, params, _head(head, config.hidden_size, path), origin=origin)
 
 
 def torchaudio_name(name: str) -> str:
     """The name in torchaudio of a tensor of Hugging Face's state dict, with q, k and v apart."""
-    name = old_spelling(name)
+    name = old_name(name)
     if name.startswith("feature_projection."):
         return f"encoder.{name}"
     return re.sub(r"^encoder\.", "encoder.transformer.", name)
@@ -163,19 +150,22 @@ def _count(encoder: Mapping[str, LazyTensor], kind: str) -> int:
     return 1 + max((int(index[1]) for index in found if index), default=-1)
 
 
-def _mask_vector(vector: LazyTensor | None, config: WavLMConfig, notes: list[str]) -> Source:
-    if vector is not None:
-        return source_of(_MASK_VECTOR, vector)
-    notes.append(
-        "filled with zeros: masked_spec_embed, which torchaudio's encoder does not have; only masking reads it"
-    )
-    return Source(_MASK_VECTOR, (config.hidden_size,), lambda: np.zeros(config.hidden_size, np.float32))
+def _mask_vector(vector: LazyTensor | None, config: WavLMConfig, notes: list[str], path: Path) -> np.ndarray:
+    """Of shape (hidden_size,)."""
+    if vector is None:
+        notes.append(
+            "filled with zeros: masked_spec_embed, which torchaudio's encoder does not have; only masking reads it"
+        )
+        return np.zeros(config.hidden_size, np.float32)
+    if vector.shape != (config.hidden_size,):
+        raise ConversionError(f"{path}: {_MASK_VECTOR} has shape {vector.shape}, expected ({config.hidden_size},)")
+    return read_float32(_MASK_VECTOR, vector, path)
 
 
-def _head(tensors: Mapping[str, LazyTensor], width: int, path: Path) -> dict[str, Any] | None:
+def _head(tensors: Tensors, width: int, path: Path) -> dict[str, Any] | None:
     missing = [name for name in _HEAD if name not in tensors]
     if len(missing) == len(_HEAD):
         return None
     if missing:
         raise ConversionError(f"{path}: the pre-training head is not whole; missing: {', '.join(missing)}")
-    return read_head(*(source_of(name, tensors[name]) for name in _HEAD), width=width, path=path)
+    return read_head({name: tensors[name] for name in _HEAD}, width, path)
