@@ -59,7 +59,7 @@ random = np.random.default_rng(0)
 shapes = tree_shapes(config, None, None)
 params = jax.tree.map(lambda leaf: random.standard_normal(leaf.shape, np.float32), shapes)
 export_huggingface(Weights(config, params, None), Path(sys.argv[1]))
-export_microsoft(config, params, Path(sys.argv[1]).with_suffix(".pt"))
+export_microsoft(Weights(config, params, None), Path(sys.argv[1]).with_suffix(".pt"))
 """
 
 

@@ -118,9 +118,9 @@ def save_microsoft(model: Model, path: Path | str, *, dtype: Precision = "float3
             "encoder alone (task=None)"
         )
     with _unproved(target) as scratch:
-        export_microsoft(weights.config, weights.params, scratch, weights.head, dtype=dtype)
-        tensors = microsoft_tensors(weights.config, weights.params, weights.head, scratch)
-        num_bytes = check_file(open_microsoft(scratch), tensors, dtype, scratch)
+        export_microsoft(weights, scratch, dtype)
+        tensors = microsoft_tensors(weights, scratch)
+        num_bytes = check_file(open_microsoft(scratch)[1], tensors, dtype, scratch)
         return _prove(scratch, num_bytes, len(tensors), compared=compared)
 
 

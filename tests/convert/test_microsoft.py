@@ -1,6 +1,7 @@
 """The authors', fairseq's and torchaudio's checkpoints become the model that they are, or an error with a name."""
 
 import argparse
+import dataclasses
 import re
 import subprocess
 import sys
@@ -119,7 +120,7 @@ def test_both_spellings_of_weight_norm(tmp_path):
 def test_round_trip_with_head_is_bit_equal(tmp_path, kind):
     _, path = saved(tmp_path, kind, head=True)
     imported = import_microsoft(path)
-    export_microsoft(imported.config, imported.params, tmp_path / "out.pt", imported.head)
+    export_microsoft(imported, tmp_path / "out.pt")
     again = import_microsoft(tmp_path / "out.pt")
     assert again.config == imported.config
     assert_equal_trees(again.params, imported.params)
@@ -132,7 +133,7 @@ def test_round_trip_with_head_is_bit_equal(tmp_path, kind):
 def test_torch_loads_the_export_as_the_authors_state_dict(tmp_path, kind):
     model, path = saved(tmp_path, kind, head=True)
     imported = import_microsoft(path)
-    export_microsoft(imported.config, imported.params, tmp_path / "out.pt", imported.head)
+    export_microsoft(imported, tmp_path / "out.pt")
     expected = torch.load(path, weights_only=True)
     for options in ({}, {"mmap": True}):
         found = torch.load(tmp_path / "out.pt", weights_only=True, **options)
@@ -151,20 +152,20 @@ def test_torch_loads_the_export_as_the_authors_state_dict(tmp_path, kind):
 def test_export_in_half_precision(tmp_path, dtype):
     _, path = saved(tmp_path, head=True)
     imported = import_microsoft(path)
-    export_microsoft(imported.config, imported.params, tmp_path / "half.pt", imported.head, dtype=dtype)
+    export_microsoft(imported, tmp_path / "half.pt", dtype=dtype)
     found = torch.load(tmp_path / "half.pt", weights_only=True)["model"]
     for name, tensor in torch.load(path, weights_only=True)["model"].items():
         torch.testing.assert_close(found[name], tensor.to(getattr(torch, dtype)), rtol=0, atol=0)
     imported.params["encoder"]["layer_norm"]["bias"][0] = 1e30 if dtype == "float16" else np.inf
     with pytest.raises(ConversionError, match=r"encoder.layer_norm.bias"):
-        export_microsoft(imported.config, imported.params, tmp_path / "half.pt", dtype=dtype)
+        export_microsoft(imported, tmp_path / "half.pt", dtype=dtype)
 
 
 def test_the_export_is_the_same_every_time(tmp_path):
     _, path = saved(tmp_path)
     imported = import_microsoft(path)
     for name in ("one.pt", "two.pt"):
-        export_microsoft(imported.config, imported.params, tmp_path / name)
+        export_microsoft(imported, tmp_path / name)
     assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "two.pt").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.pt", "two.pt", "wavlm.pt"]
 
@@ -396,7 +397,7 @@ def test_a_head_that_does_not_fit_together(tmp_path):
             import_microsoft(save(checkpoint | {"model": state}, path))
     imported.head["final_proj"]["bias"] = np.ones(3, np.float32)
     with pytest.raises(ConversionError, match=r"do not fit .*final_proj.bias \(3,\)"):
-        export_microsoft(imported.config, imported.params, tmp_path / "out.pt", imported.head)
+        export_microsoft(imported, tmp_path / "out.pt")
 
 
 def test_equal_widths_need_no_projection(tmp_path):
@@ -410,20 +411,20 @@ def test_equal_widths_need_no_projection(tmp_path):
     del checkpoint["model"]["post_extract_proj.weight"], checkpoint["model"]["post_extract_proj.bias"]
     imported = import_microsoft(save(checkpoint, tmp_path / "w.pt"))
     assert_same_hidden_states(model, imported)
-    export_microsoft(imported.config, imported.params, tmp_path / "out.pt")
+    export_microsoft(imported, tmp_path / "out.pt")
     assert set(torch.load(tmp_path / "out.pt", weights_only=True)["model"]) == set(checkpoint["model"])
     imported.params["feature_projection"]["projection"]["kernel"][0, 0] = 2
     with pytest.raises(ConversionError, match="is not the identity"):
-        export_microsoft(imported.config, imported.params, tmp_path / "out.pt")
+        export_microsoft(imported, tmp_path / "out.pt")
 
 
 def test_exports_that_have_no_place_in_the_layout(tmp_path):
     _, path = saved(tmp_path)
     imported = import_microsoft(path)
     with pytest.raises(ConversionError, match="layer_norm_eps is 1e-06"):
-        export_microsoft(small_config(layer_norm_eps=1e-6), imported.params, tmp_path / "out.pt")
+        export_microsoft(dataclasses.replace(imported, config=small_config(layer_norm_eps=1e-6)), tmp_path / "out.pt")
     with pytest.raises(ConversionError, match="of another shape or not finite: encoder/layers/feed_forward"):
-        export_microsoft(small_config(intermediate_size=16), imported.params, tmp_path / "out.pt")
+        export_microsoft(dataclasses.replace(imported, config=small_config(intermediate_size=16)), tmp_path / "out.pt")
     assert not (tmp_path / "out.pt").exists()
 
 

@@ -34,7 +34,6 @@ from wavlm_jax.convert.state_dict import (
 )
 from wavlm_jax.convert.torch_file import LazyTensor, read_torch_file, write_torch_file
 from wavlm_jax.model.wavlm import parameter_shapes
-from wavlm_jax.shapes import Params
 from wavlm_jax.weights import Origin, Weights
 
 ConvLayer = tuple[int, int, int]
@@ -105,20 +104,113 @@ _NORMS: Mapping[str, Literal["group", "layer"]] = {"default": "group", "layer_no
 _MAX_SIZE = 2**20
 
 
-def from_fairseq(config: Any, where: str) -> WavLMConfig:
+_RENAMED: tuple[tuple[str, str], ...] = (
+    (r"^masked_spec_embed$", "mask_emb"),
+    (r"^feature_projection\.layer_norm\.", "layer_norm."),
+    (r"^feature_projection\.projection\.", "post_extract_proj."),
+    (r"^(feature_extractor\.conv_layers\.\d+)\.conv\.", r"\1.0."),
+    (r"^encoder\.pos_conv_embed\.conv\.", "encoder.pos_conv.0."),
+    (r"^(encoder\.layers\.\d+)\.attention\.gru_rel_pos_linear\.", r"\1.self_attn.grep_linear."),
+    (r"^(encoder\.layers\.\d+)\.attention\.gru_rel_pos_const$", r"\1.self_attn.grep_a"),
+    (r"^(encoder\.layers\.\d+)\.attention\.rel_attn_embed\.", r"\1.self_attn.relative_attention_bias."),
+    (r"^(encoder\.layers\.\d+)\.attention\.", r"\1.self_attn."),
+    (r"^(encoder\.layers\.\d+)\.layer_norm\.", r"\1.self_attn_layer_norm."),
+    (r"^(encoder\.layers\.\d+)\.feed_forward\.intermediate_dense\.", r"\1.fc1."),
+    (r"^(encoder\.layers\.\d+)\.feed_forward\.output_dense\.", r"\1.fc2."),
+)
+"""Hugging Face's names -> the authors'; the first rule that fits is taken, other names are the same in both."""
+
+_CONV_NORM = re.compile(r"^(feature_extractor\.conv_layers\.\d+)\.layer_norm\.")
+_CONV_NORM_NAME = {"group": r"\1.2.", "layer": r"\1.2.1."}
+
+_FIRST_CONV = "feature_extractor.conv_layers.0.0.weight"
+_FINE_TUNING = re.compile(r"^(w2v_encoder\.|encoder\.)?proj\.(weight|bias)$")
+"""Tensors beside the encoder that are left out: fairseq's CTC projection."""
+
+_BESIDE_THE_MODEL = frozenset(
+    {"args", "cfg", "criterion", "ema", "extra_state", "last_optimizer_state", "optimizer_history", "task_state"}
+)
+"""What fairseq stores beside the weights."""
+
+
+def import_microsoft(path: Path) -> Weights:
+    """The model in an authors' or fairseq checkpoint: config, parameters, and the pre-training head if it is there.
+
+    Raises:
+        HostileFile, DamagedFile: see `read_torch_file`.
+        ConversionError: tensors missing, left over, of another shape or not finite; all of them named.
+        ValueError: a config that this model does not do, naming the field.
+
+    """
+    config, tensors = open_microsoft(path)
+    fields = _model_fields(config, str(path))
+    prefix, encoder = _encoder(tensors, path)
+    notes = [f"left out: {name}" for name in tensors if name.removeprefix(prefix) not in encoder]
+    model = _config(fields, str(path))
+    head = _take_head(encoder, model.hidden_size, path, notes)
+    check_layers(model.num_hidden_layers, encoder, path)
+
+    def name_of(name: str) -> str:
+        return microsoft_name(name, model)
+
+    params = from_torch(encoder, parameter_shapes(model), path, name_of=name_of, absent=identity(model))
+    notes += _training_only(fields)
+    return Weights(model, params, head, origin=Origin("microsoft", str(path), tuple(notes)))
+
+
+def open_microsoft(path: Path) -> tuple[Any, dict[str, LazyTensor]]:
+    """The config of a checkpoint, as the file has it, and its tensors in the authors' names.
+
+    Raises:
+        HostileFile, DamagedFile, ConversionError: see `import_microsoft`.
+
+    """
+    checkpoint = read_torch_file(path)
+    if not isinstance(checkpoint, dict) or "model" not in checkpoint:
+        raise ConversionError(
+            f"{path}: no checkpoint of the authors' or fairseq's, which have the entries cfg and model"
+        )
+    config = checkpoint.get("cfg")
+    config = checkpoint.get("args") if config is None else config
+    if config is None:
+        raise ConversionError(f"{path}: has neither cfg nor args; without them the model is not known")
+    unknown = sorted(str(key)[:80] for key in set(checkpoint) - _BESIDE_THE_MODEL - {"model"})
+    if unknown:
+        raise ConversionError(f"{path}: unknown entries beside the model: {', '.join(unknown[:8])}")
+    return config, tensors_of(checkpoint["model"], path)
+
+
+def _encoder(tensors: Mapping[str, LazyTensor], path: Path) -> tuple[str, dict[str, LazyTensor]]:
+    """The encoder's tensors and the prefix that was before their names."""
+    prefixes = [name.removesuffix(_FIRST_CONV) for name in tensors if name.endswith(_FIRST_CONV)]
+    if len(prefixes) != 1:
+        raise ConversionError(f"{path}: found {len(prefixes)} tensors called {_FIRST_CONV}, expected one")
+    encoder = {}
+    for name, tensor in tensors.items():
+        if name.startswith(prefixes[0]) and not _FINE_TUNING.match(name):
+            encoder[name.removeprefix(prefixes[0])] = tensor
+        elif not _FINE_TUNING.match(name):
+            raise ConversionError(f"{path}: {name[:160]} is beside the encoder ({prefixes[0]}...) and not known")
+    return prefixes[0], encoder
+
+
+def _take_head(encoder: dict[str, LazyTensor], width: int, path: Path, notes: list[str]) -> dict[str, Any] | None:
+    """The pre-training head, removed from the tensors; None where not all of it is there. Adds to `notes`."""
+    found = {name: encoder.pop(name) for name in HEAD_NAMES if name in encoder}
+    if len(found) < len(HEAD_NAMES):
+        notes += [f"left out: {name}, which is no whole pre-training head" for name in found]
+        return None
+    head = read_head(found, width, path)
+    rows, final_dim = head["label_embeddings"].shape
+    notes.append(f"pre-training head with {rows} label embeddings of width {final_dim}")
+    return head
+
+
+def _config(fields: Mapping[str, Any], where: str) -> WavLMConfig:
     """The model that a checkpoint's config describes; missing fields take the defaults of the authors' class.
 
     The result follows the authors' conventions: `padding="microsoft"`, waves normalised with eps 1e-5.
-
-    Args:
-        config: `cfg` or `args` of the checkpoint, as `read_torch_file` gives it.
-        where: the file's name, for messages.
-
-    Raises:
-        ValueError: a value of the wrong type or size, or a model that this is not; the field is named.
-
     """
-    fields = _model_fields(config, where)
     for name, allowed in _ONLY.items():
         if name in fields and fields[name] not in allowed:
             raise ValueError(f"{where}: cfg.{name} is {_shown(fields[name])}; this model only does {allowed[0]!r}")
@@ -143,27 +235,63 @@ def from_fairseq(config: Any, where: str) -> WavLMConfig:
         raise ValueError(f"{where}: cfg describes no model: {error}") from error
 
 
-def to_microsoft(config: WavLMConfig) -> dict[str, Any]:
-    """The `cfg` of the authors' checkpoints: every field of their config class, plain values only."""
-    mode = {ours: theirs for theirs, ours in _NORMS.items()}[config.feat_extract_norm]
-    return {
-        "extractor_mode": mode,
-        "conv_feature_layers": format_conv_layers(config.conv_layers),
-        "relative_position_embedding": config.position_bias,
-        "gru_rel_pos": config.position_bias,
-        **{name: getattr(config, ours) for name, (ours, _) in _FIELDS.items()},
-        **_FOR_EXPORT,
-    }
-
-
-def training_only(config: Any, where: str) -> tuple[str, ...]:
+def _training_only(fields: Mapping[str, Any]) -> list[str]:
     """Fields that ask for masks other than ours, as notes; they change nothing but training."""
-    fields = _model_fields(config, where)
-    return tuple(
+    return [
         f"cfg.{name} is {_shown(fields[name])}; masks in training are drawn as with {expected!r} here"
         for name, expected in _FOR_EXPORT.items()
         if "mask" in name and "space" not in name and name in fields and fields[name] != expected
-    )
+    ]
+
+
+def _model_fields(config: Any, where: str) -> dict[str, Any]:
+    """The fields of the encoder's own config, `normalize` among them."""
+    top = _section(config, where)
+    model = _section(top["model"], where) if "model" in top else top
+    task = _section(top["task"], where) if "task" in top and "model" in top else {}
+    outer = {key: section[key] for section in (task, model) for key in section if key == "normalize"}
+    if not isinstance(outer.get("normalize", False), bool):  # "${task.normalize}", not resolved
+        outer = {"normalize": task["normalize"]} if "normalize" in task else {}
+    if model.get("w2v_args") is not None:
+        inner = _section(model["w2v_args"], where)
+        nested = _section(inner["model"], where) if "model" in inner else inner
+        return nested | outer
+    return model | outer
+
+
+def _section(value: Any, where: str) -> dict[str, Any]:
+    """One level of a config, whatever kind of object it came in."""
+    if isinstance(value, Inert) and isinstance(value.state, dict):
+        value = value.state.get("_content", value.state) if value.kind.startswith("omegaconf.") else value.state
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: a part of cfg is a {type(value).__name__}, expected a dictionary or a Namespace")
+    return {key: _leaf(item) for key, item in value.items() if isinstance(key, str)}
+
+
+def _leaf(value: Any) -> Any:
+    """A value freed from OmegaConf's node, or an enumeration's member as its text."""
+    if isinstance(value, Inert) and isinstance(value.state, dict) and "_val" in value.state:
+        value = value.state["_val"]
+    if isinstance(value, Inert) and value.kind.startswith("fairseq.") and len(value.arguments) == 1:
+        return value.arguments[0]
+    return value
+
+
+def _scalar(fields: Mapping[str, Any], name: str, default: Any, where: str) -> Any:
+    """The field's value, of its default's type; an int passes for a float."""
+    value, kind = fields.get(name, default), type(default)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{where}: cfg.{name} is {_shown(value)}, expected {kind.__name__}")
+    if kind is int and not 0 < value <= _MAX_SIZE:
+        raise ValueError(f"{where}: cfg.{name} is {value}, expected a size from 1 to {_MAX_SIZE}")
+    return value
+
+
+def _shown(value: Any) -> str:
+    """A value for a message: what comes from a file may be of any size and refer to itself."""
+    return repr(value)[:80] if isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
 
 
 def parse_conv_layers(text: str) -> tuple[ConvLayer, ...]:
@@ -222,85 +350,6 @@ def format_conv_layers(layers: Iterable[ConvLayer]) -> str:
     return " + ".join(terms)
 
 
-def _model_fields(config: Any, where: str) -> dict[str, Any]:
-    """The fields of the encoder's own config, `normalize` among them."""
-    top = _section(config, where)
-    model = _section(top["model"], where) if "model" in top else top
-    task = _section(top["task"], where) if "task" in top and "model" in top else {}
-    outer = {key: section[key] for section in (task, model) for key in section if key == "normalize"}
-    if not isinstance(outer.get("normalize", False), bool):  # "${task.normalize}", not resolved
-        outer = {"normalize": task["normalize"]} if "normalize" in task else {}
-    if model.get("w2v_args") is not None:
-        inner = _section(model["w2v_args"], where)
-        nested = _section(inner["model"], where) if "model" in inner else inner
-        return nested | outer
-    return model | outer
-
-
-def _section(value: Any, where: str) -> dict[str, Any]:
-    """One level of a config, whatever kind of object it came in."""
-    if isinstance(value, Inert) and isinstance(value.state, dict):
-        value = value.state.get("_content", value.state) if value.kind.startswith("omegaconf.") else value.state
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}: a part of cfg is a {type(value).__name__}, expected a dictionary or a Namespace")
-    return {key: _leaf(item) for key, item in value.items() if isinstance(key, str)}
-
-
-def _leaf(value: Any) -> Any:
-    """A value freed from OmegaConf's node, or an enumeration's member as its text."""
-    if isinstance(value, Inert) and isinstance(value.state, dict) and "_val" in value.state:
-        value = value.state["_val"]
-    if isinstance(value, Inert) and value.kind.startswith("fairseq.") and len(value.arguments) == 1:
-        return value.arguments[0]
-    return value
-
-
-def _scalar(fields: Mapping[str, Any], name: str, default: Any, where: str) -> Any:
-    """The field's value, of its default's type; an int passes for a float."""
-    value, kind = fields.get(name, default), type(default)
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind:
-        raise ValueError(f"{where}: cfg.{name} is {_shown(value)}, expected {kind.__name__}")
-    if kind is int and not 0 < value <= _MAX_SIZE:
-        raise ValueError(f"{where}: cfg.{name} is {value}, expected a size from 1 to {_MAX_SIZE}")
-    return value
-
-
-def _shown(value: Any) -> str:
-    """A value for a message: what comes from a file may be of any size and refer to itself."""
-    return repr(value)[:80] if isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
-
-
-_RENAMED: tuple[tuple[str, str], ...] = (
-    (r"^masked_spec_embed$", "mask_emb"),
-    (r"^feature_projection\.layer_norm\.", "layer_norm."),
-    (r"^feature_projection\.projection\.", "post_extract_proj."),
-    (r"^(feature_extractor\.conv_layers\.\d+)\.conv\.", r"\1.0."),
-    (r"^encoder\.pos_conv_embed\.conv\.", "encoder.pos_conv.0."),
-    (r"^(encoder\.layers\.\d+)\.attention\.gru_rel_pos_linear\.", r"\1.self_attn.grep_linear."),
-    (r"^(encoder\.layers\.\d+)\.attention\.gru_rel_pos_const$", r"\1.self_attn.grep_a"),
-    (r"^(encoder\.layers\.\d+)\.attention\.rel_attn_embed\.", r"\1.self_attn.relative_attention_bias."),
-    (r"^(encoder\.layers\.\d+)\.attention\.", r"\1.self_attn."),
-    (r"^(encoder\.layers\.\d+)\.layer_norm\.", r"\1.self_attn_layer_norm."),
-    (r"^(encoder\.layers\.\d+)\.feed_forward\.intermediate_dense\.", r"\1.fc1."),
-    (r"^(encoder\.layers\.\d+)\.feed_forward\.output_dense\.", r"\1.fc2."),
-)
-"""Hugging Face's names -> the authors'; the first rule that fits is taken, other names are the same in both."""
-
-_CONV_NORM = re.compile(r"^(feature_extractor\.conv_layers\.\d+)\.layer_norm\.")
-_CONV_NORM_NAME = {"group": r"\1.2.", "layer": r"\1.2.1."}
-
-_FIRST_CONV = "feature_extractor.conv_layers.0.0.weight"
-_FINE_TUNING = re.compile(r"^(w2v_encoder\.|encoder\.)?proj\.(weight|bias)$")
-"""Tensors beside the encoder that are left out: fairseq's CTC projection."""
-
-_BESIDE_THE_MODEL = frozenset(
-    {"args", "cfg", "criterion", "ema", "extra_state", "last_optimizer_state", "optimizer_history", "task_state"}
-)
-"""What fairseq stores beside the weights."""
-
-
 def microsoft_name(name: str, config: WavLMConfig) -> str:
     """The authors' name of a tensor of Hugging Face's state dict, with weight norm as `weight_g` and `weight_v`."""
     name = _CONV_NORM.sub(_CONV_NORM_NAME[config.feat_extract_norm], old_name(name))
@@ -311,134 +360,6 @@ def microsoft_name(name: str, config: WavLMConfig) -> str:
     return name
 
 
-def import_microsoft(path: Path) -> Weights:
-    """The model in an authors' or fairseq checkpoint: config, parameters, and the pre-training head if it is there.
-
-    Raises:
-        HostileFile, DamagedFile: see `read_torch_file`.
-        ConversionError: tensors missing, left over, of another shape or not finite; all of them named.
-        ValueError: a config that this model does not do, naming the field.
-
-    """
-    config, tensors = _open(path)
-    prefix, encoder = _encoder(tensors, path)
-    notes = [f"left out: {name}" for name in tensors if name.removeprefix(prefix) not in encoder]
-    model = from_fairseq(config, str(path))
-    head, head_notes = _take_head(encoder, model.hidden_size, path)
-    check_layers(model.num_hidden_layers, encoder, path)
-    params = from_torch(
-        encoder,
-        parameter_shapes(model),
-        path,
-        name_of=lambda name: microsoft_name(name, model),
-        absent=identity(model),
-    )
-    notes += [*head_notes, *training_only(config, str(path))]
-    return Weights(model, params, head, origin=Origin("microsoft", str(path), tuple(notes)))
-
-
-def export_microsoft(
-    config: WavLMConfig,
-    params: Params,
-    path: Path,
-    head: Mapping[str, Any] | None = None,
-    *,
-    dtype: Precision = "float32",
-) -> None:
-    """Writes the authors' `.pt`: exactly the names and shapes of their model, for torch's `weights_only=True`.
-
-    Args:
-        config: what the model is.
-        params: its parameters.
-        path: the file; an older one is replaced once the new one is whole.
-        head: the pre-training head as `Weights.head` has it.
-        dtype: of the numbers in the file.
-
-    Raises:
-        ConversionError: parameters that do not fit the config or the dtype, or a model that the layout has no place
-            for.
-
-    """
-    model = microsoft_tensors(config, params, head, path)
-    if dtype != "float32":
-        model = {name: rounded(name, tensor, dtype) for name, tensor in model.items()}
-    write_torch_file(path, {"cfg": to_microsoft(config), "model": model})
-
-
-def microsoft_tensors(
-    config: WavLMConfig, params: Params, head: Mapping[str, Any] | None, path: Path
-) -> dict[str, np.ndarray]:
-    """The authors' state dict of the model: float32, views where possible.
-
-    Raises:
-        ConversionError: parameters that do not fit the config, or a model that the layout has no place for.
-
-    """
-    if config.layer_norm_eps != 1e-5:  # noqa: PLR2004 (the authors' code knows no other)
-        raise ConversionError(f"layer_norm_eps is {config.layer_norm_eps}; the authors' layout has no place for it")
-    tensors = to_torch(params, parameter_shapes(config))
-    for name, array in identity(config).items():
-        if not np.array_equal(tensors.pop(name), array):
-            raise ConversionError(
-                f"{name} is not the identity; the authors' model has no projection where the conv encoder is as wide "
-                f"as the Transformer ({config.hidden_size})"
-            )
-    model = {microsoft_name(name, config): tensor for name, tensor in tensors.items()}
-    if head is not None:
-        model |= head_tensors(head, config.hidden_size, path)
-    return model
-
-
-def open_microsoft(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of a checkpoint in the authors' names, to be read when they are wanted.
-
-    Raises:
-        HostileFile, DamagedFile, ConversionError: see `import_microsoft`.
-
-    """
-    return _open(path)[1]
-
-
-def _open(path: Path) -> tuple[Any, dict[str, LazyTensor]]:
-    checkpoint = read_torch_file(path)
-    if not isinstance(checkpoint, dict) or "model" not in checkpoint:
-        raise ConversionError(
-            f"{path}: no checkpoint of the authors' or fairseq's, which have the entries cfg and model"
-        )
-    config = checkpoint.get("cfg")
-    config = checkpoint.get("args") if config is None else config
-    if config is None:
-        raise ConversionError(f"{path}: has neither cfg nor args; without them the model is not known")
-    unknown = sorted(str(key)[:80] for key in set(checkpoint) - _BESIDE_THE_MODEL - {"model"})
-    if unknown:
-        raise ConversionError(f"{path}: unknown entries beside the model: {', '.join(unknown[:8])}")
-    return config, tensors_of(checkpoint["model"], path)
-
-
-def _encoder(tensors: Mapping[str, LazyTensor], path: Path) -> tuple[str, dict[str, LazyTensor]]:
-    """The encoder's tensors and the prefix that was before their names."""
-    prefixes = [name.removesuffix(_FIRST_CONV) for name in tensors if name.endswith(_FIRST_CONV)]
-    if len(prefixes) != 1:
-        raise ConversionError(f"{path}: found {len(prefixes)} tensors called {_FIRST_CONV}, expected one")
-    encoder = {}
-    for name, tensor in tensors.items():
-        if name.startswith(prefixes[0]) and not _FINE_TUNING.match(name):
-            encoder[name.removeprefix(prefixes[0])] = tensor
-        elif not _FINE_TUNING.match(name):
-            raise ConversionError(f"{path}: {name[:160]} is beside the encoder ({prefixes[0]}...) and not known")
-    return prefixes[0], encoder
-
-
-def _take_head(encoder: dict[str, LazyTensor], hidden: int, path: Path) -> tuple[dict[str, Any] | None, list[str]]:
-    """The pre-training head, removed from the tensors; None and notes where only a part of it is there."""
-    found = {name: encoder.pop(name) for name in HEAD_NAMES if name in encoder}
-    if len(found) < len(HEAD_NAMES):
-        return None, [f"left out: {name}, which is no whole pre-training head" for name in found]
-    head = read_head(found, hidden, path)
-    rows, width = head["label_embeddings"].shape
-    return head, [f"pre-training head with {rows} label embeddings of width {width}"]
-
-
 def identity(config: WavLMConfig) -> dict[str, np.ndarray]:
     """Hugging Face's name -> what stands for the projection that the authors leave out where both widths are equal."""
     width = config.hidden_size
@@ -446,3 +367,58 @@ def identity(config: WavLMConfig) -> dict[str, np.ndarray]:
         return {}
     name = "feature_projection.projection"
     return {f"{name}.weight": np.eye(width, dtype=np.float32), f"{name}.bias": np.zeros(width, np.float32)}
+
+
+def export_microsoft(weights: Weights, path: Path, dtype: Precision = "float32") -> None:
+    """Writes the authors' `.pt`: exactly the names and shapes of their model, for torch's `weights_only=True`.
+
+    Args:
+        weights: an encoder, with the pre-training head if there is one; arrays on any device.
+        path: the file; an older one is replaced once the new one is whole.
+        dtype: of the numbers in the file.
+
+    Raises:
+        ConversionError: parameters that do not fit the config or the dtype, or a model that the layout has no place
+            for.
+
+    """
+    model = microsoft_tensors(weights, path)
+    if dtype != "float32":
+        model = {name: rounded(name, tensor, dtype) for name, tensor in model.items()}
+    write_torch_file(path, {"cfg": _authors_config(weights.config), "model": model})
+
+
+def _authors_config(config: WavLMConfig) -> dict[str, Any]:
+    """The `cfg` of the authors' checkpoints: every field of their config class, plain values only."""
+    mode = {ours: theirs for theirs, ours in _NORMS.items()}[config.feat_extract_norm]
+    return {
+        "extractor_mode": mode,
+        "conv_feature_layers": format_conv_layers(config.conv_layers),
+        "relative_position_embedding": config.position_bias,
+        "gru_rel_pos": config.position_bias,
+        **{name: getattr(config, ours) for name, (ours, _) in _FIELDS.items()},
+        **_FOR_EXPORT,
+    }
+
+
+def microsoft_tensors(weights: Weights, path: Path) -> dict[str, np.ndarray]:
+    """The authors' state dict of an encoder and its pre-training head: float32, views where possible.
+
+    Raises:
+        ConversionError: parameters that do not fit the config, or a model that the layout has no place for.
+
+    """
+    config = weights.config
+    if config.layer_norm_eps != 1e-5:  # noqa: PLR2004 (the authors' code knows no other)
+        raise ConversionError(f"layer_norm_eps is {config.layer_norm_eps}; the authors' layout has no place for it")
+    tensors = to_torch(weights.params, parameter_shapes(config))
+    for name, array in identity(config).items():
+        if not np.array_equal(tensors.pop(name), array):
+            raise ConversionError(
+                f"{name} is not the identity; the authors' model has no projection where the conv encoder is as wide "
+                f"as the Transformer ({config.hidden_size})"
+            )
+    model = {microsoft_name(name, config): tensor for name, tensor in tensors.items()}
+    if weights.head is not None:
+        model |= head_tensors(weights.head, config.hidden_size, path)
+    return model

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias, TypeVar
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import jax
 import ml_dtypes
@@ -47,6 +47,7 @@ class ConversionError(ValueError):
     """Weights that do not fit the model; the message names the tensors."""
 
 
+@runtime_checkable
 class StoredTensor(Protocol):
     """A tensor of a file: its shape now, its numbers on demand."""
 
