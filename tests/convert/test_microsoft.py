@@ -1,6 +1,11 @@
-"""The authors', fairseq's and torchaudio's checkpoints become the model that they are, or an error with a name."""
+"""The authors', fairseq's and torchaudio's checkpoints become the model that they are, or an error with a name.
+
+Conv layers in fairseq's notation are read as Python would read them; what is more than lists, sums and repetitions is
+refused.
+"""
 
 import argparse
+import ast
 import dataclasses
 import re
 import subprocess
@@ -13,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.support import hostile
 from tests.support.foreign_layouts import (
@@ -24,7 +31,7 @@ from tests.support.foreign_layouts import (
     torchaudio_state,
 )
 from tests.support.torch_twins import small_config, torch_model, waveforms
-from wavlm_jax.convert.microsoft import export_microsoft, import_microsoft
+from wavlm_jax.convert.microsoft import export_microsoft, format_conv_layers, import_microsoft, parse_conv_layers
 from wavlm_jax.convert.state_dict import ConversionError, from_torch
 from wavlm_jax.convert.torchaudio import import_torchaudio
 from wavlm_jax.files import DamagedFile, HostileFile
@@ -502,3 +509,66 @@ def test_torchaudio_tensors_are_named_in_errors(tmp_path):
         part = name.replace("attention.attention.", "attention.").replace("in_proj_", "k_proj.")
         with pytest.raises(ConversionError, match=rf"{re.escape(part)}.*|conv\.weight is missing"):
             import_torchaudio(save(rest, tmp_path / "ta.pt"))
+
+
+# The notation of conv layers in the configs.
+
+NUMBERS = st.integers(1, 600)
+LAYERS = st.lists(st.tuples(NUMBERS, NUMBERS, st.integers(1, 2)), min_size=1, max_size=4)
+SPACES = st.sampled_from(["", " ", "  "])
+
+
+@given(LAYERS)
+def test_written_and_read_again(layers):
+    assert parse_conv_layers(format_conv_layers(layers)) == tuple(layers)
+
+
+@given(st.lists(st.tuples(LAYERS, st.integers(1, 2)), min_size=1, max_size=2), SPACES)
+def test_sums_of_repeated_lists(terms, space):
+    text = f"{space}+{space}".join(f"{layers}{space}*{space}{count}" for layers, count in terms)
+    expected = [layer for layers, count in terms for layer in layers * count]
+    assert parse_conv_layers(text) == tuple(expected)
+
+
+@given(LAYERS)
+def test_a_plain_list_is_read_as_python_reads_it(layers):
+    assert list(parse_conv_layers(str(layers))) == ast.literal_eval(str(layers))
+
+
+def test_the_released_models():
+    layers = parse_conv_layers("[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2")
+    assert [kernel for _, kernel, _ in layers] == [10, 3, 3, 3, 3, 2, 2]
+    assert format_conv_layers(layers) == "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"
+    assert parse_conv_layers("[(512, 10, 5,),]") == ((512, 10, 5),)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "[]", "()", "[(1,2)]", "[(1,2,3,4)]", "[(1,2,3)] +", "+ [(1,2,3)]", "[(1,2,3)] [(1,2,3)]"),
+        *(
+            "[(1,2,3)] * 0",
+            "[(0,2,3)]",
+            "[(1,2,-3)]",
+            "[(1,2,3.5)]",
+            "[(1 2,2,3)]",
+            "[(1,2,3)] * 33",
+            "[(1,2,3)] * 999999",
+        ),
+        *("2 * [(1,2,3)]", "[(1,2,3)] ** 2", "[(99999,2,3)]", "[(1,2,60000)] * 8", "[(1,2,3)]" + " " * 5000),
+        *("__import__('os').system('true')", "[(1,2,3)] if open('x') else []", "[(1,2,3)\n# x\n]", "[(1,2,٣)]"),
+        "(" * 4000,
+    ],
+)
+def test_everything_else_is_refused(text):
+    with pytest.raises(ValueError, match="conv_feature_layers: "):
+        parse_conv_layers(text)
+
+
+@given(st.text(alphabet="[](),+* 123", max_size=60))
+def test_any_text_is_a_list_of_layers_or_an_error(text):
+    try:
+        layers = parse_conv_layers(text)
+    except ValueError:
+        return
+    assert all(number > 0 for layer in layers for number in layer)

@@ -287,7 +287,7 @@ def _members(file: BoundedReader, path: Path) -> dict[str, Extent]:
         _check_member(info, path)
         if info.filename in found:
             raise HostileFile(f"{path}: holds {info.filename!r} twice")
-        if not info.is_dir():
+        if not info.filename.endswith("/"):
             extent = Extent(_content_offset(file, info.header_offset, size, path), info.file_size, info.CRC)
             if extent.offset + extent.num_bytes > size:
                 raise DamagedFile(f"{path}: {info.filename} lies past the end of the file; it was cut off")
