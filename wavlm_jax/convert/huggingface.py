@@ -132,12 +132,12 @@ def _our_names(found: Mapping[str, StoredTensor], path: Path) -> dict[str, Store
     return named
 
 
-def _kind(names: Tensors, config: Mapping[str, Any], path: Path) -> str | None:
+def _kind(names: Tensors, values: Mapping[str, Any], path: Path) -> str | None:
     """Which class has tensors of these names; config.json's word counts where there are some of a head."""
     modules = {name.split(".")[0] for name in names}
     if ENCODER not in modules or modules == {ENCODER}:
         return None
-    match config.get("architectures"):
+    match values.get("architectures"):
         case [str(name)] if (kind := name.replace("Hubert", "WavLM", 1)) in HEADS and HEADS[kind].transformers:
             return kind
     return recognise(modules - {ENCODER}, str(path))
