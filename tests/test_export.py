@@ -204,7 +204,7 @@ def test_a_proof_that_cannot_run_leaves_nothing(plain, tmp_path, monkeypatch):
 
 
 def test_without_transformers_it_says_so(plain, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "why_not", lambda: "torch not installed")
+    monkeypatch.setattr(export, "missing_packages", lambda: "torch not installed")
     proof = wavlm_jax.save_huggingface(plain, tmp_path / "out")
     assert proof.max_error is None
     assert "not compared with transformers: torch not installed" in (tmp_path / "out" / "README.md").read_text()

@@ -53,7 +53,7 @@ class NotProvedError(ValueError):
 
 @dataclass(frozen=True)
 class Proof:
-    """What was seen."""
+    """What the proof of an export found."""
 
     num_tensors: int
     num_bytes: int
@@ -63,7 +63,7 @@ class Proof:
     """What it was compared with, or why it was not."""
 
     def lines(self) -> list[str]:
-        """For people."""
+        """The same in sentences, for the command line and the model card."""
         read = f"{self.num_tensors} tensors, {self.num_bytes:,} bytes: read again, equal to the bit, all finite"
         if self.max_error is None:
             return [read, f"not compared with transformers: {self.against}"]
@@ -77,7 +77,8 @@ def save_huggingface(model: Model, folder: Path | str, *, dtype: Precision = "fl
         model: of `wavlm_jax.load`; `dataclasses.replace(model, params=...)` has others.
         folder: must not exist, be empty, or be an earlier folder of ours, which is replaced at once.
         dtype: of the numbers in the files.
-        compared: whether transformers is asked too, where it is installed (seconds); the file is always read again.
+        compared: whether to compare with transformers too, where it is installed (takes seconds); the file is always
+            read again.
 
     Raises:
         ValueError: parameters that do not fit, something that has no place there, or a proof that fails; nothing
@@ -103,7 +104,7 @@ def save_microsoft(model: Model, path: Path | str, *, dtype: Precision = "float3
         model: of `wavlm_jax.load`; `dataclasses.replace(model, params=...)` has others.
         path: the file; an older one is replaced at once.
         dtype: of the numbers in the file.
-        compared: whether transformers is asked too, where it is installed.
+        compared: whether to compare with transformers too, where it is installed.
 
     Raises:
         ValueError: see `save_huggingface`; and a fine-tuned model, whose head the layout has no place for.
@@ -133,7 +134,7 @@ def _check_replaceable(folder: Path) -> None:
 
 @contextmanager
 def _unproved(target: Path) -> Iterator[Path]:
-    """A hidden place beside `target`, which becomes `target` when the block ends well and vanishes when it does not."""
+    """A temporary path beside `target`: renamed to `target` at the end of the block, removed on an exception."""
     target.absolute().parent.mkdir(parents=True, exist_ok=True)
     scratch = target.absolute().with_name(f".{target.absolute().name}.{os.getpid()}.unproved")
     _remove(scratch)
@@ -155,7 +156,7 @@ def _remove(path: Path) -> None:
 
 
 def _prove(path: Path, num_bytes: int, num_tensors: int, *, compared: bool) -> Proof:
-    reason = why_not() if compared else "not asked to"
+    reason = missing_packages() if compared else "not asked to"
     if reason is not None:
         return Proof(num_tensors, num_bytes, None, reason)
     return Proof(num_tensors, num_bytes, *compare_models(path))
@@ -187,8 +188,8 @@ def check_file(
     return num_bytes
 
 
-def why_not() -> str | None:
-    """Why transformers cannot be asked here; None: it can."""
+def missing_packages() -> str | None:
+    """What keeps transformers from running here, as a sentence; None: nothing."""
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     return f"{' and '.join(missing)} not installed (pip install 'wavlm-jax[torch]')" if missing else None
 
@@ -223,10 +224,10 @@ def compare_models(path: Path) -> tuple[float, str]:
 
 
 def check_error(max_error: float, path: Path) -> None:
-    """Whether a comparison came out well.
+    """Compares the largest difference with `TOLERANCE`.
 
     Raises:
-        NotProvedError: it did not.
+        NotProvedError: it is larger, or NaN.
 
     """
     if not max_error <= TOLERANCE:  # NaN is none either
@@ -245,20 +246,22 @@ def model_card(weights: Weights, dtype: str, proof: Proof) -> str:
         f"# {kind}, {config.num_hidden_layers} layers of width {config.hidden_size}",
         f"{_INPUT[config.do_normalize]} Written by wavlm_jax in {dtype}.",
         _USE,
-        "## Where it comes from\n\n" + _list([f"source: {weights.origin.dialect}", *weights.origin.notes]),
+        "## Where it comes from\n\n" + _bullets([f"source: {weights.origin.dialect}", *weights.origin.notes]),
     ]
     if weights.origin.facts:
-        sections.append("## Training\n\n" + _list([f"{key}: {value}" for key, value in weights.origin.facts.items()]))
+        sections.append(
+            "## Training\n\n" + _bullets([f"{key}: {value}" for key, value in weights.origin.facts.items()])
+        )
     sections += [
-        "## Conventions\n\n" + _list(conventions(weights)),
-        "## How exact the conversion is\n\n" + _list(proof.lines()),
+        "## Conventions\n\n" + _bullets(conventions(weights)),
+        "## How exact the conversion is\n\n" + _bullets(proof.lines()),
         "## Licence\n\n" + _LICENCE,
     ]
     return "\n\n".join(sections) + "\n"
 
 
 def conventions(weights: Weights) -> list[str]:
-    """Which switches are on, a line each: where the sources differ, and what this model follows (docs/parity.md)."""
+    """The conventions that this model follows, one per line, where the sources differ (docs/parity.md)."""
     config = weights.config
     lines = [
         f"padding: {config.padding}",
@@ -273,5 +276,5 @@ def conventions(weights: Weights) -> list[str]:
     return lines
 
 
-def _list(lines: list[str]) -> str:
+def _bullets(lines: list[str]) -> str:
     return "\n".join(f"* {' '.join(line.split())}" for line in lines)

@@ -1,8 +1,8 @@
-"""Weights in and out, proved: python -m wavlm_jax.convert import SOURCE OUT, or export SOURCE OUT --to huggingface.
+"""Converts weights, with a proof: python -m wavlm_jax.convert import SOURCE OUT, or export SOURCE OUT --to FORMAT.
 
-SOURCE is found out by looking: a Hugging Face folder or the name of a model on its hub, the authors' .pt, a fairseq or
-UniSpeech checkpoint, a torchaudio state dict, or the workdir of a run of ours. `import` writes a folder that
-`wavlm_jax.load` and transformers read; `export --to huggingface` the same one, `--to microsoft` a .pt.
+The kind of SOURCE is found out from its content: a Hugging Face folder or the name of a model on its hub, the authors'
+.pt, a fairseq or UniSpeech checkpoint, a torchaudio state dict, or the workdir of a run of ours. `import` writes a
+folder that `wavlm_jax.load` and transformers read; `export --to huggingface` the same, `--to microsoft` a .pt.
 """
 
 import argparse
@@ -19,9 +19,9 @@ _SAVE = {"huggingface": save_huggingface, "microsoft": save_microsoft}
 
 
 def main() -> int:
-    """Convert what the command line names; 2 and a message where that cannot be done or proved."""
+    """The exit code: 0, or 2 and a message where the conversion cannot be done or proved."""
     arguments = _parser().parse_args()
-    jax.config.update("jax_platforms", "cpu")  # nothing here is worth taking an accelerator from a run
+    jax.config.update("jax_platforms", "cpu")  # leaves the accelerators to runs
     try:
         model = load(arguments.source, step=arguments.step)
         print(f"{arguments.source}: {model.weights.origin.dialect}")
@@ -54,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the numbers written"
         )
-        command.add_argument("--no-compare", action="store_true", help="do not ask transformers, only read again")
+        command.add_argument(
+            "--no-compare", action="store_true", help="do not compare with transformers, only read the file again"
+        )
     return parser
 
 

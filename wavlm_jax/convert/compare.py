@@ -1,4 +1,4 @@
-"""transformers' own model beside ours, on a clip and a ragged padded batch: python -m wavlm_jax.convert.compare X.
+"""Compares our model with transformers' own, on a clip and a padded batch: python -m wavlm_jax.convert.compare X.
 
 X is a Hugging Face folder of ours, or a `.pt` in the authors' layout. Prints one line of JSON. This is the only module
 that imports torch and transformers: `wavlm_jax.export` runs it in a process of its own.
@@ -30,7 +30,7 @@ _SEED = 2110_13900
 
 
 def compare(path: Path) -> dict[str, Any]:
-    """Max error and what was compared, as JSON values.
+    """The largest error and what was compared, as JSON values.
 
     Raises:
         ConversionError: transformers finds tensors missing, left over or of another shape.
@@ -116,7 +116,7 @@ def _run(model: torch.nn.Module, waveform: np.ndarray, num_samples: np.ndarray |
 
 
 def _pairs(ours: Output, theirs: Any) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """(name, ours, theirs) of everything that both models give."""
+    """(name, ours, theirs) of every output that both models have."""
     if len(theirs.hidden_states) != len(ours.hidden_states):
         raise ConversionError(
             f"transformers has {len(theirs.hidden_states)} hidden states, {len(ours.hidden_states)} here"

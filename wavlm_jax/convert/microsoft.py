@@ -84,7 +84,7 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
     "conv_pos_batch_norm": (False,),
     "target_glu": (False,),
 }
-"""Fields that this model does in one way only."""
+"""Fields of which this model supports one value only (or several that mean the same)."""
 
 _FOR_EXPORT: Mapping[str, Any] = {
     "activation_fn": "gelu",
@@ -98,7 +98,7 @@ _FOR_EXPORT: Mapping[str, Any] = {
     "no_mask_channel_overlap": False,
     "mask_channel_min_space": 1,
 }
-"""Fields of the authors' class that nothing here varies."""
+"""Fields of the authors' class that are constant here."""
 
 _NORMS: Mapping[str, Literal["group", "layer"]] = {"default": "group", "layer_norm": "layer"}
 _MAX_SIZE = 2**20
@@ -130,7 +130,7 @@ _FINE_TUNING = re.compile(r"^(w2v_encoder\.|encoder\.)?proj\.(weight|bias)$")
 _BESIDE_THE_MODEL = frozenset(
     {"args", "cfg", "criterion", "ema", "extra_state", "last_optimizer_state", "optimizer_history", "task_state"}
 )
-"""What fairseq stores beside the weights."""
+"""Entries that fairseq stores beside the weights; they are ignored."""
 
 
 def import_microsoft(path: Path) -> Weights:

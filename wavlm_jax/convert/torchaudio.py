@@ -1,7 +1,8 @@
 """torchaudio's state dicts of WavLM and HuBERT (FACTS A13), which come without a config.
 
-Sizes are read off the tensors. What no tensor tells is taken to be as in the released models, and said in the notes:
-strides, norm order, the reach of the position bias, HuBERT's number of heads, wave normalisation. `changes` overrides.
+Sizes are read from the shapes of the tensors. What no tensor shows is assumed to be as in the released models, and
+listed in the notes: strides, norm order, the reach of the position bias, HuBERT's number of heads, wave normalisation.
+`changes` overrides an assumption.
 """
 
 import re
@@ -50,7 +51,7 @@ def import_torchaudio(path: Path, **changes: Any) -> Weights:
 
     Args:
         path: what `torch.save(model.state_dict(), path)` wrote.
-        changes: fields of `WavLMConfig` that the file does not tell and that differ from the released models.
+        changes: fields of `WavLMConfig` that the file does not show and that differ from the released models.
 
     Raises:
         HostileFile, DamagedFile: see `read_torch_file`.
