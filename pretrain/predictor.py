@@ -14,8 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pretrain.mixing import MixingSettings, Provenance, mix
 from wavlm_jax.config import Compute, WavLMConfig
-from wavlm_jax.model.frontend import normalize_waveform, uniform
-from wavlm_jax.model.layers import INT16_SCALE, channel_mask, model_waveform, span_mask
+from wavlm_jax.model.frontend import INT16_SCALE, model_waveform, normalize_waveform, uniform
+from wavlm_jax.model.layers import channel_mask, span_mask
 from wavlm_jax.model.wavlm import WavLM, WavLMOutput
 from wavlm_jax.shapes import (
     Batch,

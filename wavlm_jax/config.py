@@ -15,7 +15,7 @@ from wavlm_jax.shapes import Params
 
 Padding = Literal["exact", "huggingface", "microsoft"]
 Remat = Literal["none", "full", "dots"]
-Attention = Literal["auto", "dense", "chunked", "pallas_tpu", "pallas_gpu"]
+AttentionImplementation = Literal["auto", "dense", "chunked", "pallas_tpu", "pallas_gpu"]
 
 BASE_STRIDES = (5, 2, 2, 2, 2, 2, 2)
 BASE_KERNELS = (10, 3, 3, 3, 3, 2, 2)
@@ -33,7 +33,7 @@ class Compute:
     unroll: int = 1
     """Transformer layers per iteration of the layer scan: 1 compiles fastest, the number of layers unrolls it entirely
     (docs/performance.md: nothing gained on a wide model, a little on the demo's)."""
-    attention: Attention = "auto"
+    attention: AttentionImplementation = "auto"
     """All compute the same (`model/attention.py`); "auto" takes what suits the device and the frames of a row."""
 
 

@@ -10,9 +10,10 @@ import torch
 
 from tests.support.attention_cases import DROP, assert_agree, inputs_and_direction, ragged, run, values_and_gradients
 from wavlm_jax.config import Compute, WavLMConfig
-from wavlm_jax.model.attention import KERNEL_KINDS, Device, attend, attend_by_cudnn, choose, describe
-from wavlm_jax.model.fused_attention import NO_DROPOUT, AttentionDropout, attention_dropout, kept
+from wavlm_jax.model.attention import KERNEL_KINDS, Device, attend, choose, describe
+from wavlm_jax.model.fused_attention import NO_DROPOUT, attention_dropout, kept
 from wavlm_jax.model.position import Bias
+from wavlm_jax.settings import SettingsError, read
 
 BASE = WavLMConfig.base()
 V5E, CPU, H100 = Device("tpu", "TPU v5 lite"), Device("cpu", "cpu"), Device("gpu", "NVIDIA H100 80GB HBM3")
@@ -29,19 +30,6 @@ def test_chunked_equals_dense(num_frames, with_bias, masked, drop):
         values_and_gradients(run(name, with_bias, mask, drop), inputs, direction) for name in ("dense", "chunked")
     )
     assert_agree(chunked, dense, 1e-5)
-
-
-@pytest.mark.parametrize("masked", [True, False])
-def test_cudnn_path_equals_dense(masked):
-    """The bias as cuDNN wants it, and the gradients; XLA stands in for cuDNN's kernel, which needs a GPU."""
-    inputs, direction = inputs_and_direction(130)
-    mask = ragged(130) if masked else None
-
-    def by_cudnn(query, key, value, profile, gates):
-        return attend_by_cudnn(query, key, value, Bias(profile, gates), mask, "xla")
-
-    dense = values_and_gradients(run("dense", True, mask, NO_DROPOUT), inputs, direction)
-    assert_agree(values_and_gradients(by_cudnn, inputs, direction), dense, 1e-5)
 
 
 def test_dense_equals_torch_with_the_bias_written_out():
@@ -111,32 +99,28 @@ def test_chunked_needs_memory_for_a_block_only():
 
 
 @pytest.mark.parametrize(
-    ("device", "wanted", "frames", "dtype", "dropping", "expected", "because"),
+    ("device", "wanted", "frames", "dtype", "expected", "because"),
     [
-        (CPU, "auto", 768, "float32", True, "dense", "up to 800 frames"),
-        (CPU, "auto", 801, "float32", True, "chunked", "above 800 frames"),
-        (CPU, "chunked", 10, "float32", True, "chunked", "as configured"),
-        (V5E, "auto", 768, "bfloat16", True, "pallas_tpu", "TPU v5 lite, a fused kernel"),
-        (V5E, "auto", 5000, "float32", False, "pallas_tpu", "a fused kernel"),
-        (V5E, "auto", 6000, "bfloat16", True, "chunked", "above 5120 frames"),
-        (V5E, "dense", 768, "bfloat16", True, "dense", "as configured"),
-        (Device("tpu", "TPU v3"), "auto", 900, "bfloat16", True, "chunked", "TPU v3, above 800"),
-        (H100, "auto", 1500, "bfloat16", True, "pallas_gpu", "NVIDIA H100 80GB HBM3, fused kernels"),
-        (H100, "auto", 768, "float32", True, "dense", "up to 800 frames"),
-        (H100, "auto", 6000, "bfloat16", True, "chunked", "above 800 frames"),
-        (H100, "pallas_gpu", 6000, "bfloat16", True, "chunked", "take up to 5120 frames, these are 6000"),
-        (H100, "pallas_gpu", 300, "float32", True, "pallas_gpu", "as configured"),
-        (Device("gpu", "Tesla V100-SXM2-16GB"), "auto", 768, "float32", True, "dense", "up to 800 frames"),
-        (Device("gpu", "NVIDIA GeForce RTX 2080"), "pallas_gpu", 9, "float32", True, "chunked", "from Ampere on"),
-        (H100, "cudnn", 768, "bfloat16", False, "cudnn", "as configured"),
-        (H100, "cudnn", 768, "bfloat16", True, "chunked", "cuDNN cannot drop"),
-        (H100, "cudnn", 768, "float32", False, "chunked", "takes bfloat16, compute.dtype is float32"),
-        (H100, "cudnn", 767, "bfloat16", False, "chunked", "an even number of frames, these are 767"),
+        (CPU, "auto", 768, "float32", "dense", "up to 800 frames"),
+        (CPU, "auto", 801, "float32", "chunked", "above 800 frames"),
+        (CPU, "chunked", 10, "float32", "chunked", "as configured"),
+        (V5E, "auto", 768, "bfloat16", "pallas_tpu", "TPU v5 lite, a fused kernel"),
+        (V5E, "auto", 5000, "float32", "pallas_tpu", "a fused kernel"),
+        (V5E, "auto", 6000, "bfloat16", "chunked", "above 5120 frames"),
+        (V5E, "dense", 768, "bfloat16", "dense", "as configured"),
+        (Device("tpu", "TPU v3"), "auto", 900, "bfloat16", "chunked", "TPU v3, above 800"),
+        (H100, "auto", 1500, "bfloat16", "pallas_gpu", "NVIDIA H100 80GB HBM3, fused kernels"),
+        (H100, "auto", 768, "float32", "dense", "up to 800 frames"),
+        (H100, "auto", 6000, "bfloat16", "chunked", "above 800 frames"),
+        (H100, "pallas_gpu", 6000, "bfloat16", "chunked", "take up to 5120 frames, these are 6000"),
+        (H100, "pallas_gpu", 300, "float32", "pallas_gpu", "as configured"),
+        (Device("gpu", "Tesla V100-SXM2-16GB"), "auto", 768, "float32", "dense", "up to 800 frames"),
+        (Device("gpu", "NVIDIA GeForce RTX 2080"), "pallas_gpu", 9, "float32", "chunked", "from Ampere on"),
     ],
 )
-def test_choice_depends_on_device_length_and_dropout(device, wanted, frames, dtype, dropping, expected, because):
+def test_choice_depends_on_device_length_and_dtype(device, wanted, frames, dtype, expected, because):
     compute = Compute(dtype=dtype, attention=wanted)
-    choice = choose(BASE, compute, frames, device, dropping=dropping)
+    choice = choose(BASE, compute, frames, device)
     assert choice.implementation == expected
     assert because in choice.reason
 
@@ -149,17 +133,22 @@ def test_start_of_a_run_says_what_was_chosen_or_that_it_cannot_be():
     ]
     with pytest.raises(ValueError, match="'pallas_tpu' needs a TPU, found cpu; 'auto' takes what suits"):
         describe(BASE, Compute(attention="pallas_tpu"), (768,), CPU)
-    for name in ("cudnn", "pallas_gpu"):
-        with pytest.raises(ValueError, match=f"'{name}' needs a GPU, found TPU v5 lite"):
-            describe(BASE, Compute(attention=name), (768,), V5E)
+    with pytest.raises(ValueError, match="'pallas_gpu' needs a GPU, found TPU v5 lite"):
+        describe(BASE, Compute(attention="pallas_gpu"), (768,), V5E)
     odd = dataclasses.replace(BASE, hidden_size=12 * 48)
-    assert choose(odd, Compute(dtype="bfloat16"), 768, H100, dropping=True).implementation == "dense"
-    assert "heads are 48 wide" in choose(odd, Compute(attention="pallas_gpu"), 768, H100, dropping=True).reason
+    assert choose(odd, Compute(dtype="bfloat16"), 768, H100).implementation == "dense"
+    assert "heads are 48 wide" in choose(odd, Compute(attention="pallas_gpu"), 768, H100).reason
     assert V5E.kind in KERNEL_KINDS
 
 
-def test_what_cannot_be_is_refused():
+def test_auto_is_no_implementation():
     (query, key, value, _, _), _ = inputs_and_direction(4)
-    for name, drop in (("auto", NO_DROPOUT), ("cudnn", AttentionDropout(9, jnp.zeros((3, 2, 2), jnp.uint32)))):
-        with pytest.raises(ValueError, match=f"attend: '{name}' with dropout"):
-            attend(query, key, value, None, None, drop, name)
+    with pytest.raises(ValueError, match="attend: found 'auto', expected an implementation"):
+        attend(query, key, value, None, None, NO_DROPOUT, "auto")
+
+
+def test_cudnn_which_once_was_one_is_refused_and_the_others_are_named():
+    with pytest.raises(
+        SettingsError, match=r"config\.compute\.attention: found 'cudnn', expected one of 'auto', 'dense'"
+    ):
+        read({"attention": "cudnn"}, Compute, "compute")

@@ -41,7 +41,7 @@ def compile_for(name, rows, frames, dtype):
     profile, gates = like((HEADS, 2 * frames - 1), jnp.float32), like((rows, frames, HEADS), jnp.float32)
     mask, seeds = like((rows, frames), bool), like((rows, HEADS, 2), jnp.uint32)
     with jax.set_mesh(mesh):
-        chosen = choose(WavLMConfig.base(), Compute(), frames, current_device(), dropping=True)
+        chosen = choose(WavLMConfig.base(), Compute(), frames, current_device())
         compiled = jax.jit(gradients).lower(heads, heads, heads, profile, gates, mask, seeds, heads).compile()
     memory = compiled.memory_analysis().temp_size_in_bytes
     return {

@@ -1,19 +1,11 @@
-"""Attention with a gated Toeplitz bias by what JAX has: "dense", the measure of all others, "chunked", and "cudnn".
+"""Self-attention with a gated relative position bias: the implementations, which one is chosen, the layer.
 
-Which implementation of attention a device, a length and a dropout get, and why.
-
-The attention of one Transformer layer: projections, gate, heads; how it is computed is handed in.
-
-Self-attention with a gated relative position bias: one function `attend`, several ways to compute it.
-
-"dense" holds all logits at once and is the measure of the others; "chunked" goes over blocks of queries and recomputes
-each in the backward pass; "pallas_tpu" and "pallas_gpu" are fused kernels; "cudnn" is NVIDIA's. All give the same
-numbers up to rounding, gradients and dropout included. `attention_choice` has what "auto" picks.
+"dense" holds all logits at once and is the reference for the others. "chunked" takes blocks of queries and recomputes
+each in the backward pass. "pallas_tpu" and "pallas_gpu" are fused kernels in modules of their own. All give the same
+numbers up to rounding, gradients and dropout included; `choose` says which one "auto" is for a device and a length.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +13,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from wavlm_jax.config import Attention as Implementation
-from wavlm_jax.config import Compute, WavLMConfig
+from wavlm_jax.config import AttentionImplementation, Compute, WavLMConfig
 from wavlm_jax.model.fused_attention import (
     ATTENDED,
     EXCLUDED,
@@ -38,8 +29,142 @@ from wavlm_jax.model.position import Bias, GateProjection, PairBias, Profile, ga
 from wavlm_jax.model.tpu_attention import on_tpu
 from wavlm_jax.shapes import FrameMask, Heads, Hidden, Probabilities, RowKeys
 
+
+class Attention(nn.Module):
+    """Multi-head self-attention of one layer, with the gate of its position bias."""
+
+    config: WavLMConfig
+    compute: Compute
+    implementation: AttentionImplementation
+    output_attentions: bool
+    """Whether the probabilities are returned too; they are then computed by "dense"."""
+
+    def setup(self) -> None:
+        """The four projections and, with position bias, the gate; names as in Hugging Face's WavLMAttention."""
+        config = self.config
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            linear(config.hidden_size, config, self.compute) for _ in range(4)
+        )
+        if config.position_bias:
+            self.gru_rel_pos_linear = GateProjection(config)
+            ones = nn.initializers.ones
+            self.gru_rel_pos_const = self.param("gru_rel_pos_const", ones, (config.num_attention_heads,))
+
+    def __call__(
+        self,
+        hidden: Hidden,
+        position: Profile | PairBias | None,
+        frame_mask: FrameMask | None,
+        row_keys: RowKeys | None,
+    ) -> tuple[Hidden, Probabilities | None]:
+        """The attended states and, with `output_attentions`, the probabilities of each head before dropout."""
+        config = self.config
+        query, key, value = (self._heads(projection(hidden)) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        query = query * config.head_dim**-0.5
+        bias = None
+        if position is not None:
+            bias = Bias(position, gate(self.gru_rel_pos_linear(hidden), self.gru_rel_pos_const))
+        drop = NO_DROPOUT
+        if row_keys is not None and config.attention_dropout > 0:
+            keys = site_keys(row_keys, Site.ATTENTION)
+            drop = attention_dropout(config.attention_dropout, keys, config.num_attention_heads)
+        probabilities = None
+        if self.output_attentions:
+            probabilities = attention_probabilities(query, key, bias, frame_mask)
+            mixed = mix(probabilities, value, drop)
+        else:
+            mixed = attend(query, key, value, bias, frame_mask, drop, self.implementation)
+        mixed = checkpoint_name(mixed, ATTENDED)
+        return self.out_proj(mixed.reshape(hidden.shape)), probabilities
+
+    def _heads(self, x: Hidden) -> Heads:
+        return x.reshape(*x.shape[:2], self.config.num_attention_heads, self.config.head_dim)
+
+
+def attend(
+    query: Heads,
+    key: Heads,
+    value: Heads,
+    bias: Bias | None,
+    frame_mask: FrameMask | None,
+    drop: AttentionDropout,
+    implementation: AttentionImplementation,
+) -> Heads:
+    """Attention of every frame to all valid frames of its row.
+
+    Args:
+        query: (rows, frames, heads, head_dim), already divided by sqrt(head_dim).
+        key: as `query`.
+        value: as `query`.
+        bias: gated position bias, float32, or None (HuBERT).
+        frame_mask: (rows, frames), True where a frame may be attended to; None: everywhere. A row without a valid
+            frame attends to all its frames alike, so it stays finite.
+        drop: dropout of the probabilities.
+        implementation: one of those that `choose` returns; all give the same result.
+
+    Returns:
+        (rows, frames, heads, head_dim) in the dtype of `value`. Logits and softmax are float32.
+
+    Raises:
+        ValueError: "auto", which is no implementation.
+
+    """
+    if implementation == "dense":
+        return attend_at_once(query, key, value, bias, frame_mask, drop)
+    if implementation == "chunked":
+        return attend_in_blocks(query, key, value, bias, frame_mask, drop)
+    if implementation == "pallas_tpu":
+        return attend_by(on_tpu, query, key, value, bias, frame_mask, drop)
+    if implementation == "pallas_gpu":
+        return attend_by(on_gpu, query, key, value, bias, frame_mask, drop)
+    raise ValueError(f"attend: found {implementation!r}, expected an implementation; choose() says which it is")
+
+
+def attend_at_once(
+    query: Heads, key: Heads, value: Heads, bias: Bias | None, frame_mask: FrameMask | None, drop: AttentionDropout
+) -> Heads:
+    """The implementation "dense": all queries at once.
+
+    The backward pass recomputes the probabilities: storing them costs more.
+    """
+
+    @jax.checkpoint
+    def mixed(query: Heads, key: Heads, value: Heads, bias: Bias | None) -> Heads:
+        return mix(attention_probabilities(query, key, bias, frame_mask), value, drop)
+
+    return mixed(query, key, value, bias)
+
+
 BLOCK = 128
 """Queries that "chunked" handles at a time: one tile of a TPU."""
+
+
+def attend_in_blocks(
+    query: Heads, key: Heads, value: Heads, bias: Bias | None, frame_mask: FrameMask | None, drop: AttentionDropout
+) -> Heads:
+    """The implementation "chunked": one block of `BLOCK` queries after the other, recomputed in the backward pass."""
+    rows, frames, heads, head_dim = query.shape
+    blocks = -(-frames // BLOCK)
+    padding = blocks * BLOCK - frames
+    padded = None if bias is None else jnp.pad(bias.position, ((0, 0), (padding, 0)))
+
+    @jax.checkpoint
+    def one_block(number: Array, queries: Array, gates: Array | None) -> Array:
+        tile = None
+        if padded is not None:
+            start = (blocks - 1 - number) * BLOCK
+            window = jax.lax.dynamic_slice_in_dim(padded, start, BLOCK + frames - 1, axis=1)
+            tile = toeplitz(window, BLOCK, frames)
+        probabilities = _probabilities(queries, key, tile, gates, frame_mask)
+        return mix(probabilities, value, drop, number * BLOCK)
+
+    def in_blocks(x: Array) -> Array:
+        widths = [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)
+        return jnp.pad(x, widths).reshape(rows, blocks, BLOCK, *x.shape[2:]).swapaxes(0, 1)
+
+    gates = None if bias is None else in_blocks(bias.gate)
+    mixed = jax.lax.map(lambda block: one_block(*block), (jnp.arange(blocks), in_blocks(query), gates))
+    return mixed.swapaxes(0, 1).reshape(rows, blocks * BLOCK, heads, head_dim)[:, :frames]
 
 
 def attention_probabilities(query: Heads, key: Heads, bias: Bias | None, frame_mask: FrameMask | None) -> Probabilities:
@@ -102,81 +227,6 @@ def mix(
     return jnp.einsum("rhqk,rkhd->rqhd", weights, value)
 
 
-def attend_at_once(
-    query: Heads, key: Heads, value: Heads, bias: Bias | None, frame_mask: FrameMask | None, drop: AttentionDropout
-) -> Heads:
-    """All queries at once. The probabilities are computed anew in the backward pass: storing them costs more."""
-
-    @jax.checkpoint
-    def mixed(query: Heads, key: Heads, value: Heads, bias: Bias | None) -> Heads:
-        return mix(attention_probabilities(query, key, bias, frame_mask), value, drop)
-
-    return mixed(query, key, value, bias)
-
-
-def attend_in_blocks(
-    query: Heads, key: Heads, value: Heads, bias: Bias | None, frame_mask: FrameMask | None, drop: AttentionDropout
-) -> Heads:
-    """One block of queries after the other, each computed anew in the backward pass."""
-    rows, frames, heads, head_dim = query.shape
-    blocks = -(-frames // BLOCK)
-    padding = blocks * BLOCK - frames
-    padded = None if bias is None else jnp.pad(bias.position, ((0, 0), (padding, 0)))
-
-    @jax.checkpoint
-    def one_block(number: Array, queries: Array, gates: Array | None) -> Array:
-        tile = None
-        if padded is not None:
-            start = (blocks - 1 - number) * BLOCK
-            window = jax.lax.dynamic_slice_in_dim(padded, start, BLOCK + frames - 1, axis=1)
-            tile = toeplitz(window, BLOCK, frames)
-        probabilities = _probabilities(queries, key, tile, gates, frame_mask)
-        return mix(probabilities, value, drop, number * BLOCK)
-
-    def in_blocks(x: Array) -> Array:
-        widths = [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)
-        return jnp.pad(x, widths).reshape(rows, blocks, BLOCK, *x.shape[2:]).swapaxes(0, 1)
-
-    gates = None if bias is None else in_blocks(bias.gate)
-    mixed = jax.lax.map(lambda block: one_block(*block), (jnp.arange(blocks), in_blocks(query), gates))
-    return mixed.swapaxes(0, 1).reshape(rows, blocks * BLOCK, heads, head_dim)[:, :frames]
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def attend_by_cudnn(
-    query: Heads, key: Heads, value: Heads, bias: Bias | None, frame_mask: FrameMask | None, backend: str = "cudnn"
-) -> Heads:
-    """Forward by cuDNN, backward by `attend_in_blocks`; bfloat16, an even number of frames, no dropout.
-
-    cuDNN takes the bias written out, (rows, heads, frames, frames), and accounts differ on whether the bias gradient
-    that it gives back is right for more than one row, so it is not asked for one. `backend` is for tests without a GPU.
-    """
-    rows, frames, heads, _ = query.shape
-    written = jnp.zeros((rows, heads, frames, frames), query.dtype)
-    if bias is not None:
-        written = _gated(bias.gate.swapaxes(1, 2), toeplitz(bias.position, frames, frames)).astype(query.dtype)
-    if frame_mask is not None:
-        written = jnp.where(frame_mask[:, None, None, :], written, jnp.asarray(EXCLUDED, query.dtype))
-    implementation: Any = backend
-    return jax.nn.dot_product_attention(query, key, value, bias=written, scale=1.0, implementation=implementation)
-
-
-def _cudnn_forward(*arguments: Any) -> tuple[Heads, tuple[Any, ...]]:
-    return attend_by_cudnn(*arguments), arguments[:5]
-
-
-def _cudnn_backward(_: str, saved: tuple[Any, ...], direction: Heads) -> tuple[Any, ...]:
-    *inputs, frame_mask = saved
-
-    def again(query: Heads, key: Heads, value: Heads, bias: Bias | None) -> Heads:
-        return attend_in_blocks(query, key, value, bias, frame_mask, NO_DROPOUT)
-
-    return (*jax.vjp(again, *inputs)[1](direction), None)
-
-
-attend_by_cudnn.defvjp(_cudnn_forward, _cudnn_backward)
-
-
 DENSE_FRAMES = 800
 """Up to 16 s the logits of one row and head fit in 2.5 MB, and recomputing them costs more than it saves."""
 KERNEL_FRAMES = 5120
@@ -197,7 +247,6 @@ GPU_FRAMES = KERNEL_FRAMES
 """The longest row for them: the gradient of the bias of all pairs is 1.3 GB there."""
 OLD_GPUS = ("GTX", "RTX 20", "TITAN", "Quadro")
 """In the names of NVIDIA GPUs before Ampere, which Triton does not compile for; others of that age are called Tesla."""
-CUDNN_HEAD_DIM = 128
 
 
 class Device(NamedTuple):
@@ -210,9 +259,9 @@ class Device(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """An implementation, never "auto", and for people why it is that one."""
+    """An implementation, never "auto", and the reason for it as a message."""
 
-    implementation: Implementation
+    implementation: AttentionImplementation
     reason: str
 
 
@@ -225,43 +274,25 @@ def current_device() -> Device:
     return Device(device.platform, device.device_kind)
 
 
-def choose(config: WavLMConfig, compute: Compute, num_frames: int, device: Device, *, dropping: bool) -> Choice:
-    """What `compute.attention` comes to for rows of `num_frames` frames.
-
-    Args:
-        config: head width.
-        compute: what is wanted, and the dtype.
-        num_frames: frames of a row.
-        device: where it is to run.
-        dropping: whether dropouts are on, as in training.
-
-    """
-    if compute.attention == "auto":
-        return _automatic(config, compute, num_frames, device)
-    hindrance = None
-    if compute.attention == "pallas_gpu" and (found := _gpu_hindrance(config, num_frames, device.kind)):
-        hindrance = f"the GPU kernels {found}"
-    if compute.attention == "cudnn":
-        dropping = dropping and config.attention_dropout > 0
-        found = _cudnn_hindrance(config, compute, num_frames, dropping=dropping)
-        hindrance = f"cuDNN {found}" if found else None
-    return Choice("chunked", hindrance) if hindrance else Choice(compute.attention, "as configured")
-
-
-def _automatic(config: WavLMConfig, compute: Compute, num_frames: int, device: Device) -> Choice:
-    if device.kind in KERNEL_KINDS:
-        if num_frames <= KERNEL_KINDS[device.kind]:
-            return Choice("pallas_tpu", f"{device.kind}, a fused kernel")
-        return Choice("chunked", f"{device.kind}, above {KERNEL_KINDS[device.kind]} frames")
-    measured = device.platform in GPUS and compute.dtype == "bfloat16"  # float32 was never timed
-    if measured and _gpu_hindrance(config, num_frames, device.kind) is None:
+def choose(config: WavLMConfig, compute: Compute, num_frames: int, device: Device) -> Choice:
+    """Which implementation `compute.attention` means for rows of `num_frames` frames on a device."""
+    obstacle = _gpu_obstacle(config, num_frames, device.kind)
+    if compute.attention == "pallas_gpu" and obstacle is not None:
+        return Choice("chunked", f"the GPU kernels {obstacle}")
+    if compute.attention != "auto":
+        return Choice(compute.attention, "as configured")
+    longest = KERNEL_KINDS.get(device.kind, DENSE_FRAMES)
+    if num_frames <= longest and device.kind in KERNEL_KINDS:
+        return Choice("pallas_tpu", f"{device.kind}, a fused kernel")
+    if device.platform in GPUS and compute.dtype == "bfloat16" and obstacle is None:  # float32 was never timed
         return Choice("pallas_gpu", f"{device.kind}, fused kernels")
-    if num_frames <= DENSE_FRAMES:
-        return Choice("dense", f"{device.kind}, up to {DENSE_FRAMES} frames")
-    return Choice("chunked", f"{device.kind}, above {DENSE_FRAMES} frames")
+    if num_frames <= longest:
+        return Choice("dense", f"{device.kind}, up to {longest} frames")
+    return Choice("chunked", f"{device.kind}, above {longest} frames")
 
 
-def _gpu_hindrance(config: WavLMConfig, num_frames: int, kind: str) -> str | None:
+def _gpu_obstacle(config: WavLMConfig, num_frames: int, kind: str) -> str | None:
+    """Why the GPU kernels cannot run, to follow "the GPU kernels"; None: they can."""
     if config.head_dim not in GPU_HEAD_DIMS:
         return f"have tiles of {', '.join(map(str, GPU_HEAD_DIMS))}, heads are {config.head_dim} wide"
     if not kind.startswith("NVIDIA") or any(name in kind for name in OLD_GPUS):
@@ -269,24 +300,14 @@ def _gpu_hindrance(config: WavLMConfig, num_frames: int, kind: str) -> str | Non
     return f"take up to {GPU_FRAMES} frames, these are {num_frames}" if num_frames > GPU_FRAMES else None
 
 
-def _cudnn_hindrance(config: WavLMConfig, compute: Compute, num_frames: int, *, dropping: bool) -> str | None:
-    if dropping:
-        return "cannot drop attention probabilities reproducibly"
-    if compute.dtype != "bfloat16":
-        return f"takes bfloat16, compute.dtype is {compute.dtype}"
-    if config.head_dim % 8 or config.head_dim > CUDNN_HEAD_DIM:
-        return f"takes heads of a multiple of 8 up to {CUDNN_HEAD_DIM}, these have {config.head_dim}"
-    return f"takes an even number of frames, these are {num_frames}" if num_frames % 2 else None
-
-
 def check_platform(compute: Compute, device: Device) -> None:
-    """Whether what is asked for by name can run at all.
+    """Checks that an implementation that is asked for by name can run on the device.
 
     Raises:
-        ValueError: a TPU kernel without a TPU, a GPU kernel or cuDNN without a GPU.
+        ValueError: a TPU kernel without a TPU, a GPU kernel without a GPU.
 
     """
-    needed = {"pallas_tpu": ("tpu",), "pallas_gpu": GPUS, "cudnn": GPUS}.get(compute.attention)
+    needed = {"pallas_tpu": ("tpu",), "pallas_gpu": GPUS}.get(compute.attention)
     if needed is not None and device.platform not in needed:
         raise ValueError(
             f"config.compute.attention: {compute.attention!r} needs a {needed[0].upper()}, found {device.kind}; "
@@ -295,7 +316,7 @@ def check_platform(compute: Compute, device: Device) -> None:
 
 
 def describe(config: WavLMConfig, compute: Compute, frames: tuple[int, ...], device: Device) -> list[str]:
-    """For the start of a training run: one line for each implementation that its buckets get.
+    """One line for each implementation that the buckets of a training run get, to be printed at its start.
 
     Raises:
         ValueError: as `check_platform`.
@@ -304,131 +325,8 @@ def describe(config: WavLMConfig, compute: Compute, frames: tuple[int, ...], dev
     check_platform(compute, device)
     found: dict[Choice, list[int]] = {}
     for bucket in frames:
-        found.setdefault(choose(config, compute, bucket, device, dropping=True), []).append(bucket)
+        found.setdefault(choose(config, compute, bucket, device), []).append(bucket)
     return [
         f"attention for {', '.join(map(str, buckets))} frames: {choice.implementation} ({choice.reason})"
         for choice, buckets in found.items()
     ]
-
-
-Attend = Callable[
-    [Heads, Heads, Heads, Bias | None, FrameMask | None, AttentionDropout], tuple[Heads, Probabilities | None]
-]
-"""From query (divided by sqrt(head_dim)), key, value, bias, mask and dropout to mixed values, and maps if wanted."""
-
-
-class Method(NamedTuple):
-    """How the layers of one forward pass compute attention (`attention.method_for`)."""
-
-    attend: Attend
-    takes_pairs: bool
-    """Whether the position bias is written out once, for all layers, as the matrix of all pairs of frames."""
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention of one layer, with the gate of its position bias."""
-
-    config: WavLMConfig
-    compute: Compute
-    method: Method
-
-    def setup(self) -> None:
-        """The four projections and, with position bias, the gate; names as in Hugging Face's WavLMAttention."""
-        config = self.config
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
-            linear(config.hidden_size, config, self.compute) for _ in range(4)
-        )
-        if config.position_bias:
-            self.gru_rel_pos_linear = GateProjection(config)
-            ones = nn.initializers.ones
-            self.gru_rel_pos_const = self.param("gru_rel_pos_const", ones, (config.num_attention_heads,))
-
-    def __call__(
-        self,
-        hidden: Hidden,
-        position: Profile | PairBias | None,
-        frame_mask: FrameMask | None,
-        row_keys: RowKeys | None,
-    ) -> tuple[Hidden, Probabilities | None]:
-        """The attended states and, where the method gives them, the probabilities of each head before dropout."""
-        config = self.config
-        query, key, value = (self._heads(projection(hidden)) for projection in (self.q_proj, self.k_proj, self.v_proj))
-        query = query * config.head_dim**-0.5
-        bias = None
-        if position is not None:
-            bias = Bias(position, gate(self.gru_rel_pos_linear(hidden), self.gru_rel_pos_const))
-        drop = NO_DROPOUT
-        if row_keys is not None and config.attention_dropout > 0:
-            keys = site_keys(row_keys, Site.ATTENTION)
-            drop = attention_dropout(config.attention_dropout, keys, config.num_attention_heads)
-        mixed, probabilities = self.method.attend(query, key, value, bias, frame_mask, drop)
-        mixed = checkpoint_name(mixed, ATTENDED)
-        return self.out_proj(mixed.reshape(hidden.shape)), probabilities
-
-    def _heads(self, x: Hidden) -> Heads:
-        return x.reshape(*x.shape[:2], self.config.num_attention_heads, self.config.head_dim)
-
-
-def attend(
-    query: Heads,
-    key: Heads,
-    value: Heads,
-    bias: Bias | None,
-    frame_mask: FrameMask | None,
-    drop: AttentionDropout,
-    implementation: Implementation,
-) -> Heads:
-    """Attention of every frame to all valid frames of its row.
-
-    Args:
-        query: (rows, frames, heads, head_dim), already divided by sqrt(head_dim).
-        key: as `query`.
-        value: as `query`.
-        bias: gated position bias, float32, or None (HuBERT).
-        frame_mask: (rows, frames), True where a frame may be attended to; None: everywhere. A row without a valid
-            frame attends to all its frames alike, so it stays finite.
-        drop: dropout of the probabilities.
-        implementation: how, as `attention_choice.choose` says; all give the same result.
-
-    Returns:
-        (rows, frames, heads, head_dim) in the dtype of `value`. Logits and softmax are float32.
-
-    Raises:
-        ValueError: "auto", which is no implementation, or dropout in cuDNN.
-
-    """
-    if implementation == "dense":
-        return attend_at_once(query, key, value, bias, frame_mask, drop)
-    if implementation == "chunked":
-        return attend_in_blocks(query, key, value, bias, frame_mask, drop)
-    if implementation == "pallas_tpu":
-        return attend_by(on_tpu, query, key, value, bias, frame_mask, drop)
-    if implementation == "pallas_gpu":
-        return attend_by(on_gpu, query, key, value, bias, frame_mask, drop)
-    if implementation == "cudnn" and drop.seeds is None:
-        return attend_by_cudnn(query, key, value, bias, frame_mask)
-    raise ValueError(
-        f"attend: {implementation!r} with dropout threshold {drop.threshold}; choose() has what to ask for"
-    )
-
-
-def attend_with_maps(
-    query: Heads, key: Heads, value: Heads, bias: Bias | None, frame_mask: FrameMask | None, drop: AttentionDropout
-) -> tuple[Heads, Probabilities]:
-    """`attend` and the probabilities before dropout, by "dense"."""
-    probabilities = attention_probabilities(query, key, bias, frame_mask)
-    return mix(probabilities, value, drop), probabilities
-
-
-def method_for(config: WavLMConfig, compute: Compute, num_frames: int, maps: bool, *, dropping: bool) -> Method:
-    """How a forward pass computes attention: as chosen for the device it is traced for; with maps always dense."""
-    if maps:
-        return Method(attend_with_maps, takes_pairs=True)
-    implementation = choose(config, compute, num_frames, current_device(), dropping=dropping).implementation
-
-    def without_maps(
-        query: Heads, key: Heads, value: Heads, bias: Bias | None, frame_mask: FrameMask | None, drop: AttentionDropout
-    ) -> tuple[Heads, None]:
-        return attend(query, key, value, bias, frame_mask, drop, implementation), None
-
-    return Method(without_maps, takes_pairs=implementation == "dense")

@@ -8,8 +8,8 @@ from flax import linen as nn
 from flax.linen.spmd import with_logical_constraint
 from jaxtyping import Array, Bool, Float, Int
 
-from wavlm_jax.config import Compute, WavLMConfig
-from wavlm_jax.model.attention import Attention, Method
+from wavlm_jax.config import AttentionImplementation, Compute, WavLMConfig
+from wavlm_jax.model.attention import Attention, choose, current_device
 from wavlm_jax.model.fused_attention import ATTENDED
 from wavlm_jax.model.layers import Site, dropout, gelu, keep_where, layer_norm, linear, site_keys
 from wavlm_jax.model.position import PairBias, PositionalConvolution, Profile, RelativePositionTable, toeplitz
@@ -73,11 +73,11 @@ class EncoderLayer(nn.Module):
     config: WavLMConfig
     compute: Compute
     wanted: Wanted
-    method: Method
+    implementation: AttentionImplementation
 
     def setup(self) -> None:
         """Attention, feed-forward and their norms, named as Hugging Face's."""
-        self.attention = Attention(self.config, self.compute, self.method)
+        self.attention = Attention(self.config, self.compute, self.implementation, self.wanted.attentions)
         self.layer_norm = layer_norm(self.config)
         self.feed_forward = FeedForward(self.config, self.compute)
         self.final_layer_norm = layer_norm(self.config)
@@ -123,7 +123,6 @@ class Encoder(nn.Module):
         step_key: StepKey | None,
         row_keys: RowKeys | None,
         wanted: Wanted,
-        method: Method,
     ) -> EncoderOutput:
         """The encoded frames; padded frames of `hidden` must be 0."""
         config = self.config
@@ -137,13 +136,16 @@ class Encoder(nn.Module):
         hidden = dropout(hidden, config.hidden_dropout, row_keys, Site.ENCODER_INPUT)
         hidden = with_logical_constraint(hidden, AXES)
 
+        implementation: AttentionImplementation = "dense"
+        if not wanted.attentions:
+            implementation = choose(config, self.compute, hidden.shape[1], current_device()).implementation
         position = None
         if config.position_bias:
             profile = RelativePositionTable(config, name="rel_attn_embed")(hidden.shape[1])
             # Written out once for all layers: in each of them, its gradient would cost a pass over as much again.
-            position = toeplitz(profile, hidden.shape[1], hidden.shape[1]) if method.takes_pairs else profile
+            position = toeplitz(profile, hidden.shape[1], hidden.shape[1]) if implementation == "dense" else profile
         layers = LayerInput(jnp.arange(config.num_hidden_layers), kept_layers(config, step_key))
-        stack = scanned_layers(self.compute, config)(config, self.compute, wanted, method, name="layers")
+        stack = scanned_layers(self.compute, config)(config, self.compute, wanted, implementation, name="layers")
         last, (states, attentions) = stack(hidden, layers, LayerContext(position, frame_mask, row_keys))
 
         if states is not None:

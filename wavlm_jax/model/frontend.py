@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from wavlm_jax.config import Compute, WavLMConfig
 from wavlm_jax.model.layers import Site, dropout, gelu, keep_where, layer_norm, matrix_product, prefix_mask
-from wavlm_jax.shapes import ConvFeatures, FrameMask, Geometry, Hidden, NumSamples, RowKeys, Waveform, num_frames
+from wavlm_jax.shapes import Batch, ConvFeatures, FrameMask, Geometry, Hidden, NumSamples, RowKeys, Waveform, num_frames
 
 Windows = Float[Array, "rows taps frames"]
 Kernel = Float[Array, "taps channels"]
@@ -183,6 +183,27 @@ def normalize_waveform(waveform: Waveform, num_samples: NumSamples | None = None
     centred = jnp.where(real, waveform - waveform.sum(axis=1, keepdims=True) / count, 0.0)
     variance = jnp.square(centred).sum(axis=1, keepdims=True) / count
     return centred * jax.lax.rsqrt(variance + eps)
+
+
+INT16_SCALE = 32_768.0
+"""int16 on the wire is divided by this: [-1, 1)."""
+
+
+def model_waveform(batch: Batch, config: WavLMConfig) -> Waveform:
+    """float32 rows; where the model wants it, normalised by the statistics of the *whole* utterance (FACTS C4).
+
+    Args:
+        batch: `waveform` int16 (rows, samples), `num_samples`; `mean` and `variance` of each whole utterance.
+        config: `do_normalize`, `normalize_eps`.
+
+    """
+    waveform: Waveform = batch["waveform"].astype(jnp.float32) / INT16_SCALE
+    if not config.do_normalize:
+        return waveform
+    deviation = jnp.sqrt(batch["variance"] + config.normalize_eps)
+    normalised = (waveform - batch["mean"][:, None]) / deviation[:, None]
+    real = jnp.arange(waveform.shape[1])[None, :] < batch["num_samples"][:, None]
+    return jnp.where(real, normalised, 0.0)
 
 
 def strided_convolution(

@@ -1,25 +1,24 @@
-"""What all ways to compute attention agree on: the logit of a padded key, and which probabilities are dropped.
+"""What the fused attention kernels of TPUs and GPUs share, and what all implementations agree on about dropout.
 
-Dropout is a hash of (row's key, head, query, key frame). A generator that hands out its numbers in order would give
-every implementation other draws, and a kernel would have to store them for the backward pass; from a hash each computes
-the decisions it needs where it needs them.
+Dropout is a hash of (row's key, head, query, key frame). A generator that returns its numbers in order would give every
+implementation other draws, and a kernel would have to store them for the backward pass. With a hash, each computes the
+decisions it needs where it needs them and stores none.
 
-What a kernel needs of the rules of attention: its facts, exact products, and the hash that dropout is drawn from.
-
-The hash is of (row's key, head, query, key frame): whoever computes a tile of probabilities computes its decisions, and
-stores none.
-
-From the arguments of attention to those of the fused kernels of TPUs and GPUs, and back.
+`attend_by` turns the arguments of `attention.attend` into those of the kernels, and `on_each_device` runs the kernels
+on each device's own rows and heads.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int, Key, UInt32
 
+from wavlm_jax.model.layers import mesh_axes
 from wavlm_jax.model.position import Bias
 from wavlm_jax.shapes import FrameMask, Heads
 
@@ -150,6 +149,51 @@ def shifted_right(x: Array, bits: int) -> Array:
 
 _ODD = 0x9E3779B9 - (1 << 32)
 """The golden ratio's bits: successive multiples spread over all words."""
+
+
+_AXES = {
+    **dict.fromkeys(("query", "key", "value", "direction", "result"), ("rows", None, "heads")),
+    "profile": ("heads", None),
+    "gate": ("rows", "heads", None),
+    "fill": ("rows", None),
+    "seeds": ("rows", "heads", None),
+    "statistics": ("rows", "heads", None),
+}
+"""Logical axes of what goes into a fused kernel and comes out; the training tower says which mesh axes they lie on."""
+
+
+def on_each_device(
+    num_heads: int,
+    call: Callable[..., Any],
+    names: tuple[str, ...],
+    results: tuple[str, ...],
+    arguments: tuple[Any, ...],
+) -> Any:
+    """`call` on each device's own rows and heads; the profile's gradient is summed over the devices' rows.
+
+    Args:
+        num_heads: of all devices.
+        call: from the number of its own heads and the arguments to a sequence of results.
+        names: of the arguments, keys of `_AXES`.
+        results: of the results, likewise.
+        arguments: arrays.
+
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return tuple(call(num_heads, *arguments))
+    axes = mesh_axes({"rows": arguments[0].shape[0], "heads": num_heads})
+    own_heads = num_heads // math.prod(mesh.shape[axis] for axis in axes["heads"])
+
+    def spec(name: str) -> PartitionSpec:
+        return PartitionSpec(*(axes[axis] if axis else None for axis in _AXES[name]))
+
+    def body(*arguments: Any) -> Any:
+        found = zip(results, call(own_heads, *arguments), strict=True)
+        return tuple(jax.lax.psum(x, axes["rows"]) if name == "profile" else x for name, x in found)
+
+    given = tuple(map(spec, names))
+    return jax.shard_map(body, in_specs=given, out_specs=tuple(map(spec, results)), check_vma=False)(*arguments)
 
 
 Kernels = Callable[[Facts, Differentiable, Fixed], Array]

@@ -36,11 +36,11 @@ from wavlm_jax.model.fused_attention import (
     Fixed,
     Operands,
     matmul,
+    on_each_device,
     random_words,
     scale_of_kept,
     shifted_right,
 )
-from wavlm_jax.model.layers import on_each_device
 from wavlm_jax.model.position import toeplitz
 
 KEYS = 64

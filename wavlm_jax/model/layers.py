@@ -1,16 +1,10 @@
-"""What is random in a forward pass of a model with a head: masks, and the keys of dropout and layer drop.
+"""What the parts of the model are made of: randomness, exact GELU, float32 norms, linear maps, dropout, masks.
 
-Which mesh axes arrays lie on while the model runs: the training tower's rules, asked where a device works alone.
-
-What every part of the model is made of: exact GELU, float32 norms, linear maps, dropout on row keys.
-
-Which frames are speech, and which frames and channels are masked: on device, static shapes, one key a row.
-
-From the int16 rows of a batch to what a model hears.
+Randomness has no state: every random number is a function of a key and of the `Site` that uses it, one key per row.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from enum import IntEnum
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,12 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.spmd import logical_to_mesh_axes
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from wavlm_jax.config import Compute, WavLMConfig
 from wavlm_jax.shapes import (
-    Batch,
     ChannelMask,
     FrameMask,
     Geometry,
@@ -32,13 +24,10 @@ from wavlm_jax.shapes import (
     RowKeys,
     StepKey,
     TimeMask,
-    Waveform,
     huggingface_num_frames,
     microsoft_num_frames,
 )
-from wavlm_jax.shapes import (
-    num_frames as frames_of,
-)
+from wavlm_jax.shapes import num_frames as frames_of
 
 
 class Masks(NamedTuple):
@@ -67,51 +56,6 @@ def mesh_axes(sizes: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
         names = (axes,) if isinstance(axes, str) else tuple(axes or ())
         found[name] = names if size % math.prod(mesh.shape[axis] for axis in names) == 0 else ()
     return found
-
-
-_AXES = {
-    **dict.fromkeys(("query", "key", "value", "direction", "result"), ("rows", None, "heads")),
-    "profile": ("heads", None),
-    "gate": ("rows", "heads", None),
-    "fill": ("rows", None),
-    "seeds": ("rows", "heads", None),
-    "statistics": ("rows", "heads", None),
-}
-"""Logical axes of what goes into a fused kernel and comes out; the training tower says which mesh axes they lie on."""
-
-
-def on_each_device(
-    num_heads: int,
-    call: Callable[..., Any],
-    names: tuple[str, ...],
-    results: tuple[str, ...],
-    arguments: tuple[Any, ...],
-) -> Any:
-    """`call` on each device's own rows and heads; the profile's gradient is summed over the devices' rows.
-
-    Args:
-        num_heads: of all devices.
-        call: from the number of its own heads and the arguments to a sequence of results.
-        names: of the arguments, keys of `_AXES`.
-        results: of the results, likewise.
-        arguments: arrays.
-
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return tuple(call(num_heads, *arguments))
-    axes = mesh_axes({"rows": arguments[0].shape[0], "heads": num_heads})
-    own_heads = num_heads // math.prod(mesh.shape[axis] for axis in axes["heads"])
-
-    def spec(name: str) -> PartitionSpec:
-        return PartitionSpec(*(axes[axis] if axis else None for axis in _AXES[name]))
-
-    def body(*arguments: Any) -> Any:
-        found = zip(results, call(own_heads, *arguments), strict=True)
-        return tuple(jax.lax.psum(x, axes["rows"]) if name == "profile" else x for name, x in found)
-
-    given = tuple(map(spec, names))
-    return jax.shard_map(body, in_specs=given, out_specs=tuple(map(spec, results)), check_vma=False)(*arguments)
 
 
 class Site(IntEnum):
@@ -324,24 +268,3 @@ def _spans(key: Array, valid: Array, size: int, prob: float, length: int, min_ma
     started = jnp.cumsum((rank < wanted) & (position < candidates))
     ended = jnp.pad(started, (length, 0))[:size]
     return started > ended
-
-
-INT16_SCALE = 32_768.0
-"""int16 on the wire is divided by this: [-1, 1)."""
-
-
-def model_waveform(batch: Batch, config: WavLMConfig) -> Waveform:
-    """float32 rows; where the model wants it, normalised by the statistics of the *whole* utterance (FACTS C4).
-
-    Args:
-        batch: `waveform` int16 (rows, samples), `num_samples`; `mean` and `variance` of each whole utterance.
-        config: `do_normalize`, `normalize_eps`.
-
-    """
-    waveform: Waveform = batch["waveform"].astype(jnp.float32) / INT16_SCALE
-    if not config.do_normalize:
-        return waveform
-    deviation = jnp.sqrt(batch["variance"] + config.normalize_eps)
-    normalised = (waveform - batch["mean"][:, None]) / deviation[:, None]
-    real = jnp.arange(waveform.shape[1])[None, :] < batch["num_samples"][:, None]
-    return jnp.where(real, normalised, 0.0)

@@ -8,7 +8,6 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from wavlm_jax.config import Compute, WavLMConfig
-from wavlm_jax.model.attention import method_for
 from wavlm_jax.model.encoder import Encoder, Wanted
 from wavlm_jax.model.frontend import FeatureExtractor, FeatureProjection
 from wavlm_jax.model.layers import frame_mask, keep_where, scale_gradient
@@ -108,8 +107,7 @@ class WavLM(nn.Module):
             hidden = keep_where(mask, hidden)
 
         wanted = Wanted(output_hidden_states, output_attentions)
-        method = method_for(self.config, self.compute, num_frames, wanted.attentions, dropping=row_keys is not None)
-        encoded = self.encoder(hidden, mask, step_key, row_keys, wanted, method)
+        encoded = self.encoder(hidden, mask, step_key, row_keys, wanted)
         if mask is None:
             mask = jnp.ones(features.shape[:2], bool)
         return WavLMOutput(

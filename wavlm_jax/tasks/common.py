@@ -25,7 +25,8 @@ from wavlm_jax.data.corpus import Corpus, DataSettings
 from wavlm_jax.data.loader import Annotate, CropStream, Host, LoaderSettings, PaddedStream, SpecStream, spec_stream
 from wavlm_jax.loading import CheckFiles, Load, fitting_head, fitting_weights
 from wavlm_jax.lora import BRANCH, LoRASettings, exact_product, fresh_adapters, merged
-from wavlm_jax.model.layers import Keys, Masks, channel_mask, model_waveform, span_mask
+from wavlm_jax.model.frontend import model_waveform
+from wavlm_jax.model.layers import Keys, Masks, channel_mask, span_mask
 from wavlm_jax.settings import SettingsError, read, read_sections, refuse_unknown_sections
 from wavlm_jax.shapes import Batch, NumSamples, Params, RowKeys, StepKey, Waveform, num_frames, samples_for
 from wavlm_jax.training.optim import Freeze
