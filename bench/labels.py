@@ -126,7 +126,6 @@ def _ours(folder: Path) -> dict[str, float]:
     from pretrain.labelling import make_labels
     from pretrain.labels import LabelSettings
     from wavlm_jax.data.corpus import Corpus
-    from wavlm_jax.loading import load_weights
 
     kmeans = KMeansSettings(sample_frames=SAMPLE, batch_frames=BATCH, passes=PASSES, tolerance=0.0, initialisations=1)
     with tempfile.TemporaryDirectory() as out:
@@ -150,7 +149,7 @@ def _ours(folder: Path) -> dict[str, float]:
         )
         corpus = Corpus.open(folder)
         with Watch() as watch:
-            make_labels(settings, {"train": corpus}, load_weights)
+            make_labels(settings, {"train": corpus})
         return watch.result(float(corpus.lengths.sum()) / 16000)
 
 

@@ -1,30 +1,22 @@
-"""Batches of features, and whose frames they are.
+"""Features to cluster, in batches of static shape: MFCC, or one layer of a teacher model (FACTS C9).
 
-MFCC-39: the features of the first k-means labels (FACTS C9).
+MFCC-39 are the features of the first labels: Kaldi's MFCC (13 cepstra of 23 mel bins, 25 ms every 10 ms, Povey window,
+no energy, no dither, no mean normalisation) of a wave in [-1, 1], then deltas and delta-deltas over five frames, as in
+HuBERT's first iteration. They are computed in threads on the host.
 
-Kaldi's MFCC (13 cepstra of 23 mel bins, 25 ms every 10 ms, Povey window, no energy, no dither, no mean normalisation)
-of a wave in [-1, 1], then slopes and slopes of slopes over five frames, as HuBERT's first iteration took them.
-
-Features to cluster, in batches of static shape: MFCC from threads, or a layer of a teacher (layer_features.py).
-
-Its pieces say which frames of a batch belong to which utterance, the others are filler. Nobody holds more than a few
-batches, however large the corpus is. Who makes them meet those of other hosts: rounds.py.
-
-One layer of a teacher as features: padded batches of few static shapes, rows spread over the devices.
-
-The features stay on the devices; nothing but labels comes back when frames are assigned to clusters.
-
-Which frames of a corpus the clusters are learned from: a fixed number, spread evenly over random utterances.
-
-Everything is a function of the seed and the corpus, so that an interrupted fit finds the same sample again.
+A layer's output is computed on the devices from padded batches of few static shapes, rows spread over the devices, and
+stays there: only labels come back. The pieces of a batch say which of its frames belong to which utterance; the others
+are filler. A host holds no more than a few batches, however large the corpus is.
 """
 
+import hashlib
 import itertools
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -33,14 +25,17 @@ import kaldi_native_fbank
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int16, Int32, Int64
 
-from pretrain.shares import own_rows, put_everywhere
+from pretrain.distributed import replicate
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.data.corpus import Corpus
+from wavlm_jax.files import read_json
+from wavlm_jax.loading import load_weights
 from wavlm_jax.model.wavlm import WavLM
+from wavlm_jax.settings import read
 from wavlm_jax.shapes import SAMPLE_RATE, Geometry, Params, num_frames, samples_for
 
 
-class Piece(NamedTuple):
+class FrameSpan(NamedTuple):
     """Some frames of one utterance, and where a batch has them."""
 
     utterance: int
@@ -58,7 +53,7 @@ class Batch(NamedTuple):
     """Which of the source's few static shapes."""
     arrays: Any
     """Tree of numpy arrays, rows first."""
-    pieces: tuple[Piece, ...]
+    pieces: tuple[FrameSpan, ...]
     """Whose frames they are; the others are filler."""
 
 
@@ -204,13 +199,13 @@ class MfccFeatures:
         return self._packed(in_threads(features, (int(u) for u in utterances), self._num_threads))
 
     def _packed(self, utterances: Iterable[tuple[int, Float32[np.ndarray, "frames dim"]]]) -> Iterator[Batch]:
-        block, filled, pieces = self._filler(), 0, list[Piece]()
+        block, filled, pieces = self._filler(), 0, list[FrameSpan]()
         for utterance, features in utterances:
             start = 0
             while start < len(features):
                 count = min(len(features) - start, self._block_frames - filled)
                 block[filled : filled + count] = features[start : start + count]
-                pieces.append(Piece(utterance, start, count, filled))
+                pieces.append(FrameSpan(utterance, start, count, filled))
                 start, filled = start + count, filled + count
                 if filled == self._block_frames:
                     yield Batch(self._block_frames, block, tuple(pieces))
@@ -311,7 +306,7 @@ class LayerFeatures:
         self._batch_frames = int(batch_seconds * frames_a_second)
         self._num_threads = num_threads
         self._devices = jax.local_device_count()
-        self.params: Params = put_everywhere(teacher.up_to(layer).params)
+        self.params: Params = replicate(teacher.up_to(layer).params)
         self.compute = partial(layer_output, self._config)
 
     def counts(self, lengths: Utterances) -> Utterances:
@@ -337,8 +332,8 @@ class LayerFeatures:
         """Rows of silence."""
         return Batch(size, self._filler(size), ())
 
-    def _plan(self, lengths: Lengths, utterances: Utterances) -> Iterator[tuple[int, tuple[Piece, ...]]]:
-        """(bucket in frames, pieces) of each batch; `Piece.row` counts frames of the flattened batch."""
+    def _plan(self, lengths: Lengths, utterances: Utterances) -> Iterator[tuple[int, tuple[FrameSpan, ...]]]:
+        """(bucket in frames, pieces) of each batch; `FrameSpan.row` counts frames of the flattened batch."""
         ordered = sorted(self._pieces(lengths, utterances), key=lambda piece: piece.frames)
         for bucket, group in itertools.groupby(ordered, key=lambda piece: bucket_of(piece.frames, self._longest)):
             pieces, rows = list(group), self._rows(bucket)
@@ -346,12 +341,12 @@ class LayerFeatures:
                 chosen = enumerate(pieces[first : first + rows])
                 yield bucket, tuple(piece._replace(row=row * bucket) for row, piece in chosen)
 
-    def _pieces(self, lengths: Lengths, utterances: Utterances) -> Iterator[Piece]:
+    def _pieces(self, lengths: Lengths, utterances: Utterances) -> Iterator[FrameSpan]:
         for utterance, frames in zip(utterances.tolist(), self.counts(lengths[utterances]).tolist(), strict=True):
             parts = -(-frames // self._longest)
             edges = [part * frames // parts for part in range(parts)] + [frames]
             for start, end in itertools.pairwise(edges):
-                yield Piece(utterance, start, end - start, 0)
+                yield FrameSpan(utterance, start, end - start, 0)
 
     def _rows(self, bucket: int) -> int:
         return rows_for(bucket, self._batch_frames, self._devices)
@@ -365,7 +360,7 @@ class LayerFeatures:
             np.ones(rows, np.float32),
         )
 
-    def _padded(self, corpus: Corpus, bucket: int, pieces: tuple[Piece, ...]) -> Batch:
+    def _padded(self, corpus: Corpus, bucket: int, pieces: tuple[FrameSpan, ...]) -> Batch:
         batch = self._filler(bucket)
         for row, piece in enumerate(pieces):
             first, needed = piece.start * self.geometry.hop, samples_for(piece.frames, self.geometry)
@@ -407,59 +402,43 @@ def bucket_of(frames: int, longest: int) -> int:
     return min(size, longest)
 
 
-def choose_utterances(
-    lengths: Int64[np.ndarray, " utterances"], sample_seconds: float | None, seed: int
-) -> Int64[np.ndarray, " sampled"]:
-    """Random whole utterances of together at least `sample_seconds` (None: all), ascending."""
-    if sample_seconds is None:
-        return np.arange(len(lengths), dtype=np.int64)
-    order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(lengths))
-    before = np.cumsum(lengths[order]) - lengths[order]
-    return np.sort(order[before < sample_seconds * SAMPLE_RATE]).astype(np.int64)
-
-
-def choose_frames(total: int, size: int, seed: int) -> Int64[np.ndarray, " frames"]:
-    """`size` of the numbers below `total` (all of them if fewer), ascending: a random one in each of `size` strata."""
-    if total <= size:
-        return np.arange(total, dtype=np.int64)
-    strata = (np.arange(size + 1) * total) // size
-    offsets = np.random.Generator(np.random.Philox(key=seed)).random(size)
-    return strata[:-1] + (offsets * np.diff(strata)).astype(np.int64)
-
-
-class Drawing:
-    """Draws at most `size` frames out of features that come by; memory depends on `size` and `dim` alone.
+def load_teacher(path: Path, step: int | None = None) -> Teacher:
+    """The teacher in `path`.
 
     Args:
-        utterances: ascending.
-        counts: frames of each of them.
-        size: frames to keep.
-        dim: width of a frame.
-        seed: decides which.
+        path: workdir of a run of ours, or a Hugging Face folder (WavLM or HuBERT).
+        step: checkpoint of the run; None: its newest.
+
+    Raises:
+        ValueError: neither of the two, a step of a folder that has none, or whatever the file's reader finds.
 
     """
+    weights = load_weights(path, step)
+    # A padded batch must give what each row gives alone, whatever the checkpoint was trained with.
+    return Teacher(replace(weights.config, padding="exact"), weights.params, fingerprint(weights.params))
 
-    def __init__(
-        self,
-        utterances: Int64[np.ndarray, " sampled"],
-        counts: Int64[np.ndarray, " sampled"],
-        *,
-        size: int,
-        dim: int,
-        seed: int,
-    ) -> None:
-        self._utterances = utterances
-        self._chosen = choose_frames(int(counts.sum()), size, seed)
-        self._starts = np.cumsum(counts) - counts
-        self.kept: Float32[np.ndarray, "frames dim"] = np.zeros((len(self._chosen), dim), np.float32)
-        """0 in the places of frames that have not come by."""
 
-    def take(self, result: Float[Array, "rows dim"], pieces: tuple[Piece, ...]) -> None:
-        """The features of a batch; fetched from the devices if a frame of this host's rows is chosen."""
-        features: np.ndarray | None = None
-        for piece in pieces:
-            first = int(self._starts[np.searchsorted(self._utterances, piece.utterance)]) + piece.start
-            low, high = np.searchsorted(self._chosen, [first, first + piece.frames])
-            if high > low:
-                features = own_rows(result) if features is None else features
-                self.kept[low:high] = features[self._chosen[low:high] - first + piece.row]
+def fingerprint(params: Params) -> str:
+    """16 hex digits over names, shapes, dtypes and values of a parameter tree."""
+    digest = hashlib.sha256()
+    for name, array in sorted(_named(params)):
+        digest.update(f"{name} {array.shape} {array.dtype}\n".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _named(params: Params) -> Iterator[tuple[str, np.ndarray]]:
+    for path, array in jax.tree_util.tree_leaves_with_path(params):
+        yield jax.tree_util.keystr(path), np.asarray(array)
+
+
+def teacher_config(path: Path) -> WavLMConfig:
+    """Of a run's workdir or a Hugging Face folder; HuBERT Base where neither is there."""
+    file = path / "config.json"
+    if not file.is_file():
+        return WavLMConfig.base(position_bias=False)
+    found = read_json(file)
+    if "model" in found:
+        model: WavLMConfig = read(found["model"], WavLMConfig, "model")
+        return model
+    return WavLMConfig.from_huggingface(found)

@@ -1,12 +1,14 @@
-"""k-means on the device: k-means++ seeds, then passes of mini-batch updates over a sample that stays in memory.
+"""k-means on the devices: a fixed-size sample of frames, k-means++ seeds, then passes of mini-batch updates.
 
-The sample has a fixed number of frames however large the corpus is (pretrain/sample.py). Rows are spread over the
-devices of all hosts, centroids are on all of them, sums go over all of them; the number of devices and hosts changes
-nothing but the order of float additions.
+The sample is spread evenly over random utterances and has a fixed number of frames however large the corpus is; it is
+a function of the seed and the corpus, so an interrupted fit finds the same one again. Rows are spread over the devices
+of all hosts, centroids are on each of them, and sums go over all; the number of devices and hosts changes only the
+order of float additions.
 """
 
 import hashlib
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,11 +17,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors
+import safetensors.numpy
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Float32, Int, UInt32
+from jaxtyping import Array, Bool, Float, Float32, Int, Int64, UInt32
 
-from pretrain.shares import fit_sharding, of_first, put, read_tensors, write_tensors
-from wavlm_jax.shapes import Scalar, StepKey
+from pretrain.distributed import fit_sharding, from_first_host, local_rows, put_sharded
+from pretrain.features import FrameSpan
+from wavlm_jax.files import write_bytes
+from wavlm_jax.shapes import SAMPLE_RATE, Scalar, StepKey
 
 Frames = Float[Array, "frames dim"]
 Batches = Float[Array, "batches batch dim"]
@@ -86,6 +92,64 @@ class KMeans:
         return cls(tensors["centroids"], float(header["inertia"]), int(header["passes"]))
 
 
+def choose_utterances(
+    lengths: Int64[np.ndarray, " utterances"], sample_seconds: float | None, seed: int
+) -> Int64[np.ndarray, " sampled"]:
+    """Random whole utterances of together at least `sample_seconds` (None: all), ascending."""
+    if sample_seconds is None:
+        return np.arange(len(lengths), dtype=np.int64)
+    order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(lengths))
+    before = np.cumsum(lengths[order]) - lengths[order]
+    return np.sort(order[before < sample_seconds * SAMPLE_RATE]).astype(np.int64)
+
+
+def choose_frames(total: int, size: int, seed: int) -> Int64[np.ndarray, " frames"]:
+    """`size` of the numbers below `total` (all of them if fewer), ascending: a random one in each of `size` strata."""
+    if total <= size:
+        return np.arange(total, dtype=np.int64)
+    strata = (np.arange(size + 1) * total) // size
+    offsets = np.random.Generator(np.random.Philox(key=seed)).random(size)
+    return strata[:-1] + (offsets * np.diff(strata)).astype(np.int64)
+
+
+class FrameSample:
+    """Draws at most `size` frames out of features that come by; memory depends on `size` and `dim` alone.
+
+    Args:
+        utterances: ascending.
+        counts: frames of each of them.
+        size: frames to keep.
+        dim: width of a frame.
+        seed: decides which.
+
+    """
+
+    def __init__(
+        self,
+        utterances: Int64[np.ndarray, " sampled"],
+        counts: Int64[np.ndarray, " sampled"],
+        *,
+        size: int,
+        dim: int,
+        seed: int,
+    ) -> None:
+        self._utterances = utterances
+        self._chosen = choose_frames(int(counts.sum()), size, seed)
+        self._starts = np.cumsum(counts) - counts
+        self.kept: Float32[np.ndarray, "frames dim"] = np.zeros((len(self._chosen), dim), np.float32)
+        """0 in the places of frames that have not come by."""
+
+    def take(self, result: Float[Array, "rows dim"], pieces: tuple[FrameSpan, ...]) -> None:
+        """The features of a batch; fetched from the devices if a frame of this host's rows is chosen."""
+        features: np.ndarray | None = None
+        for piece in pieces:
+            first = int(self._starts[np.searchsorted(self._utterances, piece.utterance)]) + piece.start
+            low, high = np.searchsorted(self._chosen, [first, first + piece.frames])
+            if high > low:
+                features = local_rows(result) if features is None else features
+                self.kept[low:high] = features[self._chosen[low:high] - first + piece.row]
+
+
 def squared_distances(frames: Frames, centroids: Centroids) -> Float[Array, "frames clusters"]:
     """|x|^2 - 2 x.c + |c|^2, float32 at full precision."""
     products = jnp.matmul(frames, centroids.T, precision=jax.lax.Precision.HIGHEST)
@@ -133,8 +197,8 @@ def fit(
     while not _finished(state.inertias, settings):
         number = len(state.inertias)
         # One placement before every pass, so that one compiled program serves them all.
-        moved = [put(part, everywhere) for part in (state.centroids, state.counts, _pass_key(seed, number))]
-        reseed = put(number + 1 < settings.passes, everywhere)
+        moved = [put_sharded(part, everywhere) for part in (state.centroids, state.counts, _pass_key(seed, number))]
+        reseed = put_sharded(number + 1 < settings.passes, everywhere)
         centroids, counts, inertia = programs.one_pass(*moved, batches, reseed)
         state = _FitState(np.asarray(centroids), np.asarray(counts), (*state.inertias, float(inertia)))
         if checkpoint is not None and jax.process_index() == 0:
@@ -185,7 +249,7 @@ def _batches(
 def _place(frames: Float32[np.ndarray, "batches batch dim"]) -> Batches:
     """On the devices, each holding its rows of every batch."""
     rows = fit_sharding(frames.shape[1])
-    return put(frames, NamedSharding(rows.mesh, PartitionSpec(None, "rows")))
+    return put_sharded(frames, NamedSharding(rows.mesh, PartitionSpec(None, "rows")))
 
 
 def _seeds(
@@ -200,7 +264,7 @@ def _seeds(
     for number in range(settings.initialisations):
         start = number * size % (len(flat) - size + 1)
         seeds, _ = kmeans_plusplus(flat[start : start + size], num_clusters, random_state=seed + number)
-        candidates.append(of_first(np.asarray(seeds, np.float32)))
+        candidates.append(from_first_host(np.asarray(seeds, np.float32)))
     scored = _place(frames[: max(1, size // frames.shape[1])])
     return min(candidates, key=lambda centroids: _mean_inertia(scored, centroids))
 
@@ -274,7 +338,7 @@ def _mesh_of(batches: Batches) -> Any:
 
 def _mean_inertia(batches: Batches, centroids: Float32[np.ndarray, "clusters dim"]) -> float:
     everywhere = NamedSharding(_mesh_of(batches), PartitionSpec())
-    found = _programs(everywhere).inertias(batches, put(centroids, everywhere))
+    found = _programs(everywhere).inertias(batches, put_sharded(centroids, everywhere))
     return float(np.asarray(found, np.float64).mean())
 
 
@@ -291,3 +355,38 @@ def _load_state(path: Path | None, made_from: str) -> _FitState | None:
         raise ValueError(f"{path}: a fit of {header['made_from']}, expected {made_from}; delete it to start anew")
     inertias = tuple(float(value) for value in header["inertias"])
     return _FitState(tensors["centroids"], tensors["counts"], inertias)
+
+
+_HEADER_KEY = "header"
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> None:
+    """Writes a safetensors file, whole or not at all, with `header` as JSON in its metadata."""
+    metadata = {_HEADER_KEY: json.dumps(header, sort_keys=True)}
+    write_bytes(path, safetensors.numpy.save(dict(tensors), metadata=metadata))
+
+
+def read_tensors(path: Path, expected: Mapping[str, tuple[str, int]]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Tensors and header of a file that `write_tensors` wrote.
+
+    Args:
+        path: the file.
+        expected: name -> (dtype, number of dimensions); exactly these must be there, with finite values.
+
+    Raises:
+        ValueError: not safetensors, or other tensors than expected.
+
+    """
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            header = json.loads((file.metadata() or {})[_HEADER_KEY])
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: not a safetensors file that this programme wrote ({error}); delete it") from error
+    found = {name: (str(tensor.dtype), tensor.ndim) for name, tensor in tensors.items()}
+    if found != dict(expected) or not isinstance(header, dict):
+        raise ValueError(f"{path}: holds {found}, expected {dict(expected)}; delete it")
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise ValueError(f"{path}: {name} holds values that are not finite; delete it")
+    return tensors, header

@@ -1,11 +1,8 @@
-"""The device's part of making labels, traced from the config alone: what `wavlm_jax.plan` compiles.
+"""The devices' part of making labels: all hosts run the same program at the same time, each on its own rows.
 
-All hosts make features side by side: the same program at the same time on the devices of all, each its own rows.
-
-A host that has fewer batches than others, or that has failed, goes on with filler, so that nobody waits on a device for
-a program that never comes; what failed is told at the next meeting (`shares.together`).
-
-From features to the labels of consecutive utterances.
+A host that has fewer batches than others, or that has failed, continues with filler, so that nobody waits on a device
+for a program that never comes; a failure is told to all hosts at the end of the part (`distributed.run_on_all_hosts`).
+`trace_label_step` gives the same program from the config alone, for `wavlm_jax.plan`.
 """
 
 import dataclasses
@@ -21,25 +18,34 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Traced
 from jaxtyping import Array, Int, Int64, UInt16
 
+from pretrain.distributed import (
+    ROWS,
+    local_rows,
+    max_over_hosts,
+    put_local_rows,
+    row_mesh,
+    row_sharding,
+    rows_over,
+    run_on_all_hosts,
+)
 from pretrain.features import (
     MFCC_BLOCK,
     MFCC_DIM,
     FeatureSource,
+    FrameSpan,
     Padded,
-    Piece,
     Utterances,
     layer_output,
     mfcc_frames,
     rows_for,
     samples_of,
+    teacher_config,
 )
 from pretrain.kmeans import Centroids, nearest
-from pretrain.shares import ROWS, LabelError, most, own_rows, put_rows, row_mesh, row_sharding, rows_over, together
+from pretrain.labels import LabelError
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.data.corpus import Corpus
-from wavlm_jax.files import read_json
 from wavlm_jax.model.wavlm import WavLM
-from wavlm_jax.settings import read
 from wavlm_jax.shapes import SAMPLE_RATE, Geometry, samples_for
 
 
@@ -91,18 +97,6 @@ def trace_label_step(
     return f"labels {rows}x{bucket}", traced, rows * piece_seconds, mesh
 
 
-def teacher_config(path: Path) -> WavLMConfig:
-    """Of a run's workdir or a Hugging Face folder; HuBERT Base where neither is there."""
-    file = path / "config.json"
-    if not file.is_file():
-        return WavLMConfig.base(position_bias=False)
-    found = read_json(file)
-    if "model" in found:
-        model: WavLMConfig = read(found["model"], WavLMConfig, "model")
-        return model
-    return WavLMConfig.from_huggingface(found)
-
-
 def _abstract(teacher: WavLMConfig) -> Any:
     samples = samples_for(1, Geometry(teacher.conv_kernel, teacher.conv_stride))
 
@@ -123,8 +117,8 @@ Part = tuple[int, int]
 """The first of consecutive items, and the one behind the last."""
 Program = Callable[[Any], Array]
 """From the arrays of a batch of all hosts to an array of which each has its rows."""
-Use = Callable[[Array, tuple[Piece, ...]], None]
-_Done = tuple[Array, tuple[Piece, ...]]
+Use = Callable[[Array, tuple[FrameSpan, ...]], None]
+_Done = tuple[Array, tuple[FrameSpan, ...]]
 
 
 def in_parts(name: str, parts: Sequence[Part], do: Callable[[int, int], None]) -> None:
@@ -136,12 +130,12 @@ def in_parts(name: str, parts: Sequence[Part], do: Callable[[int, int], None]) -
         do: one of them, the same programs on all hosts. May fail on some hosts only.
 
     Raises:
-        LabelError, HostsMissing: as `together`.
+        ValueError, HostsMissing: as `run_on_all_hosts`.
 
     """
-    rounds = most(f"parts of {name}", {0: len(parts)})[0]
+    rounds = max_over_hosts(f"parts of {name}", {0: len(parts)})[0]
     for first, end in [*parts, *[(0, 0)] * (rounds - len(parts))]:
-        together(name, partial(do, first, end))
+        run_on_all_hosts(name, partial(do, first, end))
 
 
 def in_rounds(
@@ -162,7 +156,7 @@ def in_rounds(
 
     """
     ours = source.sizes(np.asarray(corpus.lengths)[utterances])
-    everyones = most(f"batches of {name}", ours)
+    everyones = max_over_hosts(f"batches of {name}", ours)
     trial, sharding, batches = _Trial(), row_sharding(), source.batches(corpus, utterances)
     mesh: Any = sharding.mesh
     done: _Done | None = None
@@ -172,7 +166,7 @@ def in_rounds(
             # None too where the audio is shorter than the corpus says, or something failed.
             arrays, pieces = source.empty(size)[1:] if batch is None else batch[1:]
             with rows_over(mesh):
-                result = program(put_rows(arrays, sharding))
+                result = program(put_local_rows(arrays, sharding))
             trial.of(partial(_use, use, done))
             done = result, pieces
     trial.of(partial(_use, use, done))
@@ -253,9 +247,9 @@ class PartLabels:
         self._missing = int(offsets[-1] - offsets[0])
         self._labels = np.zeros(self._missing, np.uint16)
 
-    def take(self, result: Int[Array, " frames"], pieces: tuple[Piece, ...]) -> None:
+    def take(self, result: Int[Array, " frames"], pieces: tuple[FrameSpan, ...]) -> None:
         """The labels of a batch, this host's rows of it."""
-        found = own_rows(result)
+        found = local_rows(result)
         for piece in pieces:
             at = self._offsets[piece.utterance - self._first] - self._offsets[0] + piece.start
             self._labels[at : at + piece.frames] = found[piece.row : piece.row + piece.frames]

@@ -1,19 +1,18 @@
-"""The stages from a corpus to a label store, each of which finds what an earlier run has left.
+"""The stages from a corpus to a label store: sample, k-means, labels, quality.
 
-Several hosts do each stage together, each its share of the utterances; the first writes what is there once.
+Each stage continues from what an earlier run left. Several hosts do each stage together, each its share of the
+utterances; the first host writes what all share.
 
 request.json                   what is being made, written first: another request for the same folder is an error
 kmeans.progress.safetensors    the fit after its last pass
 kmeans.safetensors             the fit
 {split}.progress.json          labels of a split up to some utterance (.progress.1-of-4.json: of a host's share)
 header.json                    written last
-
-Makes label stores: from the settings to features, clusters, labels and quality; resumable, and idempotent.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,33 +23,26 @@ import numpy as np
 from jaxtyping import Array, Float32
 from tqdm import tqdm
 
-from pretrain.features import (
-    Drawing,
-    FeatureSource,
-    LayerFeatures,
-    MfccFeatures,
-    Piece,
-    Teacher,
-    choose_utterances,
-)
-from pretrain.kmeans import KMeans, fit
+from pretrain.distributed import Share, replicate, row_sharding, run_on_all_hosts, sum_over_hosts
+from pretrain.features import FeatureSource, FrameSpan, LayerFeatures, MfccFeatures, load_teacher
+from pretrain.kmeans import FrameSample, KMeans, choose_utterances, fit
 from pretrain.label_step import PartLabels, Use, in_parts, in_rounds, label_program, parts_of
-from pretrain.labels import FORMAT, HEADER, LabelHeader, LabelSettings, LabelStore, SplitHeader, SplitWriter
-from pretrain.quality import measure, report
-from pretrain.shares import (
+from pretrain.labels import (
+    FORMAT,
+    HEADER,
     LabelError,
-    Share,
+    LabelHeader,
+    LabelSettings,
+    LabelStore,
+    SplitHeader,
+    SplitWriter,
     offsets_of,
-    put_everywhere,
-    row_sharding,
-    together,
-    total,
     utterance_keys,
 )
+from pretrain.quality import measure, report
 from wavlm_jax.data.corpus import Corpus
 from wavlm_jax.files import read_json, write_json
-from wavlm_jax.loading import Load
-from wavlm_jax.shapes import SAMPLE_RATE, Params
+from wavlm_jax.shapes import SAMPLE_RATE
 from wavlm_jax.training.hosts import from_first
 
 REQUEST, CLUSTERS, FIT = "request.json", "kmeans.safetensors", "kmeans.progress.safetensors"
@@ -125,7 +117,7 @@ class LabelRequest:
         if from_first("whether the clusters are there", str(file.exists())) == str(True):
             return KMeans.load(file, self.digest)
         made = fit(
-            total(self._sample()),
+            sum_over_hosts(self._sample()),
             self.settings.num_clusters,
             self.settings.kmeans,
             seed=self.settings.seed,
@@ -144,7 +136,7 @@ class LabelRequest:
         utterances = choose_utterances(lengths, self.settings.sample_seconds, self.settings.seed)
         counts = self.source.counts(lengths[utterances])
         first, end = Share.here().of(lengths[utterances])
-        drawing = Drawing(
+        drawing = FrameSample(
             utterances,
             counts,
             size=self.settings.kmeans.sample_frames,
@@ -187,10 +179,10 @@ class LabelRequest:
         made_from = f"{corpus.fingerprint} {clusters.fingerprint}"
         counts, share = self.source.counts(lengths), Share.here()
         keys, name = utterance_keys(corpus.ids), f"labels of {split}"
-        writer = together(name, lambda: SplitWriter(self.folder, split, counts, keys, made_from, share))
+        writer = run_on_all_hosts(name, lambda: SplitWriter(self.folder, split, counts, keys, made_from, share))
         self._fill(name, writer, corpus, clusters)
-        together(name, writer.finish)
-        digest = together(f"joined labels of {split}", lambda: writer.join() if share.first else "")
+        run_on_all_hosts(name, writer.finish)
+        digest = run_on_all_hosts(f"joined labels of {split}", lambda: writer.join() if share.first else "")
         return SplitHeader(
             corpus=corpus.fingerprint,
             kmeans=clusters.fingerprint,
@@ -201,7 +193,7 @@ class LabelRequest:
         )
 
     def _fill(self, name: str, writer: SplitWriter, corpus: Corpus, clusters: KMeans) -> None:
-        rows, centroids = row_sharding(), put_everywhere(clusters.centroids)
+        rows, centroids = row_sharding(), replicate(clusters.centroids)
         label = label_program(self.source.compute, rows)
         seconds = np.asarray(corpus.lengths)[writer.done : writer.end].sum() / SAMPLE_RATE
         with _bar(float(seconds), name) as bar:
@@ -237,20 +229,19 @@ def _bar(seconds: float, name: str) -> Any:
 
 
 def _watched(use: Use, bar: Any, rate_hz: int) -> Use:
-    def watched(result: Array, pieces: tuple[Piece, ...]) -> None:
+    def watched(result: Array, pieces: tuple[FrameSpan, ...]) -> None:
         bar.update(sum(piece.frames for piece in pieces) / rate_hz)
         use(result, pieces)
 
     return watched
 
 
-def make_labels(settings: LabelSettings, corpora: Mapping[str, Corpus], load: Load) -> LabelHeader:
+def make_labels(settings: LabelSettings, corpora: Mapping[str, Corpus]) -> LabelHeader:
     """Makes the label store `settings.path` for all splits, or what of it is missing. All processes of a run call it.
 
     Args:
         settings: the config section `labels`.
         corpora: split -> corpus; the clusters are learned from "train" and label all of them.
-        load: reads the weights of a teacher.
 
     Returns:
         The header of the store; its `quality` has been printed.
@@ -261,8 +252,8 @@ def make_labels(settings: LabelSettings, corpora: Mapping[str, Corpus], load: Lo
     """
     if TRAIN not in corpora:
         raise LabelError(f"config.data: found the splits {', '.join(sorted(corpora))}, expected one called {TRAIN!r}")
-    request = LabelRequest(settings, feature_source(settings, load), corpora)
-    header = together("what is there of the labels", request.existing)
+    request = LabelRequest(settings, feature_source(settings), corpora)
+    header = run_on_all_hosts("what is there of the labels", request.existing)
     missing = {split: corpus for split, corpus in corpora.items() if header is None or split not in header.splits}
     if header is not None and not missing:
         return header
@@ -276,7 +267,7 @@ def make_labels(settings: LabelSettings, corpora: Mapping[str, Corpus], load: Lo
         header = replace(header, splits={**header.splits, split: described})
         if first:
             header = _measured(request, split, header)
-    together("the header of the labels", lambda: _complete(request, header) if first else None)
+    run_on_all_hosts("the header of the labels", lambda: _complete(request, header) if first else None)
     return LabelHeader.load(request.folder)
 
 
@@ -294,7 +285,7 @@ def _complete(request: LabelRequest, header: LabelHeader) -> None:
             leftover.unlink()
 
 
-def feature_source(settings: LabelSettings, load: Load) -> FeatureSource:
+def feature_source(settings: LabelSettings) -> FeatureSource:
     """What is to be clustered: MFCC, or a layer of the teacher that `settings.run` names.
 
     Raises:
@@ -304,7 +295,7 @@ def feature_source(settings: LabelSettings, load: Load) -> FeatureSource:
     source: FeatureSource = MfccFeatures(settings.num_threads)
     if settings.teacher == "layer" and settings.run is not None and settings.layer is not None:
         source = LayerFeatures(
-            load_teacher(load, Path(settings.run), settings.step),
+            load_teacher(Path(settings.run), settings.step),
             settings.layer,
             piece_seconds=settings.piece_seconds,
             batch_seconds=settings.batch_seconds,
@@ -317,34 +308,3 @@ def feature_source(settings: LabelSettings, load: Load) -> FeatureSource:
             f"set it to {rate}"
         )
     return source
-
-
-def load_teacher(load: Load, path: Path, step: int | None = None) -> Teacher:
-    """The teacher in `path`.
-
-    Args:
-        load: reads weights.
-        path: workdir of a run of ours, or a Hugging Face folder (WavLM or HuBERT).
-        step: checkpoint of the run; None: its newest.
-
-    Raises:
-        ValueError: neither of the two, a step of a folder that has none, or whatever the file's reader finds.
-
-    """
-    weights = load(path, step)
-    # A padded batch must give what each row gives alone, whatever the checkpoint was trained with.
-    return Teacher(replace(weights.config, padding="exact"), weights.params, fingerprint(weights.params))
-
-
-def fingerprint(params: Params) -> str:
-    """16 hex digits over names, shapes, dtypes and values of a parameter tree."""
-    digest = hashlib.sha256()
-    for name, array in sorted(_named(params)):
-        digest.update(f"{name} {array.shape} {array.dtype}\n".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _named(params: Params) -> Iterator[tuple[str, np.ndarray]]:
-    for path, array in jax.tree_util.tree_leaves_with_path(params):
-        yield jax.tree_util.keystr(path), np.asarray(array)

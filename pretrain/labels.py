@@ -1,21 +1,19 @@
-"""The label store: one k-means label a frame of a corpus, in flat arrays that are read by memory map.
+"""The label store: one k-means label per frame of a corpus, in flat arrays read by memory map.
 
-    header.json             what the labels are (LabelHeader); written last, so a folder that has one is whole
+    header.json             what the labels are (LabelHeader); written last: a folder that has one is complete
     {split}.labels.npy      uint16, the labels of all utterances in the order of the corpus
     {split}.offsets.npy     int64 (utterances + 1,), utterance i has labels[offsets[i]:offsets[i + 1]]
-    {split}.keys.npy        uint64, a hash of each utterance's id: rows that were shuffled or swapped are found out
+    {split}.keys.npy        uint64, a hash of each utterance id, which shows shuffled or swapped rows
     kmeans.safetensors      the centroids
 
-There is no dictionary file: a label is a number below `num_clusters`, and nothing else.
-
-Writes the arrays of one split of a label store part by part, so that a killed run goes on where it was.
-
-Several hosts write a file each, and the first joins them.
+There is no dictionary file: a label is a number below `num_clusters`. `SplitWriter` writes a split part by part, so
+that a killed run continues where it was; several hosts write a file each, and the first host joins them.
 """
 
+import hashlib
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
@@ -23,10 +21,58 @@ from typing import Any, BinaryIO, Literal, get_args
 import numpy as np
 from jaxtyping import Int64, UInt16, UInt64
 
+from pretrain.distributed import Share
 from pretrain.kmeans import KMeansSettings
-from pretrain.shares import LabelError, Share, array_digest, file_of, map_array, offsets_of
 from wavlm_jax.files import read_json, write_json
 from wavlm_jax.settings import read
+
+_DIGEST_PIECE = 2**22
+
+
+class LabelError(ValueError):
+    """Labels that cannot be right for the corpus or the config; the message names file, utterance and cause."""
+
+
+def offsets_of(counts: Int64[np.ndarray, " utterances"]) -> Int64[np.ndarray, " edges"]:
+    """Where each utterance's labels begin, and behind the last one the end of all."""
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+
+def file_of(folder: Path, split: str, array: str) -> Path:
+    """Where the store in `folder` keeps "labels", "offsets" or "keys" of a split."""
+    return folder / f"{split}.{array}.npy"
+
+
+def utterance_keys(ids: Iterable[str]) -> UInt64[np.ndarray, " utterances"]:
+    """A 64-bit hash of each utterance id."""
+    digests = b"".join(hashlib.blake2b(name.encode(), digest_size=8).digest() for name in ids)
+    return np.frombuffer(digests, np.dtype("<u8")).astype(np.uint64)
+
+
+def array_digest(array: np.ndarray) -> str:
+    """SHA-256 (hex) of an array's bytes, read in small pieces: a memory map stays out of memory."""
+    digest = hashlib.sha256()
+    for start in range(0, len(array), _DIGEST_PIECE):
+        digest.update(array[start : start + _DIGEST_PIECE].tobytes())
+    return digest.hexdigest()
+
+
+def map_array(file: Path, dtype: type[np.generic]) -> np.ndarray:
+    """A one-dimensional .npy file of `dtype`, by memory map.
+
+    Raises:
+        LabelError: missing, cut off, or something else.
+
+    """
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, SyntaxError) as error:
+        raise LabelError(f"{file}: not a whole .npy file ({error}); make the labels anew") from error
+    if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != 1:
+        found = f"{array.ndim}-D {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise LabelError(f"{file}: found {found}, expected 1-D {np.dtype(dtype).name}; make the labels anew")
+    return array
+
 
 FORMAT = 1
 HEADER = "header.json"

@@ -16,11 +16,10 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import wavlm_jax.command_line
+from pretrain.distributed import Share
 from pretrain.labelling import make_labels
 from pretrain.labels import LabelSettings
-from pretrain.shares import Share
 from wavlm_jax.data.corpus import DataSettings, open_corpora
-from wavlm_jax.loading import load_weights
 from wavlm_jax.settings import read
 from wavlm_jax.training import hosts
 from wavlm_jax.training.hosts import HostsMissing
@@ -53,7 +52,7 @@ def main(_: Sequence[str]) -> None:
     try:
         hosts.join_from_flags()
         settings = label_settings(config)
-        header = make_labels(settings, open_corpora(read(config.data, DataSettings, "data")), load_weights)
+        header = make_labels(settings, open_corpora(read(config.data, DataSettings, "data")))
     except (ValueError, OSError, HostsMissing) as error:
         print(f"make_labels.py: {error}", file=sys.stderr)
         sys.exit(wavlm_jax.command_line.EXIT_WRONG)

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64, UInt16
 
-from pretrain.labels import LabelSettings, LabelStore
+from pretrain.labels import LabelError, LabelSettings, LabelStore, array_digest, file_of, utterance_keys
 from pretrain.quality import entropy
-from pretrain.shares import LabelError, array_digest, file_of, utterance_keys
 from wavlm_jax.data.corpus import Corpus
 from wavlm_jax.shapes import SAMPLE_RATE, expected_labels, num_frames
 

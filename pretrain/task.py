@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.stages import Traced
+from jaxtyping import Int32
 
 from pretrain.label_step import trace_label_step
 from pretrain.labelling import make_labels
 from pretrain.labels import HEADER, LabelSettings, LabelStore
 from pretrain.mixing import MixingSettings
-from pretrain.predictor import MaskedPredictionLoss, MaskedPredictor, ObjectiveSettings
+from pretrain.predictor import NO_LABEL, MaskedPredictionLoss, MaskedPredictor, ObjectiveSettings
 from pretrain.preflight import check_labels
-from pretrain.quality import FrameLabels, NoiseClips, Together
 from wavlm_jax.config import Compute, WavLMConfig
 from wavlm_jax.data.batches import BatchSettings, describe
 from wavlm_jax.data.corpus import Corpus, DataSettings, open_corpora
@@ -30,11 +30,81 @@ from wavlm_jax.loading import Load, fitting_weights, load_weights, shapes_of
 from wavlm_jax.model.attention import current_device
 from wavlm_jax.model.attention import describe as describe_attention
 from wavlm_jax.settings import SettingsError, read_sections, refuse_unknown_sections
-from wavlm_jax.shapes import Params, StepKey, samples_for
+from wavlm_jax.shapes import Params, StepKey, label_index, samples_for
 from wavlm_jax.tasks import FINE_TUNING
 from wavlm_jax.training.optim import Freeze
 from wavlm_jax.training.start import RunSettings
 from wavlm_jax.training.task import BatchStream, Task, TaskKind, Topology
+
+
+@dataclass(frozen=True)
+class FrameLabels:
+    """The labels of the frames of a crop (FACTS C5): frame i of the utterance has label floor(i * rate / 50)."""
+
+    store: LabelStore
+
+    def __call__(self, index: int, first_frame: int, frames: int, bits: int) -> Mapping[str, np.ndarray]:
+        """`labels` int32 (frames,), NO_LABEL behind the last one."""
+        del bits  # labels are not random
+        return {"labels": self.frame_labels(index, first_frame, frames)}
+
+    @staticmethod
+    def shapes(frames: int) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """What a row of `frames` gets."""
+        return {"labels": jax.ShapeDtypeStruct((frames,), np.int32)}
+
+    def frame_labels(self, index: int, first_frame: int, frames: int) -> Int32[np.ndarray, " frames"]:
+        """Labels of the frames `first_frame`, `first_frame` + 1, ... of utterance `index`."""
+        stored = self.store.labels(index)
+        wanted = label_index(first_frame + np.arange(frames), self.store.header.rate_hz)
+        found = np.full(frames, NO_LABEL, np.int32)
+        there = wanted < len(stored)
+        found[there] = stored[wanted[there]]
+        return found
+
+
+@dataclass(frozen=True)
+class NoiseClips:
+    """Deals a noise clip to a share of the rows, so that the same share of the mixed rows is mixed with noise."""
+
+    corpus: Corpus
+    share: float
+
+    def __call__(self, index: int, first_frame: int, frames: int, bits: int) -> Mapping[str, np.ndarray]:
+        """`noise` int16 (samples / 2,), zeros behind `num_noise_samples`, which is 0 where the row got no clip.
+
+        A span never takes more than half of a row (FACTS C7), so more of a clip is never needed; its start is random.
+        """
+        del index, first_frame
+        size = samples_for(frames) // 2
+        dealt, which, where = np.random.Generator(np.random.Philox(bits)).random(3)
+        noise, count = np.zeros(size, np.int16), 0
+        if dealt < self.share:
+            clip = self.corpus.random_piece(which, where, size)
+            count = len(clip)
+            noise[:count] = clip
+        return {"noise": noise, "num_noise_samples": np.asarray(count, np.int32)}
+
+    @staticmethod
+    def shapes(frames: int) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """What a row of `frames` gets."""
+        noise = jax.ShapeDtypeStruct((samples_for(frames) // 2,), np.int16)
+        return {"noise": noise, "num_noise_samples": jax.ShapeDtypeStruct((), np.int32)}
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """Several annotations as one."""
+
+    parts: tuple[FrameLabels | NoiseClips, ...]
+
+    def __call__(self, index: int, first_frame: int, frames: int, bits: int) -> Mapping[str, np.ndarray]:
+        """The arrays of all parts."""
+        arrays: dict[str, np.ndarray] = {}
+        for part in self.parts:
+            arrays.update(part(index, first_frame, frames, bits))
+        return arrays
+
 
 _SPECIAL_ROWS = 4
 """Label embeddings that fairseq's dictionary has before those of the clusters (FACTS E20)."""
@@ -211,7 +281,7 @@ def _label_stores(settings: PretrainSettings, corpora: Mapping[str, Corpus]) -> 
     """Checked labels of every split, made first where the config allows it."""
     folder = Path(settings.labels.path)
     if settings.labels.make:
-        make_labels(settings.labels, corpora, load_weights)
+        make_labels(settings.labels, corpora)
     elif not (folder / HEADER).is_file():
         raise FileNotFoundError(
             f"config.labels.path: {folder} holds no labels; make them with: python -m pretrain.make_labels --config "
@@ -255,7 +325,7 @@ def _streams(
             settings.batch,
             settings.loader,
             seed=settings.seed,
-            annotate=Together((labels, *_noise(settings.mixing))),
+            annotate=Annotations((labels, *_noise(settings.mixing))),
             devices=topology.num_devices,
             group=group,
             host=host,

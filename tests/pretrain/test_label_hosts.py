@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pretrain.distributed import Share
 from pretrain.kmeans import KMeans
-from pretrain.labels import LabelStore, SplitWriter
-from pretrain.shares import Share, utterance_keys
+from pretrain.labels import LabelStore, SplitWriter, utterance_keys
 from tests.support.pods import Run, finish, joined, spawn
 from tests.support.speech import make_corpora, tiny_config
 from wavlm_jax.config import WavLMConfig

@@ -12,9 +12,8 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from pretrain.kmeans import KMeansSettings
-from pretrain.labels import LabelSettings, SplitWriter
+from pretrain.labels import LabelError, LabelSettings, SplitWriter, utterance_keys
 from pretrain.preflight import check_labels
-from pretrain.shares import LabelError, utterance_keys
 from tests.support.fake_corpus import FakeCorpus, ragged, write_store
 from wavlm_jax.settings import SettingsError, read
 from wavlm_jax.shapes import num_frames

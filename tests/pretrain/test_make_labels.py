@@ -20,15 +20,15 @@ from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 from transformers import WavLMConfig as TorchConfig
 from transformers import WavLMModel as TorchModel
 
-from pretrain.features import LayerFeatures, bucket_of, choose_frames, choose_utterances, mfcc
-from pretrain.kmeans import KMeans
+from pretrain.distributed import local_rows, row_sharding
+from pretrain.features import LayerFeatures, bucket_of, load_teacher, mfcc
+from pretrain.kmeans import KMeans, choose_frames, choose_utterances
 from pretrain.label_step import in_rounds
-from pretrain.labels import LabelStore
+from pretrain.labelling import make_labels
+from pretrain.labels import LabelError, LabelStore
 from pretrain.preflight import check_labels
-from pretrain.shares import LabelError, own_rows, row_sharding
 from tests.pretrain.test_labels import KMEANS, SETTINGS
 from tests.support.fake_corpus import FakeCorpus, ragged
-from tests.support.labelling import load_teacher, make_labels
 from tests.support.speech import make_corpora
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.model.frontend import normalize_waveform
@@ -284,7 +284,7 @@ def frames_of(source, corpus):
     program = functools.partial(jax.jit(source.compute, out_shardings=row_sharding()), source.params)
 
     def use(features, pieces):
-        features = own_rows(features)
+        features = local_rows(features)
         for utterance, start, frames, row in pieces:
             found[utterance][start : start + frames] = features[row : row + frames]
 

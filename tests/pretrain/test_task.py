@@ -11,8 +11,7 @@ import pytest
 
 from pretrain.labels import LabelStore
 from pretrain.predictor import NO_LABEL
-from pretrain.quality import FrameLabels, NoiseClips
-from pretrain.task import build, outline
+from pretrain.task import FrameLabels, NoiseClips, build, outline
 from tests.support.speech import NOISY, make_corpora, tiny_config
 from wavlm_jax.data.corpus import Corpus
 from wavlm_jax.training.sharding import WAVLM_AXES, MeshSettings, make_mesh, parameter_shardings

@@ -4,8 +4,7 @@ import hashlib
 
 import numpy as np
 
-from pretrain.labels import FORMAT, LabelHeader, SplitHeader, SplitWriter
-from pretrain.shares import utterance_keys
+from pretrain.labels import FORMAT, LabelHeader, SplitHeader, SplitWriter, utterance_keys
 from wavlm_jax.data.corpus import Corpus, Phones
 
 SEGMENT = 3200

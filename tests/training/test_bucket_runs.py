@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 
 import wavlm_jax
+from pretrain.labelling import make_labels
 from pretrain.labels import LabelSettings
 from tests.support import toy_task
 from tests.support.buckets import NAME, Objects
-from tests.support.labelling import make_labels
 from tests.support.pods import CONFIG, finish, free_port, spawn
 from tests.training.test_pod_runs import pretraining, recognition
 from tests.training.test_train_processes import STEPS as TOY_STEPS

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from configs.finetune import speaker_xvector
+from pretrain.labelling import make_labels
 from pretrain.labels import LabelSettings
 from tests.support import tones, toy_task
-from tests.support.labelling import make_labels
 from tests.support.pods import Run
 from tests.support.speech import NOISY, make_corpora, tiny_config
 from wavlm_jax.data.corpus import DataSettings, open_corpora
