@@ -131,7 +131,7 @@ KILLED = """
     import pretrain.label_step, pretrain.kmeans, pretrain.labels
     from tests.support.fake_corpus import FakeCorpus, ragged
     from pretrain.kmeans import KMeansSettings
-    from tests.support.labelling import load_teacher, make_labels
+    from pretrain.labelling import load_teacher, make_labels
     from pretrain.labels import LabelSettings
 
     folder, where, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -180,7 +180,7 @@ MEASURED = """
     import numpy as np
     from tests.support.fake_corpus import FakeCorpus, ragged
     from tests.pretrain.test_labels import SETTINGS
-    from tests.support.labelling import load_teacher, make_labels
+    from pretrain.labelling import load_teacher, make_labels
 
     def own_mib():
         return int(re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
