@@ -1,15 +1,11 @@
-"""Stages as commands that a person could type: shown, then run with this interpreter.
+"""The main job from nothing to a model that is used, in minutes on a laptop.
 
-What the demo's model is good for: fine-tuned for recognition and for speakers, it is asked about new recordings.
+python -m pretrain.demo --out runs/demo [--data FOLDER] [--smoke]
 
-Only where the corpus says what was said, and by whom: anyone's audio need not (`make demo DATA=folder`).
-
-The main job from nothing to a model, in minutes on a laptop.
-
-python -m pretrain.demo --out runs/demo [--data FOLDER]
-
-Every stage is a command that a person could type; it is printed before it runs, and what it leaves behind is reused
-when the demo is started again. The last line on stdout is one JSON object with what came out.
+Corpus, labels, pre-training, labels of a layer, export; then, where the corpus has transcripts and speakers, fine-tuning
+for recognition and for speakers, and answers about new recordings. Every stage is a command that a person could type;
+it is printed before it runs, and its results are reused when the demo is started again. The last line on stdout is one
+JSON object with the results.
 """
 
 import argparse
@@ -32,7 +28,7 @@ from pretrain.labels import LabelHeader, LabelStore
 
 
 def python(*arguments: str) -> None:
-    """Show a command, then run it.
+    """Prints a command, then runs it with this interpreter.
 
     Raises:
         SystemExit: it failed; its own message has been printed.
@@ -55,7 +51,7 @@ _USE_SMOKE = (
 
 
 class Use(NamedTuple):
-    """Where things are."""
+    """Fine-tuning and using the pre-trained model: folders, and what each step runs."""
 
     corpus: Path
     body: Path
@@ -64,11 +60,11 @@ class Use(NamedTuple):
     smoke: bool
 
     def column(self, split: str, name: str) -> list[str]:
-        """What the corpus says of each utterance: "" where it says nothing."""
+        """A column of the corpus, one string per utterance; "" where the corpus has none."""
         return list(datasets.load_from_disk(str(self.corpus / split))[name])
 
     def train(self, config: str, run: Path, split: str, *flags: str) -> dict[str, Any]:
-        """Fine-tunes, evaluates on a split, and gives the last value of every metric."""
+        """Fine-tunes and evaluates on a split; returns the last value of every metric."""
         python(
             "train.py",
             f"--config={config}",
@@ -83,7 +79,7 @@ class Use(NamedTuple):
         return {name: value for record in read_records(run / "metrics.jsonl") for name, value in record.items()}
 
     def write_out(self, split: str, chosen: Sequence[int]) -> dict[Path, str]:
-        """These utterances as FLAC files, named after their ids, each with its text."""
+        """Writes utterances as FLAC files named after their ids; returns file -> text."""
         rows = datasets.load_from_disk(str(self.corpus / split))
         (self.out / "new").mkdir(parents=True, exist_ok=True)
         said = {}
@@ -95,7 +91,7 @@ class Use(NamedTuple):
 
 
 def use(where: Use) -> dict[str, Any]:
-    """Everything that the corpus allows; what came out, for the report."""
+    """Runs what the corpus allows (transcripts, speakers); returns the figures for the report."""
     found: dict[str, Any] = {}
     if any(where.column("train", "text")) and any(where.column("valid", "text")):
         found |= recognise(where)
@@ -146,13 +142,13 @@ SPEAKERS = (
     "--config.optim.warmup_steps=20",
     "--config.batch.buckets=(96,)",
 )
-"""Less than half of what the preset takes, and one program to compile: the demo has minutes."""
+"""Fewer updates than the preset and one batch shape to compile, so that the demo takes minutes."""
 MOST_TRIED = 40
-"""Utterances that are compared, each with each; those of the triple come on top."""
+"""Utterances compared pairwise in the trial list, besides the three of `triple`."""
 
 
 def triple(voices: Sequence[str]) -> tuple[int, int, int] | None:
-    """Numbers of two utterances of the first voice that has two, and of one of another voice; None: there are none."""
+    """Indices of two utterances of one voice and one utterance of another voice; None if there are none."""
     for index, voice in enumerate(voices):
         same = [number for number, found in enumerate(voices) if found == voice and number > index]
         others = [number for number, found in enumerate(voices) if found != voice]
@@ -178,7 +174,7 @@ SMOKE = (
 
 @dataclass(frozen=True)
 class Demo:
-    """Where everything of one demo lives."""
+    """The folders and commands of one demo."""
 
     out: Path
     data: str | None
@@ -224,7 +220,7 @@ class Demo:
         return flags + list(SMOKE if self.smoke else ())
 
     def report(self, seconds: float) -> dict[str, Any]:
-        """What came out, as the last line says it."""
+        """The results: the JSON object that is printed last."""
         records = read_records(self.run / "metrics.jsonl")
         last = {name: value for record in records for name, value in record.items()}
         trained = [record for record in records if "masked_loss" in record]
@@ -254,7 +250,7 @@ class Demo:
 
 
 def unigram_accuracy(labels: Path, split: str) -> float:
-    """How often the label that is the most frequent one in training is right in `split`."""
+    """Accuracy in `split` of always predicting the most frequent label of training."""
     header = LabelHeader.load(labels)
     train = np.bincount(LabelStore.open(labels, "train").flat, minlength=header.num_clusters)
     counts = np.bincount(LabelStore.open(labels, split).flat, minlength=header.num_clusters)

@@ -97,7 +97,7 @@ class Share:
 
     @property
     def first(self) -> bool:
-        """Whether this host writes what all hosts read."""
+        """Whether this is the first host, which writes what all hosts read."""
         return self.index == 0
 
     def of(self, weights: Int64[np.ndarray, " items"]) -> tuple[int, int]:

@@ -141,7 +141,7 @@ def in_parts(name: str, parts: Sequence[Part], do: Callable[[int, int], None]) -
 def in_rounds(
     name: str, source: FeatureSource, corpus: Corpus, utterances: Utterances, program: Program, use: Use
 ) -> None:
-    """Gives the batches of some utterances to the devices, while other hosts give those of theirs.
+    """Runs a program on the batches of this host's utterances while the other hosts run it on theirs.
 
     Args:
         name: of the stage, for messages.
@@ -149,7 +149,7 @@ def in_rounds(
         corpus: of the utterances.
         utterances: of this host.
         program: what to compute.
-        use: gets what comes of each batch of this host, one batch late so that the devices never wait for the host.
+        use: called with the result of each batch of this host, one batch late so that the devices never wait.
 
     Raises:
         ValueError, OSError: of `source` or `use`, after the rounds of the other hosts.
@@ -179,13 +179,13 @@ def _use(use: Use, done: _Done | None) -> None:
 
 
 class _Trial:
-    """What may fail on this host while others go on: after the first failure nothing more is tried."""
+    """Runs functions until one fails; after that does nothing, so that this host can keep up with the others."""
 
     def __init__(self) -> None:
         self._error: Exception | None = None
 
     def of(self, do: Callable[[], Result]) -> Result | None:
-        """What `do` gives; None where it or something before it failed. Alone nobody waits: what it raises."""
+        """The result of `do`; None if it or an earlier one failed. On a single host its exception is raised at once."""
         if self._error is not None:
             return None
         try:
@@ -197,13 +197,13 @@ class _Trial:
             return None
 
     def end(self) -> None:
-        """Raises what failed."""
+        """Raises the first exception, if there was one."""
         if self._error is not None:
             raise self._error
 
 
 PART_LABELS = 2**20
-"""Labels that are made between two notes on progress."""
+"""Labels that are made between two updates of the progress file."""
 Edges = Int64[np.ndarray, " edges"]
 
 
@@ -248,7 +248,7 @@ class PartLabels:
         self._labels = np.zeros(self._missing, np.uint16)
 
     def take(self, result: Int[Array, " frames"], pieces: tuple[FrameSpan, ...]) -> None:
-        """The labels of a batch, this host's rows of it."""
+        """Stores the labels of a batch (this host's rows of it)."""
         found = local_rows(result)
         for piece in pieces:
             at = self._offsets[piece.utterance - self._first] - self._offsets[0] + piece.start

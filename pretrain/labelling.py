@@ -51,7 +51,7 @@ TRAIN = "train"
 
 @dataclass(frozen=True)
 class LabelRequest:
-    """What is to be made, and the stages of making it."""
+    """A label store to be made, and the stages of making it."""
 
     settings: LabelSettings
     source: FeatureSource
@@ -108,7 +108,7 @@ class LabelRequest:
             )
 
     def claim(self) -> None:
-        """Notes in the folder what is being made in it."""
+        """Writes request.json: what is being made in this folder."""
         write_json(self.folder / REQUEST, self.request)
 
     def clusters(self) -> KMeans:

@@ -1,7 +1,7 @@
 """Utterance and noise mixing, pure and inside the jitted step (paper Algorithm 1, FACTS C7).
 
 A share of the rows gets a second voice, or noise, laid over at most half of its samples. The labels stay those of the
-first voice, so the model learns to hear one speaker through another.
+first voice, so the model learns to follow one speaker through another.
 
 Decisions against the authors' code (FACTS E25-E28), all undone by `reference_quirks`: a partner is never the row
 itself, comes from the unmixed copy, and a span has at least one sample. Partners come from the row's own group of
@@ -93,9 +93,9 @@ def mix(
     Args:
         waveform: clean rows in [-1, 1]; zero beyond `num_samples`.
         num_samples: real samples of each row; energies are taken over these (silence included, FACTS E28).
-        row_keys: one key a row; the result of a row depends on its key and on its group alone.
+        row_keys: one key per row; the result of a row depends on its key and on its group alone.
         settings: probabilities and ranges; rows must be a multiple of `settings.group`.
-        noise: one noise clip a row; a row whose `num_noise_samples` is 0 has none. The loader deals clips to a share
+        noise: one noise clip per row; a row whose `num_noise_samples` is 0 has none. The loader deals clips to a share
             `noise_prob_given_mix` of all rows, so that the share among the mixed rows is that too.
         num_noise_samples: real samples of each clip.
 
@@ -129,7 +129,7 @@ def mix(
 
 
 class _Clips(NamedTuple):
-    """One noise clip a row, padded to the rows' samples; 0 real samples: none."""
+    """One noise clip per row, padded to the rows' samples; 0 real samples: none."""
 
     waveform: Waveform
     num_samples: NumSamples

@@ -1,4 +1,4 @@
-"""Looks at every label before anything is compiled, so that a label bug costs seconds and not weeks (USERS #6).
+"""Checks every label before anything is compiled, so that a label bug costs seconds and not weeks (USERS #6).
 
 Everything is vectorised over slices of the memory maps: a million utterances take seconds. The first utterance that is
 wrong is named, with what was found, what was expected and the likely cause.

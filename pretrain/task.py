@@ -1,6 +1,7 @@
-"""The parameters that pre-training starts from: fresh ones, or those of an earlier run or an imported model.
+"""The pre-training task: corpora, labels, model, mixing and objective become a `Task` here and nowhere else.
 
-Assembles the pre-training task: corpora, labels, model, mixing and objective meet here and nowhere else.
+Also what pre-training adds to the rows of the loader (frame labels, noise clips; picklable, for worker processes), and
+the parameters it starts from: fresh ones, or those of an earlier run or an imported model.
 """
 
 import dataclasses
