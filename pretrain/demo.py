@@ -2,7 +2,7 @@
 
 python -m pretrain.demo --out runs/demo [--data FOLDER] [--smoke]
 
-Corpus, labels, pre-training, labels of a layer, export; then, where the corpus has transcripts and speakers, fine-tuning
+Corpus, labels, pre-training, labels of a layer, export; where the corpus has transcripts and speakers, also fine-tuning
 for recognition and for speakers, and answers about new recordings. Every stage is a command that a person could type;
 it is printed before it runs, and its results are reused when the demo is started again. The last line on stdout is one
 JSON object with the results.
