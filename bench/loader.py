@@ -1,10 +1,10 @@
-"""The input pipeline alone, on a corpus that it makes itself: no model, no accelerator (USERS #30).
+"""Throughput of the input pipeline alone, on a generated corpus: no model, no accelerator (USERS #30).
 
     python -m bench.loader
 
-`loader`: audio seconds that come out of an epoch of random crops per second of processor time, from FLAC in Arrow; the
-ratio is against libsndfile decoding the same files whole, and nothing else, in the same run. Below 1 is what a crop
-costs: FLAC has no index, so libsndfile decodes on its way to where the crop starts.
+`loader`: seconds of audio per second of CPU time in an epoch of random crops, from FLAC in Arrow. The ratio is to
+libsndfile decoding the same files as a whole, and nothing else, in the same run. It is below 1 because FLAC has no
+index: libsndfile decodes everything before the start of a crop.
 """
 
 import io
@@ -14,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import soundfile
 
@@ -21,7 +22,7 @@ from wavlm_jax.data.batches import BatchSettings
 from wavlm_jax.data.corpus import Corpus
 from wavlm_jax.data.loader import CropStream, LoaderSettings, PaddedStream
 from wavlm_jax.data.prepare import Preparation, prepare
-from wavlm_jax.data.sources import from_folder, load_dataset
+from wavlm_jax.data.sources import from_folder
 
 UTTERANCES = 300
 RUNS = 5
@@ -31,11 +32,11 @@ BATCH = BatchSettings(
 
 
 def main() -> None:
-    """Print one JSON line a figure."""
+    """Print one JSON line per figure."""
     with tempfile.TemporaryDirectory() as folder:
         corpus = make_corpus(Path(folder))
         stream = CropStream(corpus, BATCH, LoaderSettings(threads=0), seed=0, annotate=no_labels)
-        files = load_dataset(str(corpus.path), None, None)["audio"]
+        files = datasets.load_from_disk(str(corpus.path)).with_format("arrow")["audio"].to_pylist()
         flac = [file["bytes"] for file in files]
         epoch(stream), bare(flac)  # once, so that neither pays for cold files
         ours, theirs = zip(*((epoch(stream), bare(flac)) for _ in range(RUNS)), strict=True)

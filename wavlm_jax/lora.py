@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): a chosen kernel W is used as W + alpha / rank * A B; A and B alone learn.
+"""Low-rank adapters (LoRA, arXiv 2106.09685): a kernel W becomes W + alpha / rank * A B, and only A and B are trained.
 
-The adapters are a branch of the parameter tree beside the encoder, `lora/` and the path of the kernel. They are folded
-into the kernels before the model is applied, so that no model knows of them and any projection can have them.
+The adapters are a branch of the parameter tree beside the encoder: `lora/` and the path of the kernel. They are merged
+into the kernels before the model is applied, so no model knows about them and any projection can have them.
 """
 
 import re
@@ -27,11 +27,11 @@ class LoRASettings:
     """The config section `lora`."""
 
     pattern: str | None
-    """Regular expression; projections of the encoder whose path contains it get adapters, and everything else of the
-    encoder stands still: "attention/(q|v)_proj", "attention/|feed_forward/". None: no adapters."""
+    """Regular expression; projections of the encoder whose path has a match get adapters, and the encoder itself is
+    frozen: "attention/(q|v)_proj", "attention/|feed_forward/". None: no adapters."""
     rank: int
     alpha: float
-    """The product counts alpha / rank times."""
+    """The product A B is scaled by alpha / rank."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -52,7 +52,7 @@ def adapted(body: Params, settings: LoRASettings) -> dict[str, Any]:
         settings: with a pattern.
 
     Raises:
-        SettingsError: it finds no projection; some that there are are named.
+        SettingsError: the pattern matches no projection; the message lists them.
 
     """
     names = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(body)}
@@ -71,12 +71,12 @@ def adapted(body: Params, settings: LoRASettings) -> dict[str, Any]:
 
 
 def fresh_adapters(body: Params, settings: LoRASettings, key: StepKey) -> Params:
-    """Adapters that change nothing yet: A uniform in +-1 / sqrt(inputs), B zero.
+    """Initial adapters, whose product is zero: A uniform in +-1 / sqrt(inputs), B zero.
 
-    A kernel (inputs, outputs) gets `a` (inputs, rank) and `b` (rank, outputs); those of stacked layers a pair a layer.
+    A kernel (inputs, outputs) gets `a` (inputs, rank) and `b` (rank, outputs), stacked layers one pair per layer.
 
     Raises:
-        SettingsError: the pattern finds no projection.
+        SettingsError: the pattern matches no projection.
 
     """
     tree: dict[str, Any] = {}
@@ -94,12 +94,12 @@ def fresh_adapters(body: Params, settings: LoRASettings, key: StepKey) -> Params
 
 
 def merged(params: Params, settings: LoRASettings, product: Callable[[Any, Any], Any]) -> dict[str, Any]:
-    """`params` without the branch, its products folded into the kernels.
+    """`params` without the branch of adapters, their products added to the kernels.
 
     Args:
         params: of a model with a head, with or without adapters.
-        settings: that they were made with.
-        product: of stacks of matrices; `exact_product` inside jit, `numpy.matmul` on the host.
+        settings: of the adapters.
+        product: matrix product, batched; `exact_product` inside jit, `numpy.matmul` on the host.
 
     """
     scale = settings.alpha / settings.rank
@@ -108,7 +108,7 @@ def merged(params: Params, settings: LoRASettings, product: Callable[[Any, Any],
 
 
 def exact_product(a: Any, b: Any) -> jax.Array:
-    """In float32, on TPUs too."""
+    """Batched matrix product in full float32 precision, also on TPUs."""
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 

@@ -1,10 +1,6 @@
-"""Word and character error rates over a corpus (jiwer, extra `evaluate`).
+"""Scores: classification (scikit-learn), speaker verification, diarisation (pyannote.metrics, extra `evaluate`).
 
-Accuracy and F1 of classifiers (scikit-learn).
-
-Equal error rate and minimum detection cost of speaker verification.
-
-Diarisation error rate (pyannote.metrics, extra `evaluate`).
+Error rates of recognition are counted where they are decoded, inside jit (`wavlm_jax.tasks.ctc`).
 """
 
 import math
@@ -17,70 +13,18 @@ from jaxtyping import Bool, Float
 from wavlm_jax.text.records import Region, Turn
 
 
-class ErrorRate(NamedTuple):
-    """Errors over the words (or characters) of all references together, not the mean over utterances."""
-
-    substitutions: int
-    deletions: int
-    insertions: int
-    reference: int
-    """Words (characters) of the references."""
-
-    @property
-    def rate(self) -> float:
-        """Errors per word of the reference; 0 where nothing was said and nothing heard, infinite where only heard."""
-        errors = self.substitutions + self.deletions + self.insertions
-        return errors / self.reference if self.reference else (float("inf") if errors else 0.0)
-
-
-def word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> ErrorRate:
-    """Word errors; nothing is normalised, white space separates words.
-
-    Raises:
-        ValueError: lists of different lengths.
-
-    """
-    import jiwer  # noqa: PLC0415 an extra
-
-    return _counted(jiwer.process_words(*_paired(references, hypotheses)))
-
-
-def character_errors(references: Sequence[str], hypotheses: Sequence[str]) -> ErrorRate:
-    """Character errors; one space between words counts as a character.
-
-    Raises:
-        ValueError: lists of different lengths.
-
-    """
-    import jiwer  # noqa: PLC0415 an extra
-
-    return _counted(jiwer.process_characters(*_paired(references, hypotheses)))
-
-
-def _paired(references: Sequence[str], hypotheses: Sequence[str]) -> tuple[list[str], list[str]]:
-    if len(references) != len(hypotheses):
-        raise ValueError(f"references: found {len(references)}, expected one for each of {len(hypotheses)} hypotheses")
-    return [" ".join(text.split()) for text in references], [" ".join(text.split()) for text in hypotheses]
-
-
-def _counted(output: "object") -> ErrorRate:
-    counts = {name: int(getattr(output, name)) for name in ("substitutions", "deletions", "insertions", "hits")}
-    total = counts["hits"] + counts["substitutions"] + counts["deletions"]
-    return ErrorRate(counts["substitutions"], counts["deletions"], counts["insertions"], total)
-
-
 class ClassificationScore(NamedTuple):
-    """How often a classifier is right."""
+    """Scores of a classifier over a set of utterances."""
 
     accuracy: float
     macro_f1: float
-    """Mean over the classes that the reference or the answers have."""
+    """F1 averaged over the classes that occur in the reference or the answers."""
     weighted_f1: float
-    """Mean over the classes, by how often the reference has them."""
+    """F1 averaged over the classes, weighted by their counts in the reference."""
 
 
 def classification_score(reference: Sequence[str], answers: Sequence[str]) -> ClassificationScore:
-    """The scores of `answers`.
+    """The scores of `answers`, one class per utterance.
 
     Raises:
         ValueError: nothing to score, or lists of different lengths.
@@ -103,28 +47,28 @@ Same = Bool[np.ndarray, "trials"]
 
 
 class ErrorCurve(NamedTuple):
-    """The two errors at every threshold that changes them, from "accept nothing" to "accept everything"."""
+    """Both error rates at every threshold that changes them, from "accept nothing" to "accept everything"."""
 
     thresholds: Float[np.ndarray, "points"]
-    """A trial is accepted where its score is the threshold or more."""
+    """A trial is accepted if its score is at least the threshold."""
     misses: Float[np.ndarray, "points"]
-    """Share of same-speaker trials that are rejected; falls."""
+    """Share of same-speaker trials that are rejected; descending."""
     false_alarms: Float[np.ndarray, "points"]
-    """Share of different-speaker trials that are accepted; rises."""
+    """Share of different-speaker trials that are accepted; ascending."""
 
 
 class EqualErrorRate(NamedTuple):
-    """Where both errors are the same."""
+    """The rate at which misses and false alarms are equally frequent."""
 
     rate: float
     threshold: float
 
 
 def error_curve(scores: Scores, same: Same) -> ErrorCurve:
-    """Both errors at every distinct score.
+    """Both error rates at every distinct score.
 
     Raises:
-        ValueError: scores that are not finite, or trials of one kind alone.
+        ValueError: scores that are not finite, or only trials of one kind.
 
     """
     if not np.isfinite(scores).all():
@@ -145,11 +89,11 @@ def error_curve(scores: Scores, same: Same) -> ErrorCurve:
 
 
 def equal_error_rate(scores: Scores, same: Same) -> EqualErrorRate:
-    """Where misses and false alarms are equally frequent, linear between two thresholds.
+    """The rate at which misses and false alarms are equally frequent, interpolated linearly between two thresholds.
 
     Args:
-        scores: higher where the speakers seem to be the same.
-        same: whether they are.
+        scores: higher means more alike.
+        same: whether both sides are one speaker.
 
     Raises:
         ValueError: see `error_curve`.
@@ -167,14 +111,14 @@ def equal_error_rate(scores: Scores, same: Same) -> EqualErrorRate:
 def minimum_detection_cost(
     scores: Scores, same: Same, *, target_prior: float = 0.01, miss_cost: float = 1.0, false_alarm_cost: float = 1.0
 ) -> float:
-    """NIST's detection cost at the best threshold, over the cost of the better of two blind decisions.
+    """NIST's minimum detection cost, normalised by the cost of always accepting or always rejecting.
 
     Args:
-        scores: higher where the speakers seem to be the same.
-        same: whether they are.
-        target_prior: probability that they are (VoxCeleb: 0.01 or 0.05).
-        miss_cost: of rejecting the right speaker.
-        false_alarm_cost: of accepting another.
+        scores: higher means more alike.
+        same: whether both sides are one speaker.
+        target_prior: probability of a same-speaker trial (VoxCeleb: 0.01 or 0.05).
+        miss_cost: of rejecting the same speaker.
+        false_alarm_cost: of accepting another speaker.
 
     Raises:
         ValueError: see `error_curve`.
@@ -210,21 +154,21 @@ def diarization_error(
     skip_overlap: bool = False,
     window: float | None = None,
 ) -> DiarizationError:
-    """How much of the time is given to the wrong speaker, under the best mapping of speakers within each recording.
+    """Diarisation error, under the best mapping of speakers within each recording.
 
-    With `window` under the best mapping within each stretch of so many seconds: what is left are the errors that are no
-    matter of following a speaker for longer than that.
+    With `window`, under the best mapping within each window instead: this leaves out errors of keeping a speaker's
+    identity for longer than a window.
 
     Args:
-        reference: the truth.
-        hypothesis: what was found; any names of speakers.
-        regions: what is scored; a recording without a region is not.
-        collar: seconds left out on *each* side of a reference boundary, as in md-eval (0.25 is usual, 0 strict).
-        skip_overlap: whether speech of several speakers is left out.
-        window: seconds; each region is cut into windows of this length from its start on, the last one is shorter.
+        reference: the true turns.
+        hypothesis: the turns to score, with any names of speakers.
+        regions: what is scored; recordings without a region are not.
+        collar: seconds left out on *each* side of a reference boundary, as in md-eval (0.25 is usual, 0 is strict).
+        skip_overlap: whether overlapping speech is left out.
+        window: seconds; each region is cut into windows of this length, the last one may be shorter.
 
     Raises:
-        ValueError: turns of recordings that have no region, named; a window or a collar that cannot be.
+        ValueError: turns of recordings without a region; a window or collar that is not positive.
 
     """
     from pyannote.metrics.diarization import DiarizationErrorRate  # noqa: PLC0415 an extra
@@ -249,12 +193,12 @@ def diarization_error(
 
 
 def one_speaker(regions: Sequence[Region]) -> list[Turn]:
-    """The answer of whoever heard nothing: one speaker all the time."""
+    """Baseline: one speaker all the time."""
     return [Turn(region.recording, region.start, region.end - region.start, "one") for region in regions]
 
 
 def one_voice(reference: Sequence[Turn]) -> list[Turn]:
-    """The answer of whoever knows when there is speech, and nothing of speakers: one, wherever somebody speaks."""
+    """Baseline: true speech activity, one speaker."""
     merged: list[Turn] = []
     for turn in sorted(reference):
         if merged and merged[-1].recording == turn.recording and turn.start <= merged[-1].end:
@@ -266,7 +210,7 @@ def one_voice(reference: Sequence[Turn]) -> list[Turn]:
 
 
 def _scored(regions: Sequence[Region], window: float | None) -> Iterator[Any]:
-    """The stretches of one recording that have a mapping of speakers each."""
+    """Timelines of one recording, each of which gets its own mapping of speakers."""
     from pyannote.core import Segment, Timeline  # noqa: PLC0415 an extra
 
     whole = Timeline([Segment(region.start, region.end) for region in regions]).support()

@@ -15,7 +15,7 @@ from wavlm_jax.audio.wave import to_int16
 from wavlm_jax.data.__main__ import main
 from wavlm_jax.data.corpus import Corpus, CorpusError
 from wavlm_jax.data.prepare import PrepareError, split
-from wavlm_jax.data.sources import Entry, Files, Source, from_folder
+from wavlm_jax.data.sources import Entry, FileReader, UtteranceSource, from_folder
 
 SPEECH = [to_int16(tone(3000 + 100 * number, number)) for number in range(6)]
 
@@ -112,7 +112,7 @@ def test_a_held_out_share_is_a_matter_of_each_id(tmp_path: Path):
         Corpus.open(tmp_path / "out")
     # without some of the others, each stays where it was
     source = from_folder(tmp_path / "in")
-    fewer = Source(source.description, source.entries[:30], source.reader)
+    fewer = UtteranceSource(source.description, source.entries[:30], source.reader)
     kept, held_out = split(fewer, 0.2)
     assert {entry.id for entry in held_out.entries} <= set(valid.ids)
     assert {entry.id for entry in kept.entries} <= set(train.ids)
@@ -121,11 +121,11 @@ def test_a_held_out_share_is_a_matter_of_each_id(tmp_path: Path):
 def test_a_held_out_share_is_never_nobody():
     entries = [Entry(id=str(number), audio="x") for number in range(3)]
     for share in (1e-9, 0.999):
-        train, valid = split(Source("three", entries, Files(Path())), share)
+        train, valid = split(UtteranceSource("three", entries, FileReader(Path())), share)
         assert train.entries
         assert valid.entries
     with pytest.raises(PrepareError, match="1 utterance, a held-out share needs two"):
-        split(Source("one", entries[:1], Files(Path())), 0.5)
+        split(UtteranceSource("one", entries[:1], FileReader(Path())), 0.5)
 
 
 def test_stored_flac_is_libsndfile_flac(tmp_path: Path):

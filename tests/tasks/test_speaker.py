@@ -15,6 +15,7 @@ import wavlm_jax
 from configs.finetune import speaker_ecapa, speaker_xvector
 from tests.support.tones import ONE, assert_outlined, make_corpus, ten_texts, tiny_speakers, train
 from tests.support.torch_twins import waveforms
+from tests.support.trials import trial_list
 from wavlm_jax.__main__ import main
 from wavlm_jax.audio.recordings import pad
 from wavlm_jax.convert.state_dict import ConversionError
@@ -22,7 +23,7 @@ from wavlm_jax.data.corpus import Corpus
 from wavlm_jax.settings import SettingsError, read_sections
 from wavlm_jax.tasks import speaker
 from wavlm_jax.tasks.speaker import VerificationScores, place_trials
-from wavlm_jax.text.records import Trial, write_trials
+from wavlm_jax.text.records import Trial
 from wavlm_jax.training.checkpoint import load_params
 from wavlm_jax.training.start import RunSettings
 
@@ -44,7 +45,7 @@ def folders(root):
 def trials(root):
     """All pairs of the ten, by the paths of their manifest."""
     pairs = [Trial(a % 5 == b % 5, f"{a:03d}.flac", f"{b:03d}.flac") for a, b in combinations(range(10), 2)]
-    (root / "pairs.txt").write_text(write_trials(pairs))
+    (root / "pairs.txt").write_text(trial_list(pairs))
     return root / "pairs.txt"
 
 
@@ -110,7 +111,7 @@ def test_commands_and_python_take_a_run_of_either_head(run, root, capsys):
     np.testing.assert_allclose(vectors[0], alone / np.linalg.norm(alone), atol=1e-5)
     np.testing.assert_allclose(wavlm_jax.embed(model, recordings), vectors, atol=1e-6)
     few = root / "few.txt"
-    few.write_text(write_trials([Trial(False, *names[:2]), Trial(True, names[0], names[2])]))
+    few.write_text(trial_list([Trial(False, *names[:2]), Trial(True, names[0], names[2])]))
     assert main(["verify", str(few), "--root", str(root / "audio" / "same"), "--model", str(folder)]) == 0
     out, err = capsys.readouterr()
     other, same = (float(line.split("\t")[0]) for line in out.splitlines())

@@ -20,7 +20,7 @@ from wavlm_jax.config import HeadConfig, WavLMConfig
 from wavlm_jax.inference.recognition import Recognizer, transcribe
 from wavlm_jax.inference.running import RunSettings
 from wavlm_jax.model.heads import CTCOutput
-from wavlm_jax.text.beam import BeamSearch, BeamSettings, DecoderError, lexicon_of_words, read_lexicon, words_of_arpa
+from wavlm_jax.text.beam import BeamSearch, BeamSettings, DecoderError, read_lexicon, words_of_arpa
 from wavlm_jax.text.decoding import decode
 from wavlm_jax.text.vocabulary import VocabularyError
 
@@ -30,6 +30,11 @@ WIDE = BeamSettings(beam=10_000, threshold=1e9, lm_weight=0.0)
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     return write_models(tmp_path_factory.mktemp("models"))
+
+
+def lexicon_of(arpa):
+    """The words of a language model, spelt by TINY."""
+    return {word: [tuple(TINY.encode(word).tolist())] for word in words_of_arpa(arpa)}
 
 
 @settings(deadline=None, max_examples=50)
@@ -90,7 +95,7 @@ def _cached_log10_prob(characters):
 )
 def test_search_with_a_lexicon_finds_the_best_sequence_of_its_words(models, seed, frames, weight, name):
     log_probs = log_probs_of(seed, frames)
-    lexicon = lexicon_of_words(words_of_arpa(models["words.arpa"]), TINY)
+    lexicon = lexicon_of(models["words.arpa"])
     chosen = replace(WIDE, lm_weight=weight, word_score=-0.5)
     (found,) = BeamSearch(TINY, chosen, models[name], lexicon)(log_probs)
     scores = {}
@@ -177,6 +182,6 @@ def test_recordings_are_searched_as_they_are_read(tmp_path, models):
     (greedy,) = transcribe(recognizer, recordings, RunSettings())
     assert greedy.transcript.text == "AA"
     assert transcribe(recognizer, recordings, RunSettings(), BeamSearch(TINY, BeamSettings(beam=1))) == [greedy]
-    lexicon = lexicon_of_words(words_of_arpa(models["words.arpa"]), TINY)
+    lexicon = lexicon_of(models["words.arpa"])
     search = BeamSearch(TINY, WIDE, models["words.arpa"], lexicon)
     assert transcribe(recognizer, recordings, RunSettings(), search)[0].transcript.text in lexicon

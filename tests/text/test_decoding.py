@@ -1,6 +1,11 @@
-"""Greedy decoding and forced alignment against brute force over all paths, word lists; test_beam.py has beam search."""
+"""CTC outputs to text: equal to transformers' tokenizer with its offsets and to brute force over all paths; word lists.
 
+Beam search, which needs flashlight-text, is in test_beam.py.
+"""
+
+import itertools
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -13,29 +18,99 @@ from hypothesis import strategies as st
 from tests.support.every_path import SPECIAL, TINY, best_by_text, log_probs_of, seeds
 from tests.support.language_models import WORDS
 from wavlm_jax.text import beam
-from wavlm_jax.text.beam import BeamSearch, DecoderError, lexicon_of_words, read_lexicon, words_of_arpa
-from wavlm_jax.text.decoding import AlignmentError, align, best_path, check_fit, decode, decode_greedily
+from wavlm_jax.text.beam import BeamSearch, DecoderError, read_lexicon, words_of_arpa
+from wavlm_jax.text.decoding import (
+    AlignmentError,
+    Span,
+    align,
+    best_path,
+    check_fit,
+    collapse,
+    collapse_greedily,
+    decode,
+    frames_needed,
+    seconds,
+)
 from wavlm_jax.text.records import RecordError
-from wavlm_jax.text.vocabulary import UnknownCharactersError, VocabularyError
+from wavlm_jax.text.vocabulary import UnknownCharactersError, Vocabulary, VocabularyError, write_vocabulary
+
+SPOKEN = Vocabulary(tokens=("<pad>", "<s>", "</s>", "<unk>", "|", "H", "E", "L", "O"))
+HELLO = [5, 5, 0, 6, 7, 7, 0, 7, 8, 8, 4, 4, 5]
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    from transformers import Wav2Vec2CTCTokenizer
+
+    folder = tmp_path_factory.mktemp("spoken")
+    write_vocabulary(SPOKEN, folder)
+    return Wav2Vec2CTCTokenizer.from_pretrained(folder)
+
+
+def test_the_vector_of_the_fact_sheet():
+    heard = decode(HELLO, SPOKEN)
+    assert heard.text == "HELLO H"
+    spans = [("H", 0, 2), ("E", 3, 4), ("L", 4, 6), ("L", 7, 8), ("O", 8, 10), (" ", 10, 12), ("H", 12, 13)]
+    assert heard.characters == tuple(Span(*span) for span in spans)
+    assert heard.words == (Span("HELLO", 0, 10), Span("H", 12, 13))
+    assert (seconds(heard.words[1].start), seconds(heard.words[1].end)) == (0.24, 0.26)
+
+
+def test_dropping_special_tokens_keeps_doubled_letters(theirs):
+    assert theirs.decode(HELLO[:10], skip_special_tokens=True) == "HELO"
+    assert decode(HELLO[:10], SPOKEN, drop_special=True).text == "HELLO"
+    assert decode([1, 5, 3, 5, 2], SPOKEN).text == "<s>H<unk>H</s>"
+    assert decode([1, 5, 3, 5, 2], SPOKEN, drop_special=True).text == "HH"
+
+
+@given(ids=st.lists(st.sampled_from([0, 0, 4, 5, 6, 7, 8, 8, 1, 2, 3]), max_size=40))
+def test_text_characters_and_words_are_those_of_transformers(theirs, ids):
+    heard = decode(np.array(ids, np.int32), SPOKEN)
+    wanted = theirs.decode(ids, output_char_offsets=True, output_word_offsets=True)
+    assert heard.text == wanted.text
+
+    def spans(offsets, name):
+        return [(o[name], o["start_offset"], o["end_offset"]) for o in offsets]
+
+    assert [tuple(c) for c in heard.characters] == spans(wanted.char_offsets, "char")
+    assert [tuple(w) for w in heard.words] == spans(wanted.word_offsets, "word")
+
+
+@given(labels=st.lists(st.integers(5, 8), max_size=12), silence=st.integers(0, 3))
+def test_labels_fit_into_the_frames_they_need_and_no_fewer(labels, silence):
+    path = [labels[0]] if labels else []
+    for before, label in itertools.pairwise(labels):
+        path += [0, label] if before == label else [label]
+    assert frames_needed(labels) == len(path)
+    assert decode(path + [0] * silence, SPOKEN).text == SPOKEN.spell(labels)
+
+
+def test_nothing_was_said():
+    assert decode([], SPOKEN) == decode([0, 0], SPOKEN) == ("", (), ())
+    assert decode([4, 0, 4], SPOKEN).words == ()
+    with pytest.raises(VocabularyError, match="id 9"):
+        decode([9], SPOKEN)
+
+
+def test_lower_case_reaches_the_times():
+    heard = decode(HELLO, replace(SPOKEN, do_lower_case=True))
+    assert (heard.text, heard.words[0]) == ("hello h", Span("hello", 0, 10))
 
 
 @settings(deadline=None, max_examples=25)
-@given(seed=seeds, frames=st.lists(st.integers(0, 12), min_size=3, max_size=3), drop=st.booleans())
-def test_greedy_on_the_device_is_the_best_token_of_each_real_frame(seed, frames, drop):
+@given(seed=seeds, frames=st.lists(st.integers(0, 12), min_size=3, max_size=3))
+def test_greedy_on_the_device_is_the_best_token_of_each_real_frame(seed, frames):
     logits = np.random.default_rng(seed).normal(size=(3, 12, 6)).astype(np.float32)
-    heard = decode_greedily(jnp.asarray(logits), jnp.asarray(frames), SPECIAL, drop_special=drop)
-    for row, count, transcript in zip(logits, frames, heard, strict=True):
-        assert transcript == decode(row[:count].argmax(axis=1), SPECIAL, drop_special=drop)
+    heard = collapse_greedily(jnp.asarray(logits), jnp.asarray(frames), SPECIAL.blank_id)
+    for row, count, ids, tokens in zip(logits, frames, heard.ids, heard.num_tokens, strict=True):
+        runs = [run.token_id for run in collapse(row[:count].argmax(axis=1)) if run.token_id != SPECIAL.blank_id]
+        assert ids[:tokens].tolist() == runs
+        assert (ids[tokens:] == -1).all()
 
 
 def test_a_model_with_other_outputs_is_refused():
-    wrong = log_probs_of(0, 5, tokens=5)
-    for use in (
-        lambda x: align(x, "A", TINY),
-        lambda x: decode_greedily(jnp.asarray(x)[None], jnp.asarray([5]), TINY),
-    ):
-        with pytest.raises(VocabularyError, match="found 5 tokens a frame, the vocabulary has 4"):
-            use(wrong)
+    with pytest.raises(VocabularyError, match="found 5 tokens a frame, the vocabulary has 4"):
+        align(log_probs_of(0, 5, tokens=5), "A", TINY)
 
 
 @pytest.mark.parametrize(
@@ -82,8 +157,6 @@ def test_a_wrong_arpa_file_is_named(tmp_path):
     (tmp_path / "lm.arpa").write_text("hello")
     with pytest.raises(RecordError, match="line 1: found 'hello'"):
         words_of_arpa(tmp_path / "lm.arpa")
-    with pytest.raises(RecordError, match="the vocabulary can spell none of 1 words"):
-        lexicon_of_words(["ab"], TINY)
 
 
 @settings(deadline=None, max_examples=40)

@@ -1,4 +1,4 @@
-"""RTTM, UEM, CTM and trial lists: written and read back, and every wrong line named."""
+"""RTTM, UEM, CTM and trial lists: what is written is what is read, and every wrong line is named."""
 
 import subprocess
 import sys
@@ -7,21 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.trials import trial_list
 from wavlm_jax.text.records import (
     RecordError,
     Region,
     TimedWord,
     Trial,
     Turn,
-    files_of,
-    read_ctm,
     read_rttm,
     read_trials,
     read_uem,
+    trial_files,
     write_ctm,
     write_rttm,
-    write_trials,
-    write_uem,
 )
 
 names = st.text(st.characters(categories=("L", "N", "P")), min_size=1, max_size=8).filter(
@@ -53,19 +51,20 @@ def test_turns_survive(path, turns):
     )
 )
 def test_regions_survive(path, regions):
-    path.write_text(write_uem(regions), encoding="utf-8")
+    path.write_text("".join("{0} {3} {1:.3f} {2:.3f}\n".format(*region) for region in regions), encoding="utf-8")
     assert read_uem(path) == regions
 
 
-@given(words=st.lists(st.builds(TimedWord, names, times, times, names, st.sampled_from([None, 0.0, 0.5, 1.0]), names)))
-def test_words_survive(path, words):
-    path.write_text(write_ctm(words), encoding="utf-8")
-    assert read_ctm(path) == words
+@given(words=st.lists(st.builds(TimedWord, names, times, times, names)))
+def test_words_have_a_line_each(words):
+    lines = [line.split(" ") for line in write_ctm(words).splitlines()]
+    assert all(channel == "1" for _, channel, *_ in lines)
+    assert [TimedWord(name, float(start), float(long), word) for name, _, start, long, word in lines] == words
 
 
 @given(trials=st.lists(st.builds(Trial, st.booleans(), names, names), min_size=1))
 def test_trials_survive(path, trials):
-    path.write_text(write_trials(trials), encoding="utf-8")
+    path.write_text(trial_list(trials), encoding="utf-8")
     assert read_trials(path) == trials
 
 
@@ -74,8 +73,8 @@ def test_files_as_others_write_them(path):
         ";; made by hand\n\nSPKR-INFO m 1 <NA> <NA> <NA> unknown A <NA>\nSPEAKER m 1 0 1.5 <NA> <NA> A <NA>\n"
     )
     assert read_rttm(path) == [Turn("m", 0.0, 1.5, "A")]
-    path.write_text("m 1 0.0 0.3 hello NA\r\nm 1 0.5 0.3 world\r\n")
-    assert [word.word for word in read_ctm(path)] == ["hello", "world"]
+    path.write_text("m 1 0.0 0.3\r\nm 1 0.5 0.8\r\n")
+    assert read_uem(path) == [Region("m", 0.0, 0.3), Region("m", 0.5, 0.8)]
     path.write_text("a.wav b.wav target\na.wav c.wav nontarget\n")
     assert read_trials(path) == [Trial(True, "a.wav", "b.wav"), Trial(False, "a.wav", "c.wav")]
 
@@ -90,9 +89,7 @@ def test_files_as_others_write_them(path):
         (read_rttm, "m 1 0.0 30.0", "found 'm', expected a line type such as SPEAKER"),
         (read_uem, "m 1 0.0", "found '3 fields', expected recording channel start end"),
         (read_uem, "m 1 5 5", "found '5 5', expected an end behind the start"),
-        (read_ctm, "m 1 0 1", "found '4 fields'"),
-        (read_ctm, "m 1 0 x word", "found 'x', expected duration"),
-        (read_ctm, "m 1 0 1 word 1.5", "expected confidence: a number from 0 to 1"),
+        (read_uem, "m 1 0 x", "found 'x', expected end: a number, 0 or more"),
         (read_trials, "1 a", "found '2 fields'"),
         (read_trials, "2 a b", "found '2 a b', expected 1 or 0 in front"),
     ],
@@ -101,7 +98,6 @@ def test_a_wrong_line_is_named_by_its_number(path, read, line, message):
     good = {
         read_rttm: "SPEAKER m 1 0 1 <NA> <NA> A <NA> <NA>",
         read_uem: "m 1 0 1",
-        read_ctm: "m 1 0 1 word",
         read_trials: "0 a b",
     }[read]
     path.write_text(f"{good}\n{line}\n")
@@ -110,7 +106,7 @@ def test_a_wrong_line_is_named_by_its_number(path, read, line, message):
     assert f"{path}, line 2" in str(caught.value)
 
 
-@pytest.mark.parametrize("read", [read_rttm, read_uem, read_ctm, read_trials])
+@pytest.mark.parametrize("read", [read_rttm, read_uem, read_trials])
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"1 " * 70_000])
 def test_what_is_no_text_is_refused(path, read, content):
     path.write_bytes(content)
@@ -122,9 +118,9 @@ def test_what_is_no_text_is_refused(path, read, content):
 
 def test_files_that_trials_ask_for_have_to_be_there(tmp_path, path):
     (tmp_path / "a").touch()
-    assert files_of([Trial(True, "a", "a")], tmp_path) == {"a": tmp_path / "a"}
+    assert trial_files([Trial(True, "a", "a")], tmp_path) == {"a": tmp_path / "a"}
     with pytest.raises(RecordError, match=r"2 of 3 files of the trials are not there: b \(trial 1\), c \(trial 2\)"):
-        files_of([Trial(True, "a", "b"), Trial(False, "c", "b")], tmp_path)
+        trial_files([Trial(True, "a", "b"), Trial(False, "c", "b")], tmp_path)
     path.write_text("\n")
     with pytest.raises(RecordError, match="found no trial"):
         read_trials(path)

@@ -13,9 +13,10 @@ from pretrain.labels import LabelSettings
 from tests.support import tones, toy_task
 from tests.support.pods import Run
 from tests.support.speech import NOISY, make_corpora, tiny_config
+from tests.support.trials import trial_list
 from wavlm_jax.data.corpus import DataSettings, open_corpora
 from wavlm_jax.settings import read
-from wavlm_jax.text.records import Trial, write_trials
+from wavlm_jax.text.records import Trial
 from wavlm_jax.training.checkpoint import load_params
 
 STEPS = 8
@@ -53,7 +54,7 @@ def verification(root: Path) -> dict:
     """X-vectors of two speakers; trials are of embeddings that lie on different hosts."""
     corpora = two_speakers(root)
     pairs = [Trial(a % 2 == b % 2, f"{a:03d}.flac", f"{b:03d}.flac") for a, b in combinations(range(5), 2)]
-    (root / "pairs.txt").write_text(write_trials(pairs))
+    (root / "pairs.txt").write_text(trial_list(pairs))
     config = often(tones.tiny_speakers(speaker_xvector, *corpora, trials=[str(root / "pairs.txt")]), root)
     config["optim"]["learning_rate"] = 3e-4  # a loss of 1e-7, as ten times as much brings, is rounding alone
     return config

@@ -1,14 +1,11 @@
-"""Waves of any length as one array that a model takes: normalised over their own samples, then padded (FACTS B6).
+"""Recordings on disk as model inputs: opened and checked, cut into overlapping pieces, normalised, padded.
 
-Equal to transformers' Wav2Vec2FeatureExtractor where that looks at real samples only; where it would normalise over
-the padding (no attention mask, FACTS E13) the result here is the one with the mask.
+Memory does not grow with the length of a recording: its statistics are computed in blocks, and it is read piece by
+piece. Pieces start on the frame grid, so frame i of a piece that starts at frame s is frame s + i of the file: same
+samples, same time. Each piece keeps half of an overlap, so every frame of the file is kept exactly once.
 
-Recordings on disk that are looked at piece by piece, so that memory does not grow with their length.
-
-Long audio in overlapping pieces: which samples to look at, and which frames of the whole file come out.
-
-Pieces start on the frame grid, so frame i of a piece that starts at frame s is frame s + i of the file: same samples,
-same time. Of an overlap each piece keeps its half, so every frame of the file is kept exactly once.
+Normalisation is over the samples of one wave, before padding (FACTS B6): equal to transformers'
+Wav2Vec2FeatureExtractor with an attention mask. Without one it would count the padding (FACTS E13).
 """
 
 from collections import Counter
@@ -31,29 +28,18 @@ Samples = Float32[np.ndarray, "samples"]
 
 
 class Statistics(NamedTuple):
-    """What normalisation subtracts and divides by: of the whole wave, also where only a piece of it is looked at."""
+    """What normalisation uses: those of the whole wave, also for a piece of it."""
 
     mean: float
     variance: float
 
 
 class Inputs(NamedTuple):
-    """Rows for a model."""
+    """What a model is applied to."""
 
     waveform: Float32[np.ndarray, "rows samples"]
     num_samples: Int32[np.ndarray, "rows"]
     """Real samples of each row; zeros follow."""
-
-
-def check_rate(rate: int, name: str = "audio") -> None:
-    """Refuse a wave at another rate than the model's.
-
-    Raises:
-        ValueError: naming both rates and the cure.
-
-    """
-    if rate != SAMPLE_RATE:
-        raise ValueError(f"{name}: found {rate} Hz, expected {SAMPLE_RATE} Hz; resample it (`audio.wave.resample`)")
 
 
 def statistics(wave: Samples) -> Statistics:
@@ -62,13 +48,13 @@ def statistics(wave: Samples) -> Statistics:
 
 
 def normalize(wave: Samples, config: WavLMConfig, of: Statistics | None = None) -> Samples:
-    """`wave` with mean 0 and variance 1 where the model wants it, else as it is.
+    """`wave` with mean 0 and variance 1 where the model's config says `do_normalize`, else unchanged.
 
     Args:
         wave: at 16 kHz.
-        config: of the model; `do_normalize` and `normalize_eps` count (1e-7 in Hugging Face's extractor, 1e-5 in the
+        config: of the model; reads `do_normalize` and `normalize_eps` (1e-7 in Hugging Face's extractor, 1e-5 in the
             authors' code, FACTS E12).
-        of: the statistics of the utterance that `wave` is a piece of; None: `wave` is the whole of it.
+        of: statistics of the whole utterance where `wave` is a piece of one; None: of `wave` itself.
 
     """
     if not config.do_normalize or not len(wave):
@@ -78,10 +64,10 @@ def normalize(wave: Samples, config: WavLMConfig, of: Statistics | None = None) 
 
 
 def pad(waves: Sequence[Float32[np.ndarray, "_"]], samples: int | None = None) -> Inputs:
-    """Waves as rows with zeros behind them.
+    """Waves as rows, padded with zeros at the end.
 
     Args:
-        waves: one a row.
+        waves: one per row.
         samples: the width of the rows; None: of the longest wave.
 
     Raises:
@@ -98,7 +84,7 @@ def pad(waves: Sequence[Float32[np.ndarray, "_"]], samples: int | None = None) -
     return Inputs(waveform, np.array([len(wave) for wave in waves], np.int32))
 
 
-_LISTED = 10
+_MOST_LISTED = 10
 
 
 class RecordingError(ValueError):
@@ -107,7 +93,7 @@ class RecordingError(ValueError):
 
 @dataclass(frozen=True)
 class Recording:
-    """One usable file: its header was read and fits."""
+    """An audio file whose header was read and that can be used."""
 
     name: str
     """For outputs: the file's name without its ending, or its path where two files share a name, with the
@@ -119,69 +105,63 @@ class Recording:
 
     @property
     def seconds(self) -> float:
-        """Its length."""
+        """Duration."""
         return self.num_samples / SAMPLE_RATE
 
     def read(self, start: int = 0, num_samples: int | None = None) -> Samples:
-        """`num_samples` samples (None: all that are left) from sample `start` on, mono, 16 kHz.
+        """`num_samples` samples (None: to the end) from sample `start` on, mono, 16 kHz.
 
-        A file at another rate is decoded and resampled whole; others are read where they are asked for.
+        A file at another rate is decoded and resampled as a whole; of others only the samples asked for are decoded.
 
         Raises:
             AudioFault: whatever keeps them from being read.
 
         """
-        with _naming(self.path):
-            return self._read(start, num_samples)
-
-    def _read(self, start: int, num_samples: int | None) -> Samples:
-        if self.rate != SAMPLE_RATE:
-            whole = _resampled(self.path)
-            return whole[start : None if num_samples is None else start + num_samples]
         wanted = self.num_samples - start if num_samples is None else num_samples
-        with open_audio(self.path) as audio:
-            audio.seek(start)
-            samples = audio.read(wanted, dtype="float32", always_2d=True)
-        if len(samples) != wanted:
-            raise AudioFault("truncated", f"found {len(samples)} samples from {start} on, not {wanted}")
-        if not np.isfinite(samples).all():
-            raise AudioFault("not_finite", "has samples that are NaN or infinite")
-        return to_mono(samples).samples
+        with _naming(self.path):
+            if self.rate != SAMPLE_RATE:
+                return _resampled(self.path)[start : start + wanted]
+            with open_audio(self.path) as audio:
+                audio.seek(start)
+                samples = audio.read(wanted, dtype="float32", always_2d=True)
+            if len(samples) != wanted:
+                raise AudioFault("truncated", f"found {len(samples)} samples from {start} on, not {wanted}")
+            if not np.isfinite(samples).all():
+                raise AudioFault("not_finite", "has samples that are NaN or infinite")
+            return to_mono(samples)
 
     def statistics(self) -> Statistics:
-        """Mean and variance of all samples, read in blocks.
+        """Mean and variance of all samples, computed in blocks.
 
         Raises:
             AudioFault: whatever keeps them from being read.
 
         """
         with _naming(self.path):
-            return self._statistics()
-
-    def _statistics(self) -> Statistics:
-        if self.rate != SAMPLE_RATE:
-            return _moments([_resampled(self.path)])
-        with open_audio(self.path) as audio:
-            return _moments(to_mono(np.asarray(block, np.float32)).samples for block in read_blocks(audio, "float32"))
+            if self.rate != SAMPLE_RATE:
+                return _moments([_resampled(self.path)])
+            with open_audio(self.path) as audio:
+                blocks = (np.asarray(block, np.float32) for block in read_blocks(audio, "float32"))
+                return _moments(to_mono(block) for block in blocks)
 
 
 def open_recordings(
     paths: Sequence[Path], *, resampling: bool = False, geometry: Geometry = STANDARD
 ) -> list[Recording]:
-    """Every file's header, read and checked before anything is computed.
+    """The headers of all files, read and checked before anything is computed.
 
     Args:
         paths: audio files.
-        resampling: take other rates than 16 kHz too (such files are held in memory whole).
-        geometry: of the model; a file needs samples for one frame.
+        resampling: also accept other rates than 16 kHz (such a file is held in memory as a whole).
+        geometry: of the model; a file has to be long enough for one frame.
 
     Raises:
-        RecordingError: files that are missing, empty, no audio, too short, at another rate, or named twice.
+        RecordingError: files that are missing, empty, not audio, too short, at another rate, or given twice.
 
     """
     twice = [str(path) for path, count in Counter(paths).items() if count > 1]
     if twice:
-        raise RecordingError(f"{', '.join(twice[:_LISTED])}: given more than once")
+        raise RecordingError(f"{', '.join(twice[:_MOST_LISTED])}: given more than once")
     names = _names(paths)
     recordings, faults = [], []
     for path, name in zip(paths, names, strict=True):
@@ -196,14 +176,14 @@ def open_recordings(
 
 
 def first_of(faults: Sequence[str]) -> str:
-    """A message of what is wrong with several recordings: the first ten, a line each, and how many more there are."""
-    more = f"\n... and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
-    return "\n".join(faults[:_LISTED]) + more
+    """A message that lists the faults of several recordings: the first ten, one per line, and how many more."""
+    more = f"\n... and {len(faults) - _MOST_LISTED} more" if len(faults) > _MOST_LISTED else ""
+    return "\n".join(faults[:_MOST_LISTED]) + more
 
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Faults of a file say which one it is."""
+    """Puts `path` in front of the message of an `AudioFault` that does not have it."""
     try:
         yield
     except AudioFault as fault:
@@ -213,7 +193,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """The shortest that tell the files apart: without folder and ending, without ending, whole."""
+    """For each file the shortest name that no other file has: stem, path without ending, whole path."""
     names: list[str] = [path.stem for path in paths]
     for longer in ([str(path.with_suffix("")) for path in paths], [str(path) for path in paths]):
         shared = Counter(names)
@@ -239,11 +219,11 @@ def _opened(name: str, path: Path, resampling: bool, geometry: Geometry) -> Reco
 @lru_cache(maxsize=1)
 def _resampled(path: Path) -> Samples:
     wave = decode(path)
-    return resample(to_mono(wave.samples).samples, wave.rate)
+    return resample(to_mono(wave.samples), wave.rate)
 
 
 def _moments(blocks: Iterable[Samples]) -> Statistics:
-    """Of all blocks together; means and deviations are merged, so that nothing cancels."""
+    """Mean and variance of all blocks together, merged pairwise so that no precision is lost (Chan et al. 1979)."""
     count, mean, deviation = 0, 0.0, 0.0
     for block in blocks:
         size, block_mean = len(block), float(block.mean(dtype=np.float64))
@@ -256,12 +236,12 @@ def _moments(blocks: Iterable[Samples]) -> Statistics:
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkSettings:
-    """How long audio is cut; what is not longer than a piece is looked at whole."""
+    """How long recordings are cut into pieces; one that is not longer than a piece stays whole."""
 
     seconds: float = 30.0
-    """Of one piece."""
+    """Length of a piece."""
     overlap_seconds: float = 6.0
-    """That two pieces share: each frame that is kept has at least half of it as context on both sides."""
+    """Shared by two neighbouring pieces: each kept frame has at least half of it as context on both sides."""
 
     def __post_init__(self) -> None:
         if not 0 < self.seconds < float("inf"):
@@ -274,15 +254,15 @@ class ChunkSettings:
 
 
 class Piece(NamedTuple):
-    """A stretch of a file. Frames are those of the file."""
+    """A part of a recording. Frames are numbered within the whole recording."""
 
     start_sample: int
     num_samples: int
     first_frame: int
-    """Of the samples."""
+    """The frame that starts at `start_sample`."""
     keep_from: int
     keep_to: int
-    """The frames that are taken from this piece: keep_from ... keep_to - 1."""
+    """Frames keep_from ... keep_to - 1 are taken from this piece."""
 
 
 def cut(num_samples: int, settings: ChunkSettings, geometry: Geometry = STANDARD) -> list[Piece]:

@@ -1,11 +1,10 @@
-"""From audio bytes to samples: decoding, down-mixing and resampling, with every fault of a file named (USERS #15).
+"""Decoding of audio files: bytes to samples, down-mixing and resampling, with a name for every fault (USERS #15).
 
 Everything is read through libsndfile (wav, flac, mp3, ogg, opus). Files are hostile: a FIFO does not hang, a header
-that lies is found out by counting, and nothing here allocates what a header only claims. Long files can be read in
-blocks, so that memory does not grow with their length.
+that lies is found by counting samples, and no memory is allocated for samples that a header only claims. Long files can
+be read in blocks, so that memory does not grow with their length.
 """
 
-import hashlib
 import io
 import os
 import stat
@@ -13,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 import soundfile
@@ -38,8 +37,9 @@ FaultName = Literal[
     "too_short",
     "too_long",
 ]
-"""What can be wrong with an audio file. "unreadable": no audio; "damaged": its decoder gave up on the way; "truncated":
-fewer samples than its header says. The last two are wishes of a length policy, not faults of the file."""
+"""What can be wrong with an audio file. "unreadable": not audio; "damaged": the decoder stopped with an error;
+"truncated": fewer samples than its header says. too_short and too_long come from the length limits of a corpus, they
+are not faults of the file."""
 
 AudioSource: TypeAlias = "bytes | memoryview | Path"
 FULL_SCALE = 32768
@@ -48,11 +48,9 @@ FULL_SCALE = 32768
 BLOCK_SAMPLES = 1 << 18
 _MOST_SAMPLES = 1 << 40
 """libsndfile reports 2^63 - 1 samples for a FLAC whose header does not say; 2^40 are two years of 16 kHz audio."""
-_CANCELLED_POWER = 0.01
-"""Of the channels' mean power. Channels without relation keep 1 / channels of it, so only opposite ones fall below."""
 
 
-class AudioFault(ValueError):  # noqa: N818  (the contract's name; a fault is counted, an error stops)
+class AudioFault(ValueError):  # noqa: N818  (a fault is counted and skipped, an error stops)
     """One file or utterance that cannot be used: `fault` is a short name for counting, `detail` says what was found."""
 
     def __init__(self, fault: FaultName, detail: str) -> None:
@@ -74,13 +72,6 @@ class Wave:
     rate: int
 
 
-class Mono(NamedTuple):
-    """The mean of the channels, and whether they cancel each other (one microphone wired the wrong way round)."""
-
-    samples: Float32[np.ndarray, "samples"]
-    cancels: bool
-
-
 def decode(source: AudioSource) -> Wave:
     """The whole of an audio file.
 
@@ -95,7 +86,7 @@ def decode(source: AudioSource) -> Wave:
 
 @contextmanager
 def open_audio(source: AudioSource) -> Iterator[soundfile.SoundFile]:
-    """A libsndfile handle, its header checked against what a header may claim; faults inside the block are named.
+    """An open libsndfile handle whose header was checked; errors of libsndfile inside the block become `AudioFault`.
 
     Raises:
         AudioFault: missing, not_a_file, unreadable, truncated, empty, length_unknown; damaged for what libsndfile
@@ -112,13 +103,13 @@ def open_audio(source: AudioSource) -> Iterator[soundfile.SoundFile]:
                 _check_header(audio, handle)
                 yield audio
         except (soundfile.LibsndfileError, soundfile.SoundFileRuntimeError, OSError) as error:
-            raise _named(error) from error
+            raise _as_fault(error) from error
 
 
 def read_blocks(
     audio: soundfile.SoundFile, dtype: Literal["int16", "float32"]
 ) -> Iterator[Float32[np.ndarray, "samples channels"] | Int16[np.ndarray, "samples channels"]]:
-    """The file from its start in blocks of at most `BLOCK_SAMPLES` values, checked: finite, as many as the header says.
+    """The file from its start in blocks of at most `BLOCK_SAMPLES` values; checked: finite, as many as the header says.
 
     Raises:
         AudioFault: not_finite, truncated.
@@ -154,22 +145,9 @@ def read_crop(source: AudioSource, start: int, num_samples: int | None) -> Int16
     return samples
 
 
-def to_mono(samples: Float32[np.ndarray, "samples channels"]) -> Mono:
+def to_mono(samples: Float32[np.ndarray, "samples channels"]) -> Float32[np.ndarray, "samples"]:
     """The mean over the channels (the down-mix rule for stereo, 5.1 and the rest)."""
-    if samples.shape[1] == 1:
-        return Mono(samples[:, 0], cancels=False)
-    mono = samples.mean(axis=1, dtype=np.float32)
-    return Mono(mono, cancels_out(power(mono), power(samples)))
-
-
-def power(samples: np.ndarray) -> float:
-    """Mean square over all samples and channels."""
-    return float(np.mean(np.square(samples, dtype=np.float64))) if samples.size else 0.0
-
-
-def cancels_out(mono_power: float, channel_power: float) -> bool:
-    """Whether a down-mix lost nearly all the power that its channels have."""
-    return channel_power > 0 and mono_power < _CANCELLED_POWER * channel_power
+    return samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1, dtype=np.float32)
 
 
 def resample(
@@ -183,7 +161,7 @@ def resample(
 
 
 def to_int16(samples: Float32[np.ndarray, "samples"]) -> Int16[np.ndarray, "samples"]:
-    """Rounded to the nearest of 65,536 steps, clipped at full scale; no dither, so the same every time."""
+    """Rounded to int16 and clipped at full scale; no dither, so the result is deterministic."""
     return np.clip(np.rint(samples * FULL_SCALE), -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
 
 
@@ -194,31 +172,11 @@ def encode_flac(samples: Int16[np.ndarray, "samples"], rate: int = SAMPLE_RATE) 
     return buffer.getvalue()
 
 
-def flac_md5(flac: bytes) -> str | None:
-    """The MD5 (hex) of its samples that a FLAC file carries in its first block; None where the encoder left it out."""
-    digest = flac[26:42]
-    return digest.hex() if flac[:4] == b"fLaC" and any(digest) else None
-
-
-def check_md5(flac: bytes, samples_md5: str) -> None:
-    """Compare a 16-bit FLAC's own checksum with the MD5 of the little-endian int16 samples that came out.
-
-    Raises:
-        AudioFault: checksum_mismatch: the header belongs to other samples, or cuts them short.
-
-    """
-    expected = flac_md5(flac)
-    if expected is not None and expected != samples_md5:
-        raise AudioFault("checksum_mismatch", f"samples have MD5 {samples_md5}, the FLAC header says {expected}")
-
-
-def samples_md5() -> Any:
-    """A fresh MD5, which here guards against damage and not against an adversary."""
-    return hashlib.md5(usedforsecurity=False)
-
-
 def _regular_file(path: Path) -> io.FileIO:
-    """`path` opened without ever waiting: a FIFO or device is refused after opening, so nothing can be swapped in."""
+    """`path` opened without blocking.
+
+    A FIFO or device is refused after opening, so that the file cannot be swapped between check and use.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     except FileNotFoundError as error:
@@ -243,7 +201,10 @@ def _check_header(audio: soundfile.SoundFile, handle: io.IOBase) -> None:
 
 
 def _check_riff_size(audio: soundfile.SoundFile, handle: io.IOBase) -> None:
-    """A WAV that was cut off is silently shortened by libsndfile; its RIFF header remembers (0, 2^32 - 1: streamed)."""
+    """Refuses a WAV that was cut off: libsndfile shortens it silently, but its RIFF header says the original size.
+
+    0 and 2^32 - 1 mean that the size was unknown when the header was written (a stream).
+    """
     position = handle.tell()
     handle.seek(4)
     claimed = int.from_bytes(handle.read(4), "little")
@@ -255,7 +216,7 @@ def _check_riff_size(audio: soundfile.SoundFile, handle: io.IOBase) -> None:
         )
 
 
-def _named(error: Exception) -> AudioFault:
+def _as_fault(error: Exception) -> AudioFault:
     message = str(error).removeprefix("Error : ")
     if "Error opening" in message:
         return AudioFault("unreadable", f"not audio that libsndfile knows ({message.rpartition(': ')[2]})")

@@ -1,14 +1,11 @@
-"""`python -m wavlm_jax.data`: prepare a corpus, verify one, or make the demo corpus."""
+"""`python -m wavlm_jax.data`: prepare a corpus, verify one, make the demo corpus, or simulate conversations."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from wavlm_jax.data import simulate as simulate_command
-from wavlm_jax.data import sources as manifests
-from wavlm_jax.data.batches import from_datasets
+from wavlm_jax.data import simulate
 from wavlm_jax.data.conform import Policy
 from wavlm_jax.data.corpus import TURNS, Corpus, CorpusError, attach_turns
 from wavlm_jax.data.demo_corpus import DemoSettings, EspeakError, make_demo
@@ -16,13 +13,14 @@ from wavlm_jax.data.prepare import (
     BAD_FILES,
     FREE_FAULTS,
     Preparation,
+    PreparedCorpus,
     PrepareError,
-    Result,
     WorkerError,
+    available_cores,
     prepare,
     split,
 )
-from wavlm_jax.data.sources import Source, SourceError, from_folder, has_audio
+from wavlm_jax.data.sources import SourceError, open_source
 from wavlm_jax.shapes import SAMPLE_RATE, samples_for
 from wavlm_jax.text.records import RecordError, read_rttm
 
@@ -61,7 +59,7 @@ def _prepare(words: Sequence[str]) -> None:
     if options.rttm and options.long == "split":
         parser.error("--rttm: turns are of whole recordings; give it without --long split")
     turns = [turn for file in options.rttm for turn in read_rttm(file)]
-    source = _open(options.source, options)
+    source = open_source(options.source, options.root, options.subset, options.split)
     for note in source.notes:
         print(f"note: {note}", file=sys.stderr)
     name = options.name or Path(options.source).stem
@@ -91,8 +89,8 @@ def _policy(options: argparse.Namespace) -> Policy:
     )
 
 
-def report(result: Result, out: Path) -> None:
-    """Print what a corpus holds and what was left out."""
+def report(result: PreparedCorpus, out: Path) -> None:
+    """Print the size of a corpus and what was left out."""
     header = result.header
     state = "made" if result.fresh else "nothing to do, it is there already"
     print(
@@ -105,25 +103,13 @@ def report(result: Result, out: Path) -> None:
             print(f"  {what}: " + ", ".join(f"{count} {name}" for name, count in counts.items()) + also)
 
 
-def _open(name: str, options: argparse.Namespace) -> Source:
-    path = Path(name)
-    if path.is_file() and path.suffix in manifests.SUFFIXES:
-        return manifests.from_manifest(path, options.root)
-    for metadata in manifests.AUDIOFOLDER:
-        if (path / metadata).is_file():
-            return manifests.from_manifest(path / metadata, options.root or path)
-    if path.is_dir() and has_audio(path):
-        return from_folder(path)
-    return from_datasets(name, options.subset, options.split)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m wavlm_jax.data", description=DESCRIPTION)
     add = parser.add_argument
     add("source", metavar="SOURCE")
     add("--out", type=Path, required=True, metavar="CORPUS", help="folder of the corpus; made, resumed, or left alone")
     add("--name", help="in the header and in logs (default: the name of SOURCE)")
-    add("--workers", type=int, default=_cores(), help="processes (default: one a core)")
+    add("--workers", type=int, default=available_cores(), help="processes (default: one per core)")
     add(
         "--min-seconds", type=_seconds, default=0.025, help="shorter utterances are dropped (default: 0.025, one frame)"
     )
@@ -169,7 +155,7 @@ def _verify(words: Sequence[str]) -> None:
 
 
 def _simulate(words: Sequence[str]) -> None:
-    report(*simulate_command.run(words, _cores()))
+    report(*simulate.command(words))
 
 
 def _demo(words: Sequence[str]) -> None:
@@ -178,9 +164,9 @@ def _demo(words: Sequence[str]) -> None:
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="CORPUS", help="folder for train, valid and unseen_voices")
     add("--voices", type=int, default=sizes.voices, help=f"default: {sizes.voices}")
-    add("--unseen-voices", type=int, default=sizes.unseen_voices, help=f"of them, default: {sizes.unseen_voices}")
-    add("--sentences", type=int, default=sizes.sentences, help=f"of each voice, default: {sizes.sentences}")
-    add("--workers", type=int, default=_cores(), help="processes (default: one a core)")
+    add("--unseen-voices", type=int, default=sizes.unseen_voices, help=f"of these, default: {sizes.unseen_voices}")
+    add("--sentences", type=int, default=sizes.sentences, help=f"per voice, default: {sizes.sentences}")
+    add("--workers", type=int, default=available_cores(), help="processes (default: one per core)")
     options = parser.parse_args(words)
     try:
         settings = DemoSettings(voices=options.voices, unseen_voices=options.unseen_voices, sentences=options.sentences)
@@ -188,10 +174,6 @@ def _demo(words: Sequence[str]) -> None:
         parser.error(str(error))
     for name, result in make_demo(options.out, settings, options.workers, progress=sys.stderr.isatty()).items():
         report(result, options.out / name)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
-"""What happens to a voice on its way: noise, a room, another speed. Pure functions of samples.
+"""Augmentation of training rows: another speed, room reverberation, noise, in this order.
 
-Speech made harder: another speed, a room, noise. On the host, row by row, from bits that belong to the row.
-
-In this order: speed, room, noise, so that the noise has its exact ratio to what is heard. Nothing here depends on
-workers, hosts or devices; evaluation never comes here.
+Noise comes last, so that the signal-to-noise ratio is exact for what is heard. Everything runs on the host, row by row,
+from random bits that belong to the row: nothing depends on workers, hosts or devices. Evaluation is never augmented.
 """
 
 from dataclasses import dataclass
@@ -17,13 +15,18 @@ from jaxtyping import Float, Float32
 from wavlm_jax.data.corpus import Corpus
 from wavlm_jax.settings import SettingsError
 
-Wave = Float32[np.ndarray, "samples"]
+Samples = Float32[np.ndarray, "samples"]
 
 _FINEST_SPEED = 100
+"""Speeds are fractions with at most this denominator."""
+_STREAM = 0x4155_474D
+"""Part of the key beside the row's bits, so that nothing else draws the same numbers."""
+_PEAK = 0.99
+"""Of full scale: the new peak of a row that would clip."""
 
 
-def noise_below(wave: Wave, noise: Float32[np.ndarray, "noise"], snr_db: float) -> Wave:
-    """Noise, repeated to the length of `wave`, with `snr_db` less power; silence where either is silent."""
+def noise_below(wave: Samples, noise: Float32[np.ndarray, "noise"], snr_db: float) -> Samples:
+    """`noise`, repeated to the length of `wave` and scaled to an SNR of `snr_db`; silence if either is silent."""
     laid = np.resize(noise, len(wave))
     power, noise_power = _power(wave), _power(laid)
     if power == 0 or noise_power == 0:
@@ -31,24 +34,24 @@ def noise_below(wave: Wave, noise: Float32[np.ndarray, "noise"], snr_db: float) 
     return np.asarray(laid * np.sqrt(power / (noise_power * 10 ** (snr_db / 10))), np.float32)
 
 
-def with_echoes(wave: Wave, response: Float32[np.ndarray, "response"]) -> Float32[np.ndarray, "heard"]:
-    """`wave` in the room of an impulse response, to the end of the last echo; its direct sound is where it was."""
-    from scipy.signal import fftconvolve  # noqa: PLC0415 a second of every launch, for those who augment
+def with_echoes(wave: Samples, response: Float32[np.ndarray, "response"]) -> Float32[np.ndarray, "heard"]:
+    """`wave` convolved with a room impulse response, to the end of the last echo; the direct sound stays in time."""
+    from scipy.signal import fftconvolve  # noqa: PLC0415 a second, for those who augment
 
     direct = int(np.argmax(np.abs(response)))
     return np.asarray(fftconvolve(wave, response)[direct:], np.float32)
 
 
-def in_room(wave: Wave, response: Float32[np.ndarray, "response"]) -> Wave:
-    """`with_echoes`, as long and with as much power as `wave`; silence in a silent room stays what it was."""
+def in_room(wave: Samples, response: Float32[np.ndarray, "response"]) -> Samples:
+    """`with_echoes`, with the length and power of `wave`; `wave` itself if the result is silent."""
     heard = with_echoes(wave, response)[: len(wave)]
     heard = np.pad(heard, (0, len(wave) - len(heard)))
     power = _power(heard)
     return np.asarray(heard * np.sqrt(_power(wave) / power), np.float32) if power > 0 else wave
 
 
-def change_speed(wave: Float32[np.ndarray, "source"], speed: float) -> Wave:
-    """`wave` played `speed` times as fast, pitch and all: band-limited interpolation (scipy's `resample_poly`)."""
+def change_speed(wave: Float32[np.ndarray, "source"], speed: float) -> Samples:
+    """`wave` played `speed` times as fast; the pitch changes too (scipy's `resample_poly`)."""
     if speed == 1:
         return wave
     from scipy.signal import resample_poly  # noqa: PLC0415 as above
@@ -64,7 +67,7 @@ def after_speed(num_samples: int, speed: float) -> int:
 
 
 def before_speed(num_samples: int, speed: float) -> int:
-    """The most samples of which `change_speed` makes no more than `num_samples`."""
+    """The most samples from which `change_speed` makes at most `num_samples`."""
     ratio = _ratio(speed)
     return num_samples * ratio.numerator // ratio.denominator
 
@@ -73,36 +76,28 @@ def _ratio(speed: float) -> Fraction:
     return Fraction(speed).limit_denominator(_FINEST_SPEED)
 
 
-def _power(wave: Wave) -> float:
+def _power(wave: Samples) -> float:
     return float(np.mean(np.square(wave, dtype=np.float64)))
-
-
-Samples = Float32[np.ndarray, "samples"]
-
-_STREAM = 0x4155_474D
-"""Beside the row's bits in the key, so that nothing else draws the same numbers."""
-_MOST = 0.99
-"""Of full scale: where a sum above it is brought down to."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentationSettings:
-    """The config section `augmentation`; of training alone. What has no corpus or speed is not done."""
+    """The config section `augmentation`, for training only. Without a corpus or speeds that part is off."""
 
     noise_corpus: str | None
     """A corpus of noise, music or babble, prepared by `python -m wavlm_jax.data`."""
     noise_prob: float
-    """Share of the rows that get noise from beginning to end; a clip that is too short is repeated."""
+    """Share of the rows that get noise, over their whole length; a clip that is too short is repeated."""
     noise_snr_db: tuple[float, float]
-    """Power of the speech over that of the noise, uniform in this range."""
+    """Signal-to-noise ratio, uniform in this range."""
     room_corpus: str | None
     """A corpus of room impulse responses, prepared like any other (`--min-seconds 0`)."""
     room_prob: float
-    """Share of the rows that are heard in a room."""
+    """Share of the rows that get reverberation."""
     speeds: tuple[float, ...]
-    """One of them is drawn for each row: 1.1 is faster and higher. (0.9, 1.0, 1.1) is the field's choice; (): none."""
+    """One is drawn for each row: 1.1 is faster and higher. (0.9, 1.0, 1.1) is usual; (): off."""
     speed_makes_speakers: bool
-    """Whether a speaker at another speed is another speaker, with a class of its own (Kaldi's three-fold speakers)."""
+    """Whether a speaker at another speed is a class of its own (as in Kaldi, three times as many speakers)."""
 
     def __post_init__(self) -> None:
         for name in ("noise", "room"):
@@ -120,18 +115,18 @@ class AugmentationSettings:
 
     @property
     def wanted(self) -> bool:
-        """Whether anything is done at all."""
+        """Whether any augmentation is on."""
         return self.noise_prob > 0 or self.room_prob > 0 or any(speed != 1 for speed in self.speeds)
 
 
 @dataclass(frozen=True)
 class Augment:
-    """What happens to a row, from its bits. Travels to worker processes."""
+    """Augments a row, as a function of the row's random bits. Picklable, for worker processes."""
 
     settings: AugmentationSettings
 
     def speed_number(self, bits: int) -> int:
-        """Which of the speeds a row has; 0 where there are none."""
+        """Index of the row's speed; 0 if there are no speeds."""
         return int(_draws(bits)[0] * max(len(self.settings.speeds), 1))
 
     def speed(self, bits: int) -> float:
@@ -140,15 +135,15 @@ class Augment:
         return speeds[self.speed_number(bits)] if speeds else 1.0
 
     def __call__(self, wave: Float32[np.ndarray, "source"], speed: float, bits: int) -> Samples:
-        """The row as it is heard; what would be above full scale is made quieter as a whole.
+        """The augmented row; scaled down as a whole if it would clip.
 
         Args:
-            wave: as it was recorded, in [-1, 1].
-            speed: of the row; gives about len(wave) / speed samples (`after_speed`).
+            wave: the recording, in [-1, 1].
+            speed: of the row; the result has `after_speed(len(wave), speed)` samples.
             bits: of the row.
 
         Raises:
-            AudioFault: noise or room cannot be decoded.
+            AudioFault: noise or impulse response cannot be decoded.
 
         """
         settings, draws = self.settings, _draws(bits)
@@ -160,7 +155,7 @@ class Augment:
             noise = self._noises.random_piece(draws[4], draws[5], len(heard))
             heard = heard + noise_below(heard, noise.astype(np.float32), low + draws[6] * (high - low))
         peak = float(np.abs(heard).max(initial=0.0))
-        return heard * np.float32(_MOST / peak) if peak > 1 else heard
+        return heard * np.float32(_PEAK / peak) if peak > 1 else heard
 
     @cached_property
     def _noises(self) -> Corpus | None:
@@ -171,10 +166,10 @@ class Augment:
         return None if self.settings.room_corpus is None else Corpus.open(Path(self.settings.room_corpus))
 
     def fingerprints(self) -> dict[str, str]:
-        """Of the corpora that are used: a resume insists on them.
+        """Fingerprints of the corpora in use; a resumed run must have the same.
 
         Raises:
-            CorpusError: one of them is not there.
+            CorpusError: one of them does not exist.
 
         """
         found = {"corpus.noise": self._noises, "corpus.rooms": self._rooms}
@@ -185,15 +180,15 @@ class Augment:
 
 
 def augment_for(settings: AugmentationSettings, *, by_frame: bool, own_classes: bool) -> Augment | None:
-    """What a task does to its rows; None: nothing.
+    """The augmentation of a task's rows; None: off.
 
     Args:
         settings: of the config.
-        by_frame: whether the labels belong to frames, so that another speed would shift them.
-        own_classes: whether the labels know `speed_makes_speakers`.
+        by_frame: whether labels belong to frames, so that another speed would shift them.
+        own_classes: whether the task's labels support `speed_makes_speakers`.
 
     Raises:
-        SettingsError: what the task cannot take.
+        SettingsError: a setting that the task does not support.
 
     """
     if by_frame and any(speed != 1 for speed in settings.speeds):

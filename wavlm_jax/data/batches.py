@@ -1,120 +1,49 @@
-"""Data sets that `datasets` loads as a source: hub, parquet, Arrow. It hands out bytes, undecoded.
+"""The plan of an epoch: which utterances make up which batch. Pure numpy, the same on every host.
 
-Which utterances make up which batch: pure numpy, the same on every host, and a function of (seed, epoch) alone.
+A bucket is a static length in frames, and a batch has one bucket: so all shapes of a run are known before it starts
+(USERS #25). Each bucket has its own number of rows, which keeps the seconds of audio per update constant.
 
-A bucket is a number of frames, and a batch holds one bucket: so the shapes of a run are known before it starts (USERS
-#25). Each bucket has its own number of rows, which keeps the seconds of audio in an update constant.
+Two ways to fit utterances into buckets: "crop" (pre-training) takes the largest bucket that is not longer, and nothing
+is padded; "pad" (fine-tuning, evaluation) takes the smallest that is not shorter, and nothing is cut.
 
-Two ways to fit an utterance in: "crop" (pre-training) takes the largest bucket that is not longer, and nothing is
-padded; "pad" (fine-tuning, evaluation) takes the smallest that is not shorter, and nothing is cut.
-
-Order comes from raw Philox output, sorted: numpy promises these bits for ever, and shuffling not.
-
-Buckets that suit a corpus, and what they waste.
+The order is a function of (seed, epoch): an argsort of raw Philox output, which numpy keeps the same over
+versions, unlike its shuffles.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64, UInt64
 
-from wavlm_jax.data.sources import (
-    ID_COLUMNS,
-    SPEAKER_COLUMNS,
-    TEXT_COLUMNS,
-    Entry,
-    Source,
-    SourceError,
-    audio_column,
-    kept_inside,
-    load_dataset,
-)
-from wavlm_jax.shapes import SAMPLE_RATE, num_frames, samples_for
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of a data set; those that hold a path instead of bytes may only point below `root`."""
-
-    dataset: Any
-    column: str
-    root: Path
-
-    def __call__(self, entry: Entry) -> bytes | Path:
-        """The bytes of one row, or its file."""
-        audio = self.dataset[int(entry.audio)][self.column]
-        if audio["bytes"] is not None:
-            return bytes(audio["bytes"])
-        path = self.root / str(audio["path"])
-        return kept_inside(path, self.root, f"row {entry.audio} has no bytes and points to {path}, which")
-
-
-def from_datasets(source: str, subset: str | None = None, split: str | None = None) -> Source:
-    """The utterances of a data set (see `corpus.load_dataset`); ids are row numbers where no id column is known.
-
-    Raises:
-        SourceError: it cannot be loaded, has no single audio column, or repeats an id.
-
-    """
-    try:
-        dataset = load_dataset(source, subset, split)
-        column = audio_column(dataset)
-    except (OSError, ValueError, ConnectionError, RuntimeError) as error:
-        raise SourceError(
-            f"{source}: not a folder of audio or a manifest, and `datasets` cannot load it either: {error}"
-        ) from error
-    ids = _texts(dataset, ID_COLUMNS) or [f"{row:08d}" for row in range(len(dataset))]
-    speakers = _texts(dataset, SPEAKER_COLUMNS) or [""] * len(dataset)
-    texts = _texts(dataset, TEXT_COLUMNS) or [""] * len(dataset)
-    seen: dict[str, int] = {}
-    for row, name in enumerate(ids):
-        if seen.setdefault(name, row) != row:
-            raise SourceError(f"{source}: rows {seen[name]} and {row} have the same id {name!r}; ids have to be unique")
-    entries = [
-        Entry(id=name, audio=row, speaker=speaker, text=text)
-        for row, (name, speaker, text) in enumerate(zip(ids, speakers, texts, strict=True))
-    ]
-    version = getattr(dataset, "_fingerprint", "")
-    return Source(
-        f"data set {source} {split or ''} {version}".strip(), entries, Rows(dataset, column, Path(source).resolve())
-    )
-
-
-def _texts(dataset: Any, names: tuple[str, ...]) -> list[str] | None:
-    """The first known column as texts."""
-    for name in names:
-        if name in dataset.column_names:
-            return ["" if value is None else str(value) for value in dataset[name]]
-    return None
-
+from wavlm_jax.shapes import SAMPLE_RATE, samples_for
 
 Fit = Literal["crop", "pad"]
 Lengths = Int64[np.ndarray, "utterances"]
 
 FILLER = -1
-"""In place of an utterance: a row of weight 0."""
-DEPARTURE = 0.2
-"""Share by which the seconds of an update may differ from the config before it is worth a warning (USERS #39)."""
+"""Instead of an utterance's number: a row of weight 0."""
+_WARN_FROM = 0.2
+"""Relative difference between an update's seconds and the config's from which on there is a warning (USERS #39)."""
 
 
 class PlanError(ValueError):
-    """Batches that cannot be made; the message prints the arithmetic."""
+    """Batches that are impossible; the message shows the arithmetic."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSettings:
-    """How batches are cut out of a corpus."""
+    """Sizes of batches."""
 
     buckets: tuple[int, ...]
     """Frames, ascending; multiples of 128 suit accelerators. The waveform of a bucket has 320 * frames + 80 samples."""
     seconds_per_update: float
     """Audio in a global batch, all micro-batches together."""
     seconds_per_device: float
-    """Most audio in a micro-batch on one device: what its memory holds."""
+    """Most audio in a micro-batch on one device, as its memory allows."""
     row_multiple: int
-    """Rows of a batch are a multiple of it: of devices x rows that stay together, and of what suits other machines."""
+    """The rows of a batch are a multiple of this: of devices x rows that stay together. A larger multiple keeps the
+    same batches on other numbers of devices."""
 
     def __post_init__(self) -> None:
         if not self.buckets or list(self.buckets) != sorted(set(self.buckets)) or self.buckets[0] < 1:
@@ -130,32 +59,32 @@ class PlannedBatch(NamedTuple):
     bucket: int
     """Frames."""
     indices: Int64[np.ndarray, "rows"]
-    """Utterances by number; `FILLER` (in evaluation only) for a row of weight 0."""
+    """Numbers of utterances; `FILLER` (in evaluation only) for a row of weight 0."""
 
 
 class Census(NamedTuple):
-    """What a plan does to a corpus, epoch after epoch the same."""
+    """Counts of a plan, the same in every epoch."""
 
     batches: dict[int, int]
-    """Bucket -> batches an epoch; only buckets that have any."""
+    """Bucket -> batches per epoch; only buckets that have any."""
     rows: dict[int, int]
-    """Bucket -> rows of its batches."""
+    """Bucket -> rows per batch."""
     left_out: int
-    """Utterances that no bucket takes: shorter than the smallest ("crop"), longer than the largest ("pad")."""
+    """Utterances that fit no bucket: shorter than the smallest ("crop"), longer than the largest ("pad")."""
     cut: int
-    """Utterances that are longer than the largest bucket and give their start alone (evaluation)."""
+    """Utterances longer than the largest bucket, of which only the start is used (evaluation)."""
     repeats: int
-    """Rows of an epoch that show an utterance again, to fill the last batch."""
+    """Rows per epoch that repeat an utterance, to fill the last batch."""
     fillers: int
     """Rows of weight 0 (evaluation)."""
 
     @property
     def num_batches(self) -> int:
-        """Batches an epoch."""
+        """Batches per epoch."""
         return sum(self.batches.values())
 
     def describe(self) -> str:
-        """One line for people."""
+        """One line for the log."""
         parts = [f"{count} batches of {self.rows[b]} rows x {b} frames" for b, count in sorted(self.batches.items())]
         notes = {
             "utterances fit no bucket and are left out": self.left_out,
@@ -167,19 +96,19 @@ class Census(NamedTuple):
 
 
 def seconds_of(bucket: int) -> float:
-    """Audio in one row of a bucket."""
+    """Seconds of audio in one row of a bucket."""
     return samples_for(bucket) / SAMPLE_RATE
 
 
 def rows_per_bucket(settings: BatchSettings) -> dict[int, int]:
-    """Bucket -> rows of a global batch: as near to the seconds per update as multiples allow, at least one multiple."""
+    """Bucket -> rows of a global batch: the multiple nearest to the seconds per update, at least one."""
     multiple = settings.row_multiple
     wanted = {bucket: settings.seconds_per_update / seconds_of(bucket) / multiple for bucket in settings.buckets}
     return {bucket: max(round(share), 1) * multiple for bucket, share in wanted.items()}
 
 
 def microbatches(rows: int, bucket: int, settings: BatchSettings, devices: int, group: int) -> int:
-    """The smallest number of micro-batches that keeps each device within its seconds.
+    """The smallest number of micro-batches that keeps each device within `seconds_per_device`.
 
     Args:
         rows: of the global batch.
@@ -189,7 +118,7 @@ def microbatches(rows: int, bucket: int, settings: BatchSettings, devices: int, 
         group: consecutive rows that stay on one device and in one micro-batch.
 
     Raises:
-        PlanError: rows do not divide, or not even one group fits a device.
+        PlanError: the rows are not divisible, or one group is already too much for a device.
 
     """
     unit = devices * group
@@ -209,7 +138,7 @@ def microbatches(rows: int, bucket: int, settings: BatchSettings, devices: int, 
 
 
 def describe(settings: BatchSettings, devices: int, group: int) -> list[str]:
-    """The arithmetic of an update, a line a bucket, with a warning where it departs far from the config (USERS #39)."""
+    """The arithmetic of an update, one line per bucket; warns if it differs much from the config (USERS #39)."""
     lines = []
     for bucket, rows in rows_per_bucket(settings).items():
         accumulation = microbatches(rows, bucket, settings, devices, group)
@@ -219,14 +148,14 @@ def describe(settings: BatchSettings, devices: int, group: int) -> list[str]:
             f"= {total:.0f} s per update (config: {settings.seconds_per_update:.0f}), {rows} rows x {bucket} frames"
         )
         departure = total / settings.seconds_per_update - 1
-        if abs(departure) > DEPARTURE:
+        if abs(departure) > _WARN_FROM:
             line += f"; warning: {departure:+.0%}, because rows come in multiples of {settings.row_multiple}"
         lines.append(line)
     return lines
 
 
 def random_bits(seed: int, number: int, stream: int, count: int) -> UInt64[np.ndarray, "count"]:
-    """`count` random 64-bit words that depend on the three numbers alone; element i does not depend on `count`."""
+    """`count` random 64-bit words, a function of the other three; element i does not depend on `count`."""
     key = np.array([seed % 2**64, number], np.uint64)
     philox = np.random.Philox(key=key, counter=np.array([0, 0, 0, stream], np.uint64))
     bits: UInt64[np.ndarray, "count"] = philox.random_raw(count)
@@ -234,10 +163,10 @@ def random_bits(seed: int, number: int, stream: int, count: int) -> UInt64[np.nd
 
 
 def plan(lengths: Lengths, settings: BatchSettings, seed: int, epoch: int, fit: Fit = "crop") -> list[PlannedBatch]:
-    """All batches of an epoch, in random order; each full, each utterance that fits in exactly once (but for repeats).
+    """All batches of an epoch in random order; all are full; each utterance that fits occurs once, but for repeats.
 
-    What does not fill a batch of its bucket goes on to the next smaller ("crop") or larger ("pad") one; the last batch
-    is filled by repeating utterances. The number of batches is the same in every epoch.
+    Utterances that do not fill a batch of their bucket move on to the next smaller ("crop") or larger ("pad") bucket;
+    the last batch is filled by repeating utterances. The number of batches is the same in every epoch.
 
     Args:
         lengths: samples of each utterance.
@@ -251,45 +180,47 @@ def plan(lengths: Lengths, settings: BatchSettings, seed: int, epoch: int, fit: 
 
     """
     order = _shuffled(np.arange(len(lengths)), seed, epoch, stream=0)
-    home = _homes(lengths, settings, fit)[order]
+    home = _buckets_of(lengths, settings, fit)[order]
     rows = rows_per_bucket(settings)
+    cascade = settings.buckets if fit == "pad" else settings.buckets[::-1]
     batches: list[PlannedBatch] = []
     left = order[:0]
-    cascade = _cascade(settings, fit)
     for bucket in cascade:
         pool = np.concatenate([left, order[home == bucket]])
         full = len(pool) // rows[bucket] * rows[bucket]
         batches += [PlannedBatch(bucket, part) for part in pool[:full].reshape(-1, rows[bucket])]
         left = pool[full:]
-    if len(left):
-        batches.append(_filled(cascade[-1], left, order[home >= 0], rows[cascade[-1]]))
+    if len(left):  # filled with others in the order of the epoch, again and again if there are too few
+        everyone = order[home >= 0]
+        filled = np.concatenate([left, everyone[~np.isin(everyone, left)]])
+        batches.append(PlannedBatch(cascade[-1], np.resize(filled, rows[cascade[-1]])))
     if not batches:
         raise PlanError(_nothing_fits(lengths, settings, fit))
     return [batches[number] for number in _shuffled(np.arange(len(batches)), seed, epoch, stream=1)]
 
 
 def census(lengths: Lengths, settings: BatchSettings, fit: Fit = "crop") -> Census:
-    """What `plan` makes of a corpus in any epoch."""
+    """Counts of `plan` for a corpus, in any epoch."""
     batches = plan(lengths, settings, seed=0, epoch=0, fit=fit)
-    left_out = int(np.sum(_homes(lengths, settings, fit) < 0))
+    left_out = int(np.sum(_buckets_of(lengths, settings, fit) < 0))
     shown = sum(len(batch.indices) for batch in batches)
     return _census(batches, left_out=left_out, cut=0, repeats=shown - (len(lengths) - left_out))
 
 
 def evaluation_plan(lengths: Lengths, settings: BatchSettings) -> tuple[list[PlannedBatch], Census]:
-    """Batches that hold every utterance exactly once, padded up to its bucket, longest first.
+    """Batches that hold every utterance exactly once, padded to its bucket, longest first.
 
-    A bucket's utterances are spread evenly over as few batches as its rows allow; rows that stay open go to the longest
-    of the shorter ones, and at the very end to `FILLER`. An utterance longer than the largest bucket gives its start
-    alone, and is counted (`Census.cut`): make the buckets larger where that matters.
+    The utterances of a bucket are spread evenly over as few batches as its rows allow; open rows go to the longest of
+    the shorter utterances, and at the very end to `FILLER`. Of an utterance longer than the largest bucket only the
+    start is used, and `Census.cut` counts it: make the buckets larger if that matters.
 
     Raises:
-        PlanError: no utterance at all.
+        PlanError: no utterance.
 
     """
     if not len(lengths):
         raise PlanError("evaluation: the corpus has no utterance")
-    home = _homes(lengths, settings, "pad")
+    home = _buckets_of(lengths, settings, "pad")
     cut = home < 0
     home[cut] = settings.buckets[-1]
     longest_first = np.argsort(-lengths, kind="stable")
@@ -307,7 +238,7 @@ def evaluation_plan(lengths: Lengths, settings: BatchSettings) -> tuple[list[Pla
 
 
 def of_corpus(batches: list[PlannedBatch], chosen: Int64[np.ndarray, "chosen"] | None) -> list[PlannedBatch]:
-    """Batches that were planned for the utterances number `chosen` of a corpus, with their numbers in the corpus."""
+    """Batches planned for the subset `chosen` of a corpus, renumbered to the whole corpus."""
     if chosen is None:
         return batches
     numbers = np.append(chosen, FILLER)
@@ -323,8 +254,8 @@ def _census(batches: list[PlannedBatch], left_out: int, cut: int, repeats: int) 
     return Census(counts, rows, left_out, cut, repeats, fillers)
 
 
-def _homes(lengths: Lengths, settings: BatchSettings, fit: Fit) -> Int64[np.ndarray, "utterances"]:
-    """The bucket of each utterance, -1 where none takes it."""
+def _buckets_of(lengths: Lengths, settings: BatchSettings, fit: Fit) -> Int64[np.ndarray, "utterances"]:
+    """The bucket of each utterance, -1 if it fits none."""
     sizes = np.array([samples_for(bucket) for bucket in settings.buckets])
     if fit == "crop":
         place = np.searchsorted(sizes, lengths, side="right") - 1
@@ -334,21 +265,8 @@ def _homes(lengths: Lengths, settings: BatchSettings, fit: Fit) -> Int64[np.ndar
     return np.where(place < 0, -1, np.array(settings.buckets)[place])
 
 
-def _cascade(settings: BatchSettings, fit: Fit) -> list[int]:
-    """Buckets in the order in which leftovers move on."""
-    return list(settings.buckets) if fit == "pad" else list(reversed(settings.buckets))
-
-
 def _shuffled(items: Int64[np.ndarray, "items"], seed: int, epoch: int, stream: int) -> Int64[np.ndarray, "items"]:
     return items[np.argsort(random_bits(seed, epoch, stream, len(items)), kind="stable")]
-
-
-def _filled(
-    bucket: int, left: Int64[np.ndarray, "left"], everyone: Int64[np.ndarray, "utterances"], rows: int
-) -> PlannedBatch:
-    """A last batch: what is left, then others in the order of the epoch, round and round if there are too few."""
-    others = everyone[~np.isin(everyone, left)]
-    return PlannedBatch(bucket, np.resize(np.concatenate([left, others]), rows))
 
 
 def _nothing_fits(lengths: Lengths, settings: BatchSettings, fit: Fit) -> str:
@@ -360,53 +278,3 @@ def _nothing_fits(lengths: Lengths, settings: BatchSettings, fit: Fit) -> str:
         f"nothing to train on: {found}, all {side} than the bucket of {edge} frames = {samples_for(edge)} samples; "
         "change the buckets"
     )
-
-
-def fit_buckets(lengths: Lengths, count: int, multiple: int) -> tuple[int, ...]:
-    """At most `count` buckets that hold every utterance with the least padding.
-
-    Exact: the cheapest way to cut the sorted list of multiples of `multiple` frames into `count` runs, by dynamic
-    programming over the run that ends at each one.
-
-    Args:
-        lengths: samples, each at least one frame.
-        count: buckets, that is, compilations.
-        multiple: of frames; 128 suits accelerators best, small ones waste less.
-
-    """
-    needed = -(-np.maximum(_frames(lengths), 1) // multiple)
-    held = np.bincount(needed)
-    ends = np.flatnonzero(held)
-    total = np.concatenate([[0], np.cumsum(held[ends])])
-    cost = np.where(np.arange(len(ends) + 1) == 0, 0.0, np.inf)
-    chosen: list[np.ndarray] = []
-    for _ in range(min(count, len(ends))):
-        # of a run that starts after candidate i and ends with candidate j: all its utterances at the length of j
-        run = ends[None, :] * (total[None, 1:] - total[:-1, None])
-        run = np.where(np.arange(len(ends))[:, None] <= np.arange(len(ends))[None, :], run, np.inf)
-        paths = cost[:-1, None] + run
-        chosen.append(paths.argmin(axis=0))
-        cost = np.concatenate([[0.0], paths.min(axis=0)])
-    buckets, end = [], len(ends)
-    for choice in reversed(chosen):
-        if end == 0:
-            break
-        buckets.append(int(ends[end - 1]) * multiple)
-        end = int(choice[end - 1])
-    return tuple(sorted(buckets))
-
-
-def padding_share(lengths: Lengths, batches: list[PlannedBatch]) -> float:
-    """Share of the samples in `batches` that is padding or filler."""
-    held = sum(len(batch.indices) * samples_for(batch.bucket) for batch in batches)
-    real = 0
-    for batch in batches:
-        chosen = lengths[batch.indices[batch.indices != FILLER]]
-        real += int(np.minimum(chosen, samples_for(batch.bucket)).sum())
-    return 1 - real / held
-
-
-def _frames(lengths: Lengths) -> Lengths:
-    """The fewest frames whose bucket holds each utterance whole, the samples behind its last frame included."""
-    frames = num_frames(lengths)
-    return frames + (lengths > samples_for(1) + 320 * (frames - 1))

@@ -1,7 +1,7 @@
 """One audio file brought to the form of a corpus: 16 kHz, mono, 16 bit, FLAC, with its faults named.
 
-Works in blocks, so that a recording of hours takes no more memory than its FLAC bytes. A file that has the right form
-is kept byte for byte.
+Works in blocks, so that a recording of hours takes no more memory than its FLAC bytes. A file that has this form
+already is kept byte for byte, after all of it was decoded and compared with the checksum in its header.
 """
 
 import hashlib
@@ -16,16 +16,18 @@ import soundfile
 import soxr
 from jaxtyping import Float32, Int16
 
-from wavlm_jax.audio import wave
-from wavlm_jax.audio.wave import FULL_SCALE, AudioFault, AudioSource
+from wavlm_jax.audio.wave import FULL_SCALE, AudioFault, AudioSource, open_audio, read_blocks, to_int16, to_mono
 from wavlm_jax.shapes import SAMPLE_RATE, samples_for
 
 WarningName = Literal["down_mix_cancels", "silent", "clipped"]
+_CANCELLED_POWER = 0.01
+"""Share of the channels' power that a down-mix keeps at least, unless they cancel each other (one microphone wired the
+wrong way round). Unrelated channels keep 1 / channels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """What is done with audio that is not as wanted."""
+    """What to do with audio of another rate or length than a corpus should have."""
 
     rate: Literal["error", "resample"] = "error"
     min_samples: int = samples_for(1)
@@ -44,7 +46,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Conformed:
-    """One utterance as a corpus holds it."""
+    """One utterance as a corpus stores it."""
 
     flac: bytes
     num_samples: int
@@ -55,55 +57,10 @@ class Conformed:
     """SHA-256 of the samples as little-endian int16."""
 
 
-@dataclass
-class Measures:
-    """Sums over int16 samples, in exact integers, so that they do not depend on how the samples come in blocks."""
-
-    num_samples: int = 0
-    total: int = 0
-    squares: int = 0
-    sha256: "hashlib._Hash" = field(default_factory=hashlib.sha256)
-
-    def add(self, samples: Int16[np.ndarray, "samples"]) -> None:
-        """Count one more block in."""
-        wide = samples.astype(np.float64)  # exact: 2^30 per square and 2^18 samples a block stay below 2^53
-        self.num_samples += len(samples)
-        self.total += int(wide.sum())
-        self.squares += int(np.square(wide, out=wide).sum())
-        self.sha256.update(samples.astype("<i2", copy=False).tobytes())
-
-    def conformed(self, flac: bytes) -> Conformed:
-        """The utterance whose samples these are."""
-        mean = self.total / self.num_samples
-        variance = self.squares / self.num_samples - mean * mean
-        return Conformed(
-            flac, self.num_samples, mean / FULL_SCALE, max(variance, 0.0) / FULL_SCALE**2, self.sha256.digest()
-        )
-
-
-class Encoder:
-    """A FLAC file in the making, and the measures of what went in."""
-
-    def __init__(self) -> None:
-        self.measures = Measures()
-        self._buffer = io.BytesIO()
-        self._file = soundfile.SoundFile(self._buffer, "w", SAMPLE_RATE, 1, "PCM_16", format="FLAC")
-
-    def add(self, samples: Int16[np.ndarray, "samples"]) -> None:
-        """Append a block."""
-        self._file.write(samples)
-        self.measures.add(samples)
-
-    def close(self) -> Conformed:
-        """Finish the file."""
-        self._file.close()
-        return self.measures.conformed(self._buffer.getvalue())
-
-
 def conform(
     source: AudioSource, policy: Policy, declared: int | None = None
 ) -> tuple[list[Conformed], set[WarningName]]:
-    """The utterances in an audio file: one, or several if the policy splits long ones.
+    """The utterances in an audio file: one, or several where the policy splits long ones.
 
     Args:
         source: bytes or path of an audio file.
@@ -114,16 +71,21 @@ def conform(
         AudioFault: what is wrong, by name.
 
     """
-    with wave.open_audio(source) as audio:
-        _check_length(audio, declared)
-        _check_policy(audio, policy)
+    with open_audio(source) as audio:
+        _check(audio, policy, declared)
         warnings: set[WarningName] = set()
-        if _is_conform(audio) and (policy.max_samples is None or audio.frames <= policy.max_samples):
+        kept_form = (audio.format, audio.subtype, audio.channels, audio.samplerate) == (
+            "FLAC",
+            "PCM_16",
+            1,
+            SAMPLE_RATE,
+        )
+        if kept_form and (policy.max_samples is None or audio.frames <= policy.max_samples):
             flac = source.read_bytes() if isinstance(source, Path) else bytes(source)
-            pieces = [_measure_as_is(audio, flac).conformed(flac)]
+            pieces = [_measured(audio, flac)]
         else:
             limit = policy.max_samples if policy.long == "split" else None
-            pieces = list(_encode(_int16_blocks(audio, warnings), limit))
+            pieces = list(_encoded(_int16_blocks(audio, warnings), limit))
     if not any(piece.variance for piece in pieces):
         warnings.add("silent")
     kept = [piece for piece in pieces if piece.num_samples >= policy.min_samples]
@@ -133,17 +95,10 @@ def conform(
     return kept, warnings
 
 
-def _is_conform(audio: soundfile.SoundFile) -> bool:
-    form = (audio.format, audio.subtype, audio.channels, audio.samplerate)
-    return form == ("FLAC", "PCM_16", 1, SAMPLE_RATE)
-
-
-def _check_length(audio: soundfile.SoundFile, declared: int | None) -> None:
+def _check(audio: soundfile.SoundFile, policy: Policy, declared: int | None) -> None:
+    """What a header tells: the manifest's length, the rate, the longest length."""
     if declared is not None and declared != audio.frames:
         raise AudioFault("length_mismatch", f"found {audio.frames} samples, the manifest says {declared}")
-
-
-def _check_policy(audio: soundfile.SoundFile, policy: Policy) -> None:
     if audio.samplerate != SAMPLE_RATE and policy.rate == "error":
         raise AudioFault("wrong_rate", f"{audio.samplerate} Hz, expected {SAMPLE_RATE}; pass --rate-policy resample")
     num_samples = round(audio.frames * SAMPLE_RATE / audio.samplerate)
@@ -151,35 +106,62 @@ def _check_policy(audio: soundfile.SoundFile, policy: Policy) -> None:
         raise AudioFault("too_long", f"{num_samples} samples, the longest allowed are {policy.max_samples}")
 
 
-def _measure_as_is(audio: soundfile.SoundFile, flac: bytes) -> Measures:
-    """Decodes the whole file all the same: its header is believed only where its samples agree."""
-    measures, md5 = Measures(), wave.samples_md5()
-    for block in wave.read_blocks(audio, "int16"):
+@dataclass
+class _Measures:
+    """Sums over int16 samples in exact integers, so that they do not depend on the blocks."""
+
+    num_samples: int = 0
+    total: int = 0
+    squares: int = 0
+    sha256: "hashlib._Hash" = field(default_factory=hashlib.sha256)
+
+    def add(self, samples: Int16[np.ndarray, "samples"]) -> None:
+        wide = samples.astype(np.float64)  # exact: 2^30 per square and 2^18 samples a block stay below 2^53
+        self.num_samples += len(samples)
+        self.total += int(wide.sum())
+        self.squares += int(np.square(wide, out=wide).sum())
+        self.sha256.update(samples.astype("<i2", copy=False).tobytes())
+
+    def conformed(self, flac: bytes) -> Conformed:
+        """The utterance with these samples."""
+        mean = self.total / self.num_samples
+        variance = max(self.squares / self.num_samples - mean * mean, 0.0)
+        return Conformed(flac, self.num_samples, mean / FULL_SCALE, variance / FULL_SCALE**2, self.sha256.digest())
+
+
+def _measured(audio: soundfile.SoundFile, flac: bytes) -> Conformed:
+    """A FLAC file that is stored as it is; its samples are decoded and compared with the MD5 in its first block."""
+    measures, md5 = _Measures(), hashlib.md5(usedforsecurity=False)  # against damage, not against an adversary
+    for block in read_blocks(audio, "int16"):
         measures.add(block[:, 0])
         md5.update(block.astype("<i2", copy=False).tobytes())
-    wave.check_md5(flac, md5.hexdigest())
-    return measures
+    stored = flac[26:42] if flac[:4] == b"fLaC" else b""
+    if any(stored) and stored != md5.digest():  # all zero: the encoder left it out
+        raise AudioFault(
+            "checksum_mismatch", f"samples have MD5 {md5.hexdigest()}, the FLAC header says {stored.hex()}"
+        )
+    return measures.conformed(flac)
 
 
 def _int16_blocks(audio: soundfile.SoundFile, warnings: set[WarningName]) -> Iterator[Int16[np.ndarray, "samples"]]:
-    """The file as 16 kHz mono int16; 16-bit mono at the right rate goes through untouched."""
+    """The file as 16 kHz mono int16; 16-bit mono at 16 kHz passes unchanged."""
     if (audio.subtype, audio.channels, audio.samplerate) == ("PCM_16", 1, SAMPLE_RATE):
-        yield from (block[:, 0] for block in wave.read_blocks(audio, "int16"))
+        yield from (block[:, 0] for block in read_blocks(audio, "int16"))
         return
     for block in _resampled(_mono_blocks(audio, warnings), audio.samplerate):
         if np.abs(block).max(initial=0.0) > 1:
             warnings.add("clipped")
-        yield wave.to_int16(block)
+        yield to_int16(block)
 
 
 def _mono_blocks(audio: soundfile.SoundFile, warnings: set[WarningName]) -> Iterator[Float32[np.ndarray, "samples"]]:
     mono_energy = channel_energy = 0.0
-    for block in wave.read_blocks(audio, "float32"):
-        mono = wave.to_mono(block).samples
-        mono_energy += wave.power(mono) * len(mono)
-        channel_energy += wave.power(block) * len(mono)
+    for block in read_blocks(audio, "float32"):
+        mono = to_mono(block)
+        mono_energy += float(np.square(mono, dtype=np.float64).sum())
+        channel_energy += float(np.square(block, dtype=np.float64).sum()) / audio.channels
         yield mono
-    if wave.cancels_out(mono_energy, channel_energy):
+    if mono_energy < _CANCELLED_POWER * channel_energy:
         warnings.add("down_mix_cancels")
 
 
@@ -193,16 +175,33 @@ def _resampled(blocks: Iterator[Float32[np.ndarray, "samples"]], rate: int) -> I
     yield stream.resample_chunk(np.zeros(0, np.float32), last=True)
 
 
-def _encode(blocks: Iterator[Int16[np.ndarray, "samples"]], limit: int | None) -> Iterator[Conformed]:
+class _FlacWriter:
+    """A FLAC file in memory, and the measures of its samples."""
+
+    def __init__(self) -> None:
+        self.measures = _Measures()
+        self._buffer = io.BytesIO()
+        self._file = soundfile.SoundFile(self._buffer, "w", SAMPLE_RATE, 1, "PCM_16", format="FLAC")
+
+    def add(self, samples: Int16[np.ndarray, "samples"]) -> None:
+        self._file.write(samples)
+        self.measures.add(samples)
+
+    def close(self) -> Conformed:
+        self._file.close()
+        return self.measures.conformed(self._buffer.getvalue())
+
+
+def _encoded(blocks: Iterator[Int16[np.ndarray, "samples"]], limit: int | None) -> Iterator[Conformed]:
     """FLAC files of at most `limit` samples each."""
-    encoder = Encoder()
+    writer = _FlacWriter()
     for block in blocks:
         rest = block
-        while limit is not None and encoder.measures.num_samples + len(rest) >= limit:
-            room = limit - encoder.measures.num_samples
-            encoder.add(rest[:room])
-            yield encoder.close()
-            encoder, rest = Encoder(), rest[room:]
-        encoder.add(rest)
-    if encoder.measures.num_samples:
-        yield encoder.close()
+        while limit is not None and writer.measures.num_samples + len(rest) >= limit:
+            room = limit - writer.measures.num_samples
+            writer.add(rest[:room])
+            yield writer.close()
+            writer, rest = _FlacWriter(), rest[room:]
+        writer.add(rest)
+    if writer.measures.num_samples:
+        yield writer.close()

@@ -1,15 +1,9 @@
-"""`header.json`, the last file that is written of a corpus: what the corpus is, and which files make it up.
+"""A prepared corpus: Arrow files of FLAC audio, a header, and (optional) speaker turns; and the corpora of a config.
 
-A prepared corpus: Arrow files of FLAC bytes, and a JSON header that says what it is.
-
-The folder opens with `datasets.load_from_disk` too (hub.py); here it is read by memory map, so that a worker process is
-up in no time. `header.json` is written last, so a folder that has one is whole.
-
-Who speaks when in the recordings of a corpus: `turns.rttm` beside its header, recordings named by utterance ids.
-
-A recording that has turns counts as annotated from its first to its last sample.
-
-The corpora that a config names: one to learn from, any number to evaluate on.
+`header.json` is written last, so a folder that has one is complete. The Arrow files are memory-mapped: a worker process
+opens a corpus at once. The folder also opens with `datasets.load_from_disk` (see `data.prepare`).
+`turns.rttm` says who speaks when; its recordings are named by utterance ids, and a recording that has turns counts as
+annotated from its first to its last sample.
 """
 
 import bisect
@@ -25,7 +19,6 @@ import pyarrow as pa
 from jaxtyping import Float32, Int16, Int32, Int64
 
 from wavlm_jax.audio.wave import AudioFault, read_crop
-from wavlm_jax.data.sources import SourceError
 from wavlm_jax.files import read_json, write_json, write_text
 from wavlm_jax.settings import SettingsError, read
 from wavlm_jax.shapes import SAMPLE_RATE
@@ -36,11 +29,11 @@ HEADER = "header.json"
 
 
 class CorpusError(ValueError):
-    """A folder that is not a whole corpus; the message names the file and the cure."""
+    """A folder that is not a complete corpus, or turns that do not fit one; names the file and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shard:
+class CorpusShard:
     """One Arrow file of a corpus."""
 
     file: str
@@ -52,7 +45,7 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusHeader:
-    """What `header.json` says."""
+    """Contents of `header.json`."""
 
     format: int
     name: str
@@ -60,32 +53,32 @@ class CorpusHeader:
     count: int
     """Utterances."""
     speakers: int
-    """Distinct ones; 0 where the source names none."""
+    """Distinct ones; 0 if the source names none."""
     sample_rate: int
     """Hz: 16,000."""
     fingerprint: str
     """SHA-256 over ids, lengths and decoded samples: the same on every machine and for every number of workers."""
     source: str
-    """Where it came from, for people."""
+    """Where it came from, in words."""
     source_digest: str
-    """SHA-256 over the source's list of utterances and the options that shaped the corpus."""
+    """SHA-256 over the source's list of utterances, the state of its files, and the options of preparation."""
     faults: dict[str, int]
-    """Name of a fault -> files left out for it; the files stand in bad_files.jsonl."""
+    """Name of a fault -> files left out because of it; they are listed in bad_files.jsonl."""
     dropped: dict[str, int]
-    """too_short, too_long -> utterances left out by --min-seconds and --max-seconds."""
+    """too_short, too_long -> utterances left out because of --min-seconds and --max-seconds."""
     warnings: dict[str, int]
-    """Name of a warning (down_mix_cancels, silent, clipped) -> files kept in spite of it."""
+    """Name of a warning (down_mix_cancels, silent, clipped) -> files with it, which are kept."""
     versions: dict[str, str]
-    shards: tuple[Shard, ...]
+    shards: tuple[CorpusShard, ...]
 
 
 def is_corpus(path: Path) -> bool:
-    """Whether `path` holds a whole corpus, as far as its header tells."""
+    """Whether `path` holds a complete corpus, as far as its header tells."""
     return (path / HEADER).is_file()
 
 
 def write_header(folder: Path, header: CorpusHeader) -> None:
-    """Write `header.json`, the last file of a corpus, whole or not at all."""
+    """Write `header.json`, the last file of a corpus, atomically."""
     write_json(folder / HEADER, asdict(header))
 
 
@@ -121,7 +114,7 @@ def read_header(path: Path) -> CorpusHeader:
 
 
 COLUMNS = ("id", "audio", "samples", "speaker", "text", "mean", "variance", "phones")
-"""Of every shard; their types are `hub.FEATURES`."""
+"""Of every shard; their types are `data.prepare.FEATURES`."""
 
 
 class Phones(NamedTuple):
@@ -133,7 +126,7 @@ class Phones(NamedTuple):
 
 
 class StringColumn(Sequence[str]):
-    """A string column read in place: no copy of millions of ids in every process."""
+    """A string column read from the memory map: no copy of millions of ids in every process."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
         self._column = column
@@ -152,10 +145,10 @@ class StringColumn(Sequence[str]):
 
 
 class Corpus:
-    """A prepared corpus, opened in place by memory map.
+    """A prepared corpus, memory-mapped.
 
-    Cheap to open and to pickle: only the path travels, and a worker opens the files again when it first reads. Audio is
-    decoded crop by crop and never as a whole.
+    Cheap to open and to pickle: only path and header travel, and a worker opens the files when it first reads. Audio is
+    decoded crop by crop.
     """
 
     def __init__(self, path: Path, header: CorpusHeader) -> None:
@@ -164,10 +157,10 @@ class Corpus:
 
     @classmethod
     def open(cls, path: Path) -> "Corpus":
-        """The corpus in folder `path`; reads the header and compares file sizes, nothing more.
+        """The corpus in folder `path`; reads only the header and compares file sizes.
 
         Raises:
-            CorpusError: no corpus there, one of another format, or a shard that is missing or cut off.
+            CorpusError: no corpus, one of another format, or a shard that is missing or truncated.
 
         """
         header = read_header(path)
@@ -202,17 +195,17 @@ class Corpus:
 
     @functools.cached_property
     def speakers(self) -> Sequence[str]:
-        """Speaker of each utterance, "" where unknown."""
+        """Speaker of each utterance, "" if unknown."""
         return StringColumn(self._table["speaker"])
 
     @functools.cached_property
     def texts(self) -> Sequence[str]:
-        """Transcript of each utterance, "" where there is none."""
+        """Transcript of each utterance, "" if there is none."""
         return StringColumn(self._table["text"])
 
     @functools.cached_property
     def paths(self) -> Sequence[str]:
-        """Where each utterance came from, as its source called it; pieces of a cut file share one."""
+        """Path of each utterance in its source; pieces of one file share it."""
         audio = self._table["audio"]
         return StringColumn(pa.chunked_array([chunk.field("path") for chunk in audio.chunks], pa.string()))
 
@@ -235,7 +228,8 @@ class Corpus:
         """Samples `start` to `start + num_samples` (None: to the end) of utterance `index`; decodes only those.
 
         Raises:
-            AudioFault: the stored bytes do not give them (a damaged disk), naming the utterance.
+            AudioFault: the stored bytes are damaged, or the crop is longer than the utterance; names the utterance.
+            IndexError: no such utterance.
 
         """
         try:
@@ -244,12 +238,12 @@ class Corpus:
             raise AudioFault(error.fault, f"{self.path}: utterance {self.ids[index]}: {error.detail}") from error
 
     def random_piece(self, which: float, where: float, size: int) -> Int16[np.ndarray, "samples"]:
-        """At most `size` samples of an utterance of a corpus of noise: what is laid over speech.
+        """A random crop of a random utterance, such as noise to mix into speech.
 
         Args:
             which: in [0, 1), chooses the utterance.
-            where: in [0, 1), chooses the start among all that leave as much as possible.
-            size: samples that are wanted; fewer where the utterance has fewer.
+            where: in [0, 1), chooses the start.
+            size: samples of the crop; fewer only if the utterance has fewer.
 
         Raises:
             AudioFault: as `wave`.
@@ -261,17 +255,17 @@ class Corpus:
         return self.wave(index, int(where * (length - count + 1)), count)
 
     def phones(self, index: int) -> Phones | None:
-        """The phone alignment of utterance `index`, None where the corpus has none."""
+        """The phone alignment of utterance `index`, None if the corpus has none."""
         value = self._table["phones"][index].as_py()
         if value is None or value["symbols"] is None:
             return None
         return Phones(value["symbols"], np.asarray(value["starts"], np.int32), np.asarray(value["ends"], np.int32))
 
     def verify(self) -> None:
-        """Read every byte of every shard and compare its checksum.
+        """Compare the SHA-256 of every shard with the header.
 
         Raises:
-            CorpusError: naming the shard that differs.
+            CorpusError: names the shard that differs.
 
         """
         for shard in self.header.shards:
@@ -282,7 +276,7 @@ class Corpus:
                 )
 
     def _flac(self, index: int) -> pa.Buffer:
-        """The bytes of one utterance where they lie in the memory map."""
+        """The bytes of one utterance in the memory map, without a copy."""
         if not 0 <= index < len(self):
             raise IndexError(f"{self.path}: utterance number {index}, expected 0 to {len(self) - 1}")
         starts, chunks = self._audio
@@ -308,7 +302,7 @@ class Corpus:
 
 
 def _read_shard(file: Path) -> pa.Table:
-    """An Arrow stream as a table that lies in the memory map of its file."""
+    """An Arrow stream as a memory-mapped table."""
     try:
         table = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
     except pa.ArrowInvalid as error:
@@ -324,26 +318,26 @@ TURNS = "turns.rttm"
 
 
 def attach_turns(corpus: Corpus, turns: Sequence[Turn]) -> int:
-    """Put the turns of the corpus' recordings into its folder, whole or not at all; turns of others are left out.
+    """Write the turns of the corpus' recordings to `turns.rttm`, atomically; turns of other recordings are left out.
 
     Returns:
         How many recordings have turns.
 
     Raises:
-        SourceError: a turn that begins behind the end of its recording, or no recording that has any.
+        CorpusError: a turn that begins after the end of its recording, or no turn of any of its recordings.
 
     """
     lengths = {str(name): int(samples) for name, samples in zip(corpus.ids, corpus.lengths, strict=True)}
     held = [turn for turn in turns if turn.recording in lengths]
     if not held:
         found = ", ".join(sorted({turn.recording for turn in turns})[:3]) or "none"
-        raise SourceError(
+        raise CorpusError(
             f"{corpus.path}: no turn is of one of its recordings; the turns are of {found}, the recordings are called "
             f"{', '.join(list(lengths)[:3])}; the second column of an RTTM file is an utterance id"
         )
     for turn in held:
         if turn.start * SAMPLE_RATE >= lengths[turn.recording]:
-            raise SourceError(
+            raise CorpusError(
                 f"{corpus.path}: a turn of {turn.recording} begins at {turn.start:.3f} s, the recording lasts "
                 f"{lengths[turn.recording] / SAMPLE_RATE:.3f} s; are the turns of another recording?"
             )
@@ -356,7 +350,7 @@ def turns_of(corpus: Corpus) -> Mapping[str, Sequence[Turn]]:
 
     Raises:
         FileNotFoundError: the corpus has no `turns.rttm`.
-        RecordError: a line of it that cannot be right, by its number.
+        RecordError: a wrong line, by its number.
 
     """
     file = corpus.path / TURNS
@@ -372,18 +366,18 @@ def turns_of(corpus: Corpus) -> Mapping[str, Sequence[Turn]]:
 
 
 Corpora: TypeAlias = dict[str, Corpus]
-"""By split, `train` first."""
+"""Split -> corpus, `train` first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """The config section `data`: folders that `python -m wavlm_jax.data` prepared."""
+    """The config section `data`: folders made by `python -m wavlm_jax.data`."""
 
     train: str
     evaluation: tuple[str, ...]
-    """A split is called what its folder is called: corpora/demo/valid is `valid`."""
+    """A split has the name of its folder: corpora/demo/valid is `valid`."""
     evaluation_buckets: tuple[int, ...]
-    """Frames that held-out utterances are padded to; longer ones are cut to the last."""
+    """Frames that evaluation utterances are padded to; longer ones are cut to the last bucket."""
 
     def __post_init__(self) -> None:
         names = ["train", *(Path(path).name for path in self.evaluation)]
@@ -393,23 +387,20 @@ class DataSettings:
                 f"evaluation: two folders are called {min(twice)!r}; expected distinct names, none `train`"
             )
 
-    @property
-    def folders(self) -> dict[str, Path]:
-        """Folder of each split, `train` first."""
-        return {"train": Path(self.train), **{Path(path).name: Path(path) for path in self.evaluation}}
-
 
 def open_corpora(settings: DataSettings) -> Corpora:
     """The corpus of each split, `train` first.
 
     Raises:
-        FileNotFoundError: where a folder holds no corpus, with the command that makes one.
+        FileNotFoundError: a folder holds no corpus; says how to make one.
 
     """
-    for split, folder in settings.folders.items():
-        if not (folder / "header.json").is_file():
+    corpora = {}
+    for split, path in {"train": settings.train, **{Path(path).name: path for path in settings.evaluation}}.items():
+        if not is_corpus(Path(path)):
             raise FileNotFoundError(
-                f"config.data: {split} is {folder}, where there is no corpus (no header.json); make one with: "
-                f"python -m wavlm_jax.data SOURCE --out {folder}"
+                f"config.data: {split} is {path}, where there is no corpus (no {HEADER}); make one with: "
+                f"python -m wavlm_jax.data SOURCE --out {path}"
             )
-    return {split: Corpus.open(folder) for split, folder in settings.folders.items()}
+        corpora[split] = Corpus.open(Path(path))
+    return corpora

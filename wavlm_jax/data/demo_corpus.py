@@ -1,21 +1,18 @@
-"""English sentences for the demo corpus: a small grammar over words of our own, the same on every machine.
+"""The embedded corpus: an hour of English by espeak-ng, with exact words, speakers and phone times, without a network.
 
-espeak-ng as a source of speech with exact phone times, through ctypes and the wheel `espeakng-loader`.
+Three corpora come out: `train`, `valid` (other sentences of the same voices) and `unseen_voices`. The steps stand here
+in order: sentences from a small grammar, their speech, the corpora.
 
-The library keeps state from one sentence to the next, so a voice is always rendered by a process of its own, from the
-start: `python -m wavlm_jax.data.demo_corpus` reads a `VoiceJob` as JSON and writes FLAC files
-and a manifest. Its noise is
-seeded from the clock unless told otherwise; here it is told.
-
-The embedded corpus: an hour of English by espeak-ng, with exact words, speakers and phones, and no network.
-
-Three corpora come out: `train`, `valid` (other sentences of the same voices) and `unseen_voices`. The bytes are the
-same every time: each voice is rendered by a fresh process, and nothing draws from a library's random stream.
+The bytes are the same every time. Nothing draws from a library's random stream, and each voice is spoken by a fresh
+process, because espeak's library keeps state from one sentence to the next: `python -m wavlm_jax.data.demo_corpus`
+reads a `VoiceJob` as JSON from stdin and writes FLAC files and a manifest. The library comes in the wheel
+`espeakng-loader` and is called through ctypes; its noise is seeded from the clock unless told otherwise.
 """
 
 import ctypes
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -34,7 +31,7 @@ from tqdm import tqdm
 
 from wavlm_jax.audio.wave import FULL_SCALE, encode_flac, resample, to_int16
 from wavlm_jax.data.corpus import is_corpus, read_header
-from wavlm_jax.data.prepare import Preparation, PrepareError, Result, prepare
+from wavlm_jax.data.prepare import Preparation, PreparedCorpus, PrepareError, prepare
 from wavlm_jax.data.sources import from_manifest
 from wavlm_jax.files import write_text
 from wavlm_jax.shapes import SAMPLE_RATE
@@ -97,13 +94,13 @@ WORDS = {
     "name": """Anna Peter Maria Thomas Helen Oscar Julia Victor Emma Walter Laura Martin Sophie George Alice Henry
         Clara Frank Nora Simon Ruth Edgar Paula Hugo Irene Jacob""",
 }
-"""Word classes; a word that starts with _ is a phrase whose other _ are blanks."""
+"""Word classes. An entry that starts with _ is a phrase; its other _ stand for spaces."""
 
 _CHOICES = {kind: words.split() for kind, words in WORDS.items()}
 
 
 def sentence(seed: str) -> str:
-    """The sentence that belongs to `seed`: about four to eleven words, with its full stop or question mark."""
+    """A sentence that is a function of `seed`: about four to eleven words, with full stop or question mark."""
     draws = _draws(seed)
     pattern = PATTERNS[next(draws) % len(PATTERNS)]
     words = []
@@ -111,26 +108,22 @@ def sentence(seed: str) -> str:
         kind, closed, end = slot.removeprefix("{").partition("}")
         choices = _CHOICES[kind] if closed else [slot]
         words.append(choices[next(draws) % len(choices)].removeprefix("_").replace("_", " ") + end)
-    text = " ".join("an" if word == "a" and after[:1] in "aeiou" else word for word, after in _pairs(words))
+    following = [*words[1:], "."]
+    text = " ".join(
+        "an" if word == "a" and after[0] in "aeiou" else word for word, after in zip(words, following, strict=True)
+    )
     return text[0].upper() + text[1:]
 
 
-def _pairs(words: list[str]) -> Iterator[tuple[str, str]]:
-    return zip(words, [*words[1:], "."], strict=True)
-
-
 def _draws(seed: str) -> Iterator[int]:
-    """Endless numbers that depend on `seed` alone; no library's random stream, which may change with a version."""
-    number = 0
-    while True:
-        digest = hashlib.sha256(f"{seed}/{number}".encode()).digest()
-        yield int.from_bytes(digest[:4])
-        number += 1
+    """Endless random numbers that depend on `seed` alone (SHA-256 in counter mode)."""
+    for number in itertools.count():
+        yield int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:4])
 
 
-MANIFEST = "voice.jsonl"
 PAUSE = "_"
-"""The one symbol for every kind of silence."""
+"""The phone symbol of every kind of silence."""
+_MANIFEST = "voice.jsonl"
 
 _SYNCHRONOUS, _PHONEME_EVENTS, _DONT_EXIT = 2, 1 << 0, 1 << 15
 _UTF8, _PLAIN = 1, 1
@@ -141,12 +134,12 @@ _SEED = 1
 
 
 class EspeakError(RuntimeError):
-    """espeak-ng is missing or refuses; says what to install."""
+    """espeak-ng is missing or fails; says what to install."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Voice:
-    """A speaker: an accent, a timbre, and a way of speaking."""
+    """A speaker: accent, timbre, and manner of speaking."""
 
     name: str
     accent: str
@@ -162,23 +155,24 @@ class Voice:
 
 @dataclass(frozen=True, kw_only=True)
 class VoiceJob:
-    """What one process does."""
+    """The work of one process."""
 
     voice: Voice
     sentences: dict[str, str]
     """Utterance id -> text."""
-    folder: Path
+    folder: str
+    """For the FLAC files and the manifest."""
 
 
 class Spoken(NamedTuple):
-    """One sentence as espeak says it."""
+    """One sentence as spoken by espeak."""
 
     samples: Int16[np.ndarray, "samples"]
     """16 kHz."""
     symbols: list[str]
     starts: list[int]
     ends: list[int]
-    """Samples; the phones cover the utterance without gaps."""
+    """Samples. The phones cover the utterance without gaps."""
 
 
 class _Name(ctypes.Union):
@@ -205,7 +199,7 @@ class Synthesizer:
     """espeak-ng with one voice."""
 
     def __init__(self, voice: Voice) -> None:
-        loader = loader_module()
+        loader = _loader_module()
         self._library = ctypes.CDLL(loader.get_library_path())
         data = str(loader.get_data_path()).encode()
         self.rate = int(self._library.espeak_Initialize(_SYNCHRONOUS, 0, data, _PHONEME_EVENTS | _DONT_EXIT))
@@ -213,7 +207,7 @@ class Synthesizer:
             raise EspeakError(f"espeak-ng does not start with its data in {loader.get_data_path()}")
         self._blocks: list[np.ndarray] = []
         self._marks: list[tuple[int, str]] = []
-        self._callback = _Callback(self._collect)  # kept: C holds a pointer to it
+        self._callback = _Callback(self._collect)  # kept alive: C holds a pointer to it
         self._library.espeak_SetSynthCallback(self._callback)
         self._library.espeak_ng_SetRandSeed(ctypes.c_long(_SEED))
         self._choose(voice, Path(loader.get_data_path()))
@@ -233,7 +227,7 @@ class Synthesizer:
 
     def _choose(self, voice: Voice, data: Path) -> None:
         name = f"{voice.accent}+{voice.variant}"
-        known = (data / "voices" / "!v" / voice.variant).is_file()  # espeak itself passes over an unknown variant
+        known = (data / "voices" / "!v" / voice.variant).is_file()  # espeak itself ignores an unknown variant
         if not known or self._library.espeak_SetVoiceByName(name.encode()):
             raise EspeakError(f"espeak-ng has no voice {name}")
         for parameter, value in ((_RATE, voice.speed), (_PITCH, voice.pitch), (_RANGE, voice.range)):
@@ -250,7 +244,7 @@ class Synthesizer:
         return 0
 
 
-def loader_module() -> ModuleType:
+def _loader_module() -> ModuleType:
     """The wheel that holds espeak-ng's library and data.
 
     Raises:
@@ -265,62 +259,48 @@ def loader_module() -> ModuleType:
     return module
 
 
-def render(job: VoiceJob) -> None:
-    """FLAC files and, last, the manifest of one voice."""
-    synthesizer = Synthesizer(job.voice)
-    job.folder.mkdir(parents=True, exist_ok=True)
+def speak_voice(job: VoiceJob) -> None:
+    """Write the FLAC files and, last, the manifest of one voice."""
+    synthesizer, folder = Synthesizer(job.voice), Path(job.folder)
+    folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for name, text in job.sentences.items():
         spoken = synthesizer.speak(text)
-        file = job.folder / f"{name}.flac"
-        file.write_bytes(encode_flac(spoken.samples))
+        (folder / f"{name}.flac").write_bytes(encode_flac(spoken.samples))
         row = {
             "id": name,
-            "path": f"{job.folder.name}/{file.name}",
+            "path": f"{folder.name}/{name}.flac",
             "samples": len(spoken.samples),
             "speaker": job.voice.name,
-            "text": written(text),
+            "text": _transcript(text),
             "phones": {"symbols": spoken.symbols, "starts": spoken.starts, "ends": spoken.ends},
         }
         lines.append(json.dumps(row) + "\n")
-    write_text(job.folder / MANIFEST, "".join(lines))
+    write_text(folder / _MANIFEST, "".join(lines))
 
 
-def written(text: str) -> str:
-    """A sentence as a transcript: upper case, A to Z, apostrophe and blank."""
+def _transcript(text: str) -> str:
+    """Upper case; only letters, apostrophes and single spaces."""
     return " ".join("".join(letter for letter in text.upper() if letter.isalpha() or letter in "' ").split())
 
 
-def to_json(job: VoiceJob) -> str:
-    """A job as the text that a rendering process reads."""
-    return json.dumps({**dataclasses.asdict(job), "folder": str(job.folder)})
-
-
-def from_json(text: str) -> VoiceJob:
-    """The job that `to_json` wrote."""
-    values = json.loads(text)
-    return VoiceJob(voice=Voice(**values["voice"]), sentences=values["sentences"], folder=Path(values["folder"]))
-
-
 def _segments(marks: list[tuple[int, str]], rate: int, num_samples: int) -> tuple[list[str], list[int], list[int]]:
-    """Phones from espeak's marks of where each one starts, in samples of 16 kHz; empty ones are left out."""
+    """(symbols, starts, ends) of phones, from espeak's marks of where each starts; empty phones are left out."""
     bounds = [min(round(sample * SAMPLE_RATE / rate), num_samples) for sample, _ in marks] + [num_samples]
     symbols = [_plain(symbol) for _, symbol in marks]
     if bounds[0] > 0:
         symbols, bounds = [PAUSE, *symbols], [0, *bounds]
-    kept = [
-        (symbol, start, end) for symbol, start, end in zip(symbols, bounds[:-1], bounds[1:], strict=True) if end > start
-    ]
-    return [row[0] for row in kept], [row[1] for row in kept], [row[2] for row in kept]
+    kept = [number for number in range(len(symbols)) if bounds[number + 1] > bounds[number]]
+    return [symbols[i] for i in kept], [bounds[i] for i in kept], [bounds[i + 1] for i in kept]
 
 
 def _plain(symbol: str) -> str:
-    """A phone without stress marks; pauses of every length are one symbol."""
+    """A phone without stress marks; all pauses become one symbol."""
     return PAUSE if symbol.startswith("_") else symbol.strip(_STRESS) or PAUSE
 
 
 SPLITS = ("train", "valid", "unseen_voices")
-DONE = "demo.json"
+_DONE = "demo.json"
 ACCENTS = (
     "en-us",
     "en",
@@ -339,17 +319,17 @@ VARIANTS = tuple(_VARIANTS.split())
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings:
-    """How large the corpus is. The default has 44 voices and about an hour."""
+    """Size of the corpus. The default has 44 voices and about an hour."""
 
     voices: int = 44
     unseen_voices: int = 4
-    """Of `voices`; all their utterances go to the split of that name."""
+    """Of `voices`; all their utterances go to the split `unseen_voices`."""
     sentences: int = 40
-    """Of each voice."""
+    """Per voice."""
     valid_sentences: int = 2
-    """Of each seen voice, held out."""
+    """Per seen voice, held out."""
     version: int = 1
-    """Counts changes of the words or voices here."""
+    """Increased when words or voices in this file change."""
 
     def __post_init__(self) -> None:
         if not 0 < self.unseen_voices < self.voices <= len(VARIANTS):
@@ -361,7 +341,7 @@ class DemoSettings:
 
 
 def voices(count: int) -> list[Voice]:
-    """The first `count` voices: every accent, women and men, speeds and pitches spread out evenly."""
+    """The first `count` voices: all accents, women and men, speeds and pitches evenly spread."""
     return [
         Voice(
             name=f"{number:02d}-{variant.lower()}",
@@ -375,23 +355,29 @@ def voices(count: int) -> list[Voice]:
     ]
 
 
-def make_demo(out: Path, settings: DemoSettings, workers: int, *, progress: bool = False) -> dict[str, Result]:
-    """The corpora `out`/train, `out`/valid and `out`/unseen_voices; resumable, and nothing to do a second time.
+def make_demo(out: Path, settings: DemoSettings, workers: int, *, progress: bool = False) -> dict[str, PreparedCorpus]:
+    """Make the corpora `out`/train, `out`/valid and `out`/unseen_voices; resumable, and nothing to do a second time.
 
     Raises:
-        EspeakError: `espeakng-loader` is missing, or a voice cannot be rendered.
+        EspeakError: `espeakng-loader` is missing, or a voice fails.
         PrepareError: `out` holds something else.
 
     """
-    done, recipe = out / DONE, json.dumps(dataclasses.asdict(settings), sort_keys=True)
+    done, recipe = out / _DONE, json.dumps(dataclasses.asdict(settings), sort_keys=True)
     if done.is_file() and all(is_corpus(out / name) for name in SPLITS):
         if done.read_text() != recipe:
             raise PrepareError(f"{out}: holds a demo corpus of {done.read_text()}, asked for {recipe}; remove it first")
-        return {name: Result(read_header(out / name), fresh=False) for name in SPLITS}
-    loader_module()
+        return {name: PreparedCorpus(read_header(out / name), fresh=False) for name in SPLITS}
+    _loader_module()
     scratch = out.with_name(out.name + ".audio")
     jobs = _jobs(settings, scratch)
-    _render_all(jobs, workers, progress=progress)
+    pending = [job for job in jobs if not (Path(job.folder) / _MANIFEST).is_file()]
+    pool = ThreadPoolExecutor(max(workers, 1))
+    try:
+        for _ in tqdm(pool.map(_speak_in_process, pending), total=len(pending), desc="speaking", disable=not progress):
+            pass
+    finally:
+        pool.shutdown(cancel_futures=True)
     _write_manifests(jobs, settings, scratch)
     results = {name: _prepare(scratch / f"{name}.jsonl", out / name) for name in SPLITS}
     write_text(done, recipe)
@@ -400,38 +386,21 @@ def make_demo(out: Path, settings: DemoSettings, workers: int, *, progress: bool
 
 
 def _jobs(settings: DemoSettings, scratch: Path) -> list[VoiceJob]:
-    return [
-        VoiceJob(
-            voice=voice,
-            sentences={
-                f"{voice.name}-{number:03d}": sentence(f"{voice.name}-{number:03d}")
-                for number in range(settings.sentences)
-            },
-            folder=scratch / voice.name,
-        )
-        for voice in voices(settings.voices)
-    ]
+    jobs = []
+    for voice in voices(settings.voices):
+        names = [f"{voice.name}-{number:03d}" for number in range(settings.sentences)]
+        sentences = {name: sentence(name) for name in names}
+        jobs.append(VoiceJob(voice=voice, sentences=sentences, folder=str(scratch / voice.name)))
+    return jobs
 
 
-def _render_all(jobs: Sequence[VoiceJob], workers: int, *, progress: bool) -> None:
-    pending = [job for job in jobs if not (job.folder / MANIFEST).is_file()]
-    pool = ThreadPoolExecutor(max(workers, 1))
-    try:
-        rendered = pool.map(_render, pending)
-        for _ in tqdm(rendered, total=len(pending), unit="voice", desc="speaking", disable=not progress):
-            pass
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _render(job: VoiceJob) -> None:
-    """One voice, in a process of its own (see espeak.py)."""
-    command = [sys.executable, "-m", "wavlm_jax.data.demo_corpus"]
+def _speak_in_process(job: VoiceJob) -> None:
+    """`speak_voice` in a process of its own (see the top of this file)."""
     root = Path(__file__).parents[2]
     paths = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    process = subprocess.run(  # noqa: S603  (our own module, with data on stdin)
-        command,
-        input=to_json(job),
+    process = subprocess.run(
+        [sys.executable, "-m", "wavlm_jax.data.demo_corpus"],
+        input=json.dumps(dataclasses.asdict(job)),
         text=True,
         capture_output=True,
         check=False,
@@ -447,7 +416,7 @@ def _write_manifests(jobs: Sequence[VoiceJob], settings: DemoSettings, scratch: 
     lines: dict[str, list[str]] = {name: [] for name in SPLITS}
     seen = settings.voices - settings.unseen_voices
     for number, job in enumerate(jobs):
-        rows = (job.folder / MANIFEST).read_text().splitlines(keepends=True)
+        rows = (Path(job.folder) / _MANIFEST).read_text().splitlines(keepends=True)
         if number >= seen:
             lines["unseen_voices"] += rows
         else:
@@ -457,10 +426,10 @@ def _write_manifests(jobs: Sequence[VoiceJob], settings: DemoSettings, scratch: 
         (scratch / f"{name}.jsonl").write_text("".join(rows))
 
 
-def _prepare(manifest: Path, out: Path) -> Result:
-    """Stamps and paths of the scratch folder stay out of the corpus, so that it is the same every time.
+def _prepare(manifest: Path, out: Path) -> PreparedCorpus:
+    """Prepare one split; times and paths of the scratch folder stay out, so that the corpus is the same every time.
 
-    Done in this process: an hour of speech is ready before others have come up.
+    In this process: an hour of speech is done before workers would have started.
     """
     source = from_manifest(manifest, manifest.parent)
     entries = [entry._replace(stamp="") for entry in source.entries]
@@ -469,4 +438,5 @@ def _prepare(manifest: Path, out: Path) -> Result:
 
 
 if __name__ == "__main__":
-    render(from_json(sys.stdin.read()))
+    given = json.load(sys.stdin)
+    speak_voice(VoiceJob(**{**given, "voice": Voice(**given["voice"])}))

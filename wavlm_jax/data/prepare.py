@@ -1,13 +1,11 @@
-"""Work shared out to processes that come up fresh, and go when their parent goes.
+"""Preparation: a source becomes a corpus, shard by shard in several processes, resumable after any interruption.
 
-One shard of a corpus: written by one worker in one go, or not at all.
-
-A corpus from a source: shards written by several processes, resumable after any interruption, the header last.
-
-Work goes on in OUT.partial, shard by shard, and that folder becomes OUT in one rename. A second call with the same
-source and options finds what is done and does the rest, or nothing.
+Work goes on in OUT.partial. A shard is written by one worker, completely or not at all, with a report beside it; the
+header comes last, and then the folder is renamed to OUT. A second call with the same source and options finds the
+finished shards and does the rest, or nothing.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -21,19 +19,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
-from hashlib import sha256
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import datasets
 import pyarrow as pa
 import soundfile
 from tqdm import tqdm
 
 from wavlm_jax.audio.wave import AudioFault
 from wavlm_jax.data.conform import Conformed, Policy, conform
-from wavlm_jax.data.corpus import FORMAT, CorpusHeader, Shard, is_corpus, read_header, sha256_of, write_header
-from wavlm_jax.data.sources import SCHEMA, Alignment, AudioReader, Entry, Source, digest, printable, write_dataset_info
+from wavlm_jax.data.corpus import FORMAT, CorpusHeader, CorpusShard, is_corpus, read_header, sha256_of, write_header
+from wavlm_jax.data.sources import AudioReader, Entry, PhoneTimes, UtteranceSource, digest, printable
 from wavlm_jax.files import read_json, write_json, write_text
 from wavlm_jax.shapes import SAMPLE_RATE
 from wavlm_jax.version import __version__
@@ -41,200 +39,42 @@ from wavlm_jax.version import __version__
 Job = TypeVar("Job")
 Outcome = TypeVar("Outcome")
 
-
-class WorkerError(RuntimeError):
-    """A worker process died without a word; says what to do."""
-
-
-def unordered(
-    work: Callable[[Job], Outcome], jobs: Sequence[Job], workers: int, jobs_per_process: int | None = None
-) -> Iterator[tuple[Job, Outcome]]:
-    """(job, work(job)) of all jobs, as they come ready.
-
-    Args:
-        work: a picklable function; an exception in it ends the whole.
-        jobs: picklable arguments.
-        workers: processes; with one, or one job, the work is done here.
-        jobs_per_process: after so many a process is replaced by a fresh one; then no work is done here.
-
-    Raises:
-        WorkerError: a process was killed, or ran out of memory.
-
-    """
-    workers = min(workers, len(jobs))
-    if workers <= 1 and jobs_per_process is None:
-        for job in jobs:
-            yield job, work(job)
-        return
-    pool = ProcessPoolExecutor(
-        max(workers, 1),
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_leave_with_parent,
-        max_tasks_per_child=jobs_per_process,
-    )
-    try:
-        futures = {pool.submit(work, job): job for job in jobs}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    except BrokenProcessPool as error:
-        raise WorkerError(
-            "a worker process died (killed, or out of memory); finished work is kept: run the same command again, with "
-            "fewer --workers if it was memory"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _leave_with_parent() -> None:
-    """A worker whose parent was killed outright would wait for work for ever; this one leaves too."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
-
-
-DROPPED = ("too_short", "too_long")
-_BATCH_BYTES = 1 << 25
-"""Of FLAC in one record batch: bounds the memory of a worker, and stays far below Arrow's 2 GiB of offsets."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardReport:
-    """What came of a shard's utterances; stands next to the Arrow file until the corpus is whole."""
-
-    digest: str
-    """Of the entries and the state of their files."""
-    rows: int = 0
-    samples: int = 0
-    speakers: list[str] = field(default_factory=list)
-    utterances: list[str] = field(default_factory=list)
-    """SHA-256 of each row's id, length and samples."""
-    bad_files: list[dict[str, str]] = field(default_factory=list)
-    dropped: dict[str, int] = field(default_factory=dict)
-    warnings: dict[str, int] = field(default_factory=dict)
-    size: int = 0
-    sha256: str = ""
-
-    @classmethod
-    def read(cls, file: Path) -> "ShardReport | None":
-        """The report in `file`, None where there is none that can be read."""
-        try:
-            return cls(**json.loads(file.read_text()))
-        except (OSError, ValueError, TypeError):
-            return None
-
-
-class ShardWriter:
-    """Rows on their way into an Arrow file, and the counts for its report."""
-
-    def __init__(self, file: Path, policy: Policy) -> None:
-        self.policy = policy
-        self.rows: list[dict[str, Any]] = []
-        self.bytes = 0
-        self.samples = 0
-        self.speakers: set[str] = set()
-        self.utterances: list[str] = []
-        self.bad_files: list[dict[str, str]] = []
-        self.dropped: Counter[str] = Counter()
-        self.warnings: Counter[str] = Counter()
-        self._stream = pa.ipc.new_stream(str(file), SCHEMA)
-
-    def add(self, entry: Entry, reader: AudioReader) -> None:
-        """Bring one utterance in, or note why not."""
-        try:
-            pieces, warnings = conform(reader(entry), self.policy, entry.samples)
-            phones = _checked(entry.phones, pieces)
-        except AudioFault as fault:
-            if fault.fault in DROPPED:
-                self.dropped[fault.fault] += 1
-            else:
-                names = {"id": entry.id, "path": printable(str(entry.audio))}
-                self.bad_files.append({**names, "fault": fault.fault, "detail": printable(fault.detail)})
-            return
-        self.warnings.update(warnings)
-        for number, piece in enumerate(pieces):
-            whole = len(pieces) == 1
-            self._row(entry if whole else entry._replace(id=f"{entry.id}#{number:04d}", text=""), piece, phones)
-        if self.bytes >= _BATCH_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what has gathered as one record batch."""
-        if self.rows:
-            self._stream.write_batch(pa.RecordBatch.from_pylist(self.rows, SCHEMA))
-        self.rows, self.bytes = [], 0
-
-    def close(self) -> None:
-        """Write the rest."""
-        self.flush()
-        self._stream.close()
-
-    def _row(self, entry: Entry, piece: Conformed, phones: Mapping[str, Any] | None) -> None:
-        row = {
-            "id": entry.id,
-            "audio": {"bytes": piece.flac, "path": printable(str(entry.audio))},
-            "samples": piece.num_samples,
-            "speaker": entry.speaker,
-            "text": entry.text,
-            "mean": piece.mean,
-            "variance": piece.variance,
-            "phones": phones,
-        }
-        self.rows.append(row)
-        self.bytes += len(piece.flac)
-        self.samples += piece.num_samples
-        self.speakers.add(entry.speaker)
-        self.utterances.append(hashlib.sha256(f"{entry.id}\0{piece.num_samples}\0".encode() + piece.digest).hexdigest())
-
-
-def write_shard(file: Path, entries: Sequence[Entry], reader: AudioReader, policy: Policy) -> ShardReport:
-    """Bring `entries` into the Arrow file `file`, and its report next to it; both appear whole or not at all."""
-    draft = file.with_suffix(".tmp")
-    writer = ShardWriter(draft, policy)
-    for entry in entries:
-        writer.add(entry, reader)
-    writer.close()
-    report = ShardReport(
-        digest=digest(entries, stamps=True),
-        rows=len(writer.utterances),
-        samples=writer.samples,
-        speakers=sorted(writer.speakers - {""}),
-        utterances=writer.utterances,
-        bad_files=writer.bad_files,
-        dropped=dict(writer.dropped),
-        warnings=dict(writer.warnings),
-        size=draft.stat().st_size,
-        sha256=sha256_of(draft),
-    )
-    draft.replace(file)
-    write_json(report_file(file), asdict(report))
-    return report
-
-
-def report_file(file: Path) -> Path:
-    """Where the report of the shard `file` stands."""
-    return file.with_suffix(".json")
-
-
-def _checked(phones: Alignment | None, pieces: Sequence[Conformed]) -> dict[str, Any] | None:
-    """Phones of an utterance that was not split; they are in samples of 16 kHz."""
-    if phones is None or len(pieces) > 1:
-        return None
-    if phones.ends and phones.ends[-1] > pieces[0].num_samples:
-        found, length = phones.ends[-1], pieces[0].num_samples
-        raise AudioFault("length_mismatch", f"phones end at sample {found}, the audio has {length} at {SAMPLE_RATE} Hz")
-    return phones._asdict()
-
-
+FEATURES = datasets.Features(
+    {
+        "id": datasets.Value("string"),
+        "audio": datasets.Audio(decode=False),
+        "samples": datasets.Value("int64"),
+        "speaker": datasets.Value("string"),
+        "text": datasets.Value("string"),
+        "mean": datasets.Value("float32"),
+        "variance": datasets.Value("float32"),
+        "phones": {
+            "symbols": [datasets.Value("string")],
+            "starts": [datasets.Value("int32")],
+            "ends": [datasets.Value("int32")],
+        },
+    }
+)
+"""Columns of a corpus. `audio` is {bytes: FLAC 16 kHz mono 16 bit, path}; `samples` are counted, not claimed ones;
+`mean` and `variance` (population) are of the whole utterance in [-1, 1] scale; `phones` is null if there are none."""
+SCHEMA: pa.Schema = FEATURES.arrow_schema
 FREE_FAULTS = 5
 """Bad files that are always tolerated, however small the corpus."""
 BAD_FILES = "bad_files.jsonl"
 _PLAN = "plan.json"
 _SHARD_ROWS = (64, 4096)
 """Fewest and most utterances of a shard; in between, a corpus has a thousand shards."""
+_BATCH_BYTES = 1 << 25
+"""FLAC bytes in one record batch: bounds the memory of a worker, and stays far below Arrow's 2 GiB of offsets."""
+_DROPPED = ("too_short", "too_long")
 
 
 class PrepareError(RuntimeError):
     """Preparation cannot go on; says why, and what to do."""
+
+
+class WorkerError(RuntimeError):
+    """A worker process died; says what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,53 +82,54 @@ class Preparation:
     """How a source becomes a corpus."""
 
     name: str
-    policy: Policy = dataclasses.field(default_factory=Policy)
+    policy: Policy = field(default_factory=Policy)
     fault_cap: float = 0.001
-    """Share of bad files above which it stops (`FREE_FAULTS` are always tolerated)."""
+    """Share of bad files above which preparation stops (`FREE_FAULTS` are always tolerated)."""
     workers: int = 1
     progress: bool = False
 
 
-class Result(NamedTuple):
-    """A corpus, and whether it was there already."""
+class PreparedCorpus(NamedTuple):
+    """The header of a corpus, and whether it was made just now."""
 
     header: CorpusHeader
     fresh: bool
 
 
-class _Job(NamedTuple):
-    file: Path
-    entries: Sequence[Entry]
-
-
-def prepare(source: Source, out: Path, preparation: Preparation) -> Result:
-    """Make the corpus folder `out` of `source`.
+def prepare(source: UtteranceSource, out: Path, preparation: Preparation) -> PreparedCorpus:
+    """Make the corpus folder `out` from `source`.
 
     Raises:
-        PrepareError: too many bad files, nothing usable, or `out` or its partial work belongs to another source.
+        PrepareError: too many bad files, no usable utterance, or `out` or its partial work belongs to another source.
         WorkerError: a worker process died.
 
     """
-    state = digest(source.entries, _options(preparation.policy), stamps=True)
+    options = json.dumps(asdict(preparation.policy), sort_keys=True)
+    state = digest(source.entries, options, stamps=True)
     if is_corpus(out):
-        return Result(_same_corpus(out, state), fresh=False)
+        return PreparedCorpus(_same_corpus(out, state), fresh=False)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PrepareError(f"{out}: exists and is no corpus; give another --out, or remove it")
     partial = out.with_name(out.name + ".partial")
     if not is_corpus(partial):
-        _claim(partial, source, preparation.policy)
+        _claim(partial, source, options)
         jobs = _jobs(source, partial)
-        reports = _run(jobs, source.reader, preparation, partial)
-        _complete(jobs, reports, _header(jobs, reports, source, preparation, state), partial)
+        reports = _write_shards(jobs, source.reader, preparation, partial)
+        header = _header(jobs, reports, source, preparation, state)
+        _write_bad_files(partial, [row for report in reports for row in report.bad_files])
+        _write_dataset_info(partial, [job.file.name for job in jobs])
+        write_header(partial, header)
     header = _same_corpus(partial, state)
-    _publish(partial, out)
-    return Result(header, fresh=True)
+    for leftover in (partial / _PLAN, *partial.glob("data-*.json"), *partial.glob(".*.partial")):
+        leftover.unlink(missing_ok=True)
+    partial.rename(out)
+    return PreparedCorpus(header, fresh=True)
 
 
-def split(source: Source, share: float) -> tuple[Source, Source]:
-    """(train, held out): about `share` of the utterances by the hash of their ids, never none.
+def split(source: UtteranceSource, share: float) -> tuple[UtteranceSource, UtteranceSource]:
+    """(train, held out): about `share` of the utterances by the hash of their ids, at least one on each side.
 
-    An utterance stays on its side whatever else the source holds.
+    An utterance stays on its side whatever else the source has.
 
     Raises:
         PrepareError: fewer than two utterances.
@@ -296,16 +137,12 @@ def split(source: Source, share: float) -> tuple[Source, Source]:
     """
     if len(source.entries) < 2:  # noqa: PLR2004
         raise PrepareError(f"{source.description}: {len(source.entries)} utterance, a held-out share needs two")
-    places = [int.from_bytes(sha256(entry.id.encode()).digest()[:8]) / 2**64 for entry in source.entries]
-    ranked = sorted(places)
+    hashes = [int.from_bytes(hashlib.sha256(entry.id.encode()).digest()[:8]) / 2**64 for entry in source.entries]
+    ranked = sorted(hashes)
     edge = min(max(share, ranked[0]), ranked[-2])
-    held_out = [entry for entry, place in zip(source.entries, places, strict=True) if place <= edge]
-    kept = [entry for entry, place in zip(source.entries, places, strict=True) if place > edge]
+    held_out = [entry for entry, place in zip(source.entries, hashes, strict=True) if place <= edge]
+    kept = [entry for entry, place in zip(source.entries, hashes, strict=True) if place > edge]
     return dataclasses.replace(source, entries=kept), dataclasses.replace(source, entries=held_out)
-
-
-def _options(policy: Policy) -> str:
-    return json.dumps(dataclasses.asdict(policy), sort_keys=True)
 
 
 def _same_corpus(out: Path, state: str) -> CorpusHeader:
@@ -318,9 +155,9 @@ def _same_corpus(out: Path, state: str) -> CorpusHeader:
     return header
 
 
-def _claim(partial: Path, source: Source, policy: Policy) -> None:
-    """Take the work folder, or go on in it if it belongs to this source and these options."""
-    plan = {"listing": digest(source.entries), "options": _options(policy), "source": source.description}
+def _claim(partial: Path, source: UtteranceSource, options: str) -> None:
+    """Begin the work folder, or go on in it if it belongs to this source and these options."""
+    plan = {"listing": digest(source.entries), "options": options, "source": source.description}
     file = partial / _PLAN
     if file.is_file():
         found = read_json(file)
@@ -331,17 +168,54 @@ def _claim(partial: Path, source: Source, policy: Policy) -> None:
                     "folder to start over"
                 )
         return
-    partial.mkdir(parents=True, exist_ok=True)
     write_json(file, plan)
 
 
-def _jobs(source: Source, partial: Path) -> list[_Job]:
+@dataclass(frozen=True, kw_only=True)
+class _ShardReport:
+    """What came of a shard's utterances; stays beside the Arrow file until the corpus is complete."""
+
+    digest: str
+    """Of the entries and the state of their files."""
+    rows: int
+    samples: int
+    speakers: list[str]
+    utterances: list[str]
+    """SHA-256 of each row's id, length and samples."""
+    bad_files: list[dict[str, str]]
+    dropped: dict[str, int]
+    warnings: dict[str, int]
+    size: int
+    sha256: str
+
+
+class _ShardJob(NamedTuple):
+    """A shard to be written, and its utterances."""
+
+    file: Path
+    entries: Sequence[Entry]
+
+    @property
+    def report_file(self) -> Path:
+        return self.file.with_suffix(".json")
+
+    def finished(self) -> _ShardReport | None:
+        """The report, if this shard was written before and no file of it has changed since."""
+        try:
+            report = _ShardReport(**read_json(self.report_file))
+            complete = self.file.stat().st_size == report.size
+        except (OSError, ValueError, TypeError):
+            return None
+        return report if complete and report.digest == digest(self.entries, stamps=True) else None
+
+
+def _jobs(source: UtteranceSource, partial: Path) -> list[_ShardJob]:
     count = len(source.entries)
     fewest, most = _SHARD_ROWS
     rows = min(max(fewest, -(-count // 1000)), most)
     shards = -(-count // rows)
     return [
-        _Job(
+        _ShardJob(
             partial / f"data-{number:05d}-of-{shards:05d}.arrow",
             source.entries[number * rows : (number + 1) * rows],
         )
@@ -349,9 +223,11 @@ def _jobs(source: Source, partial: Path) -> list[_Job]:
     ]
 
 
-def _run(jobs: Sequence[_Job], reader: AudioReader, preparation: Preparation, partial: Path) -> list[ShardReport]:
-    """Reports of all shards in order; those that were done before are taken as they are."""
-    done = {job.file: report for job in jobs if (report := _finished(job)) is not None}
+def _write_shards(
+    jobs: Sequence[_ShardJob], reader: AudioReader, preparation: Preparation, partial: Path
+) -> list[_ShardReport]:
+    """Reports of all shards in order; shards that are finished already are not written again."""
+    done = {job.file: report for job in jobs if (report := job.finished()) is not None}
     pending = [job for job in jobs if job.file not in done]
     total = sum(len(job.entries) for job in jobs)
     allowed = max(FREE_FAULTS, int(preparation.fault_cap * total))
@@ -359,7 +235,7 @@ def _run(jobs: Sequence[_Job], reader: AudioReader, preparation: Preparation, pa
     with bar:
         bar.update(total - sum(len(job.entries) for job in pending))
         _check_cap(done.values(), allowed, total, partial)
-        work = functools.partial(_write_one, reader=reader, policy=preparation.policy)
+        work = functools.partial(_write_shard, reader=reader, policy=preparation.policy)
         for job, report in unordered(work, pending, preparation.workers):
             done[job.file] = report
             bar.update(len(job.entries))
@@ -367,18 +243,7 @@ def _run(jobs: Sequence[_Job], reader: AudioReader, preparation: Preparation, pa
     return [done[job.file] for job in jobs]
 
 
-def _finished(job: _Job) -> ShardReport | None:
-    report = ShardReport.read(report_file(job.file))
-    if report is None or not job.file.is_file() or job.file.stat().st_size != report.size:
-        return None
-    return report if report.digest == digest(job.entries, stamps=True) else None
-
-
-def _write_one(job: _Job, reader: AudioReader, policy: Policy) -> ShardReport:
-    return write_shard(job.file, job.entries, reader, policy)
-
-
-def _check_cap(reports: Iterable[ShardReport], allowed: int, total: int, partial: Path) -> None:
+def _check_cap(reports: Iterable[_ShardReport], allowed: int, total: int, partial: Path) -> None:
     bad = [row for report in reports for row in report.bad_files]
     if len(bad) <= allowed:
         return
@@ -396,15 +261,20 @@ def _write_bad_files(folder: Path, bad: Iterable[dict[str, str]]) -> None:
 
 
 def _header(
-    jobs: Sequence[_Job], reports: Sequence[ShardReport], source: Source, preparation: Preparation, state: str
+    jobs: Sequence[_ShardJob],
+    reports: Sequence[_ShardReport],
+    source: UtteranceSource,
+    preparation: Preparation,
+    state: str,
 ) -> CorpusHeader:
     rows = sum(report.rows for report in reports)
+    faults = _summed(Counter(row["fault"] for row in report.bad_files) for report in reports)
+    dropped = _summed(report.dropped for report in reports)
     if not rows:
-        raise PrepareError(
-            f"{source.description}: no usable utterance: {_sum(_fault_counts(reports))} bad, "
-            f"{_sum(report.dropped for report in reports)} dropped"
-        )
-    everything = sha256("".join(name for report in reports for name in report.utterances).encode())
+        raise PrepareError(f"{source.description}: no usable utterance: {faults} bad, {dropped} dropped")
+    everything = hashlib.sha256("".join(name for report in reports for name in report.utterances).encode())
+    packages = ("soundfile", "soxr", "datasets", "pyarrow", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
     return CorpusHeader(
         format=FORMAT,
         name=preparation.name,
@@ -415,43 +285,194 @@ def _header(
         fingerprint=everything.hexdigest(),
         source=source.description,
         source_digest=state,
-        faults=_sum(_fault_counts(reports)),
-        dropped=_sum(report.dropped for report in reports),
-        warnings=_sum(report.warnings for report in reports),
-        versions=_versions(),
+        faults=faults,
+        dropped=dropped,
+        warnings=_summed(report.warnings for report in reports),
+        versions={"wavlm_jax": __version__, "libsndfile": soundfile.__libsndfile_version__, **versions},
         shards=tuple(
-            Shard(file=job.file.name, rows=report.rows, size=report.size, sha256=report.sha256)
+            CorpusShard(file=job.file.name, rows=report.rows, size=report.size, sha256=report.sha256)
             for job, report in zip(jobs, reports, strict=True)
         ),
     )
 
 
-def _fault_counts(reports: Iterable[ShardReport]) -> Iterator[Counter[str]]:
-    return (Counter(row["fault"] for row in report.bad_files) for report in reports)
-
-
-def _sum(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+def _summed(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     total: Counter[str] = Counter()
     for count in counts:
         total.update(count)
     return dict(total.most_common())
 
 
-def _versions() -> dict[str, str]:
-    names = ("soundfile", "soxr", "datasets", "pyarrow", "numpy")
-    versions = {name: importlib.metadata.version(name) for name in names}
-    return {"wavlm_jax": __version__, "libsndfile": soundfile.__libsndfile_version__, **versions}
+def _write_dataset_info(folder: Path, files: Sequence[str]) -> None:
+    """Make the Arrow `files` in `folder` a data set that `datasets.load_from_disk` opens.
+
+    `datasets` writes its two JSON files for an empty data set; then the list of files is filled in, so that no audio is
+    copied.
+    """
+    scratch = folder / "dataset_info"
+    with _no_progress_bars():
+        datasets.Dataset(SCHEMA.empty_table()).save_to_disk(str(scratch))
+    state = json.loads((scratch / "state.json").read_text())
+    state["_data_files"] = [{"filename": name} for name in files]
+    (folder / "state.json").write_text(json.dumps(state, indent=2))
+    (scratch / "dataset_info.json").replace(folder / "dataset_info.json")
+    for leftover in scratch.iterdir():
+        leftover.unlink()
+    scratch.rmdir()
 
 
-def _complete(jobs: Sequence[_Job], reports: Sequence[ShardReport], header: CorpusHeader, partial: Path) -> None:
-    """Everything that makes the work folder a corpus, the header last."""
-    _write_bad_files(partial, [row for report in reports for row in report.bad_files])
-    write_dataset_info(partial, [job.file.name for job in jobs])
-    write_header(partial, header)
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
-def _publish(partial: Path, out: Path) -> None:
-    """Deletes what only a resumption needs, and what a killed worker left half written; renames the folder."""
-    for leftover in (partial / _PLAN, *partial.glob("data-*.json"), *partial.glob(".*.partial")):
-        leftover.unlink(missing_ok=True)
-    partial.rename(out)
+# One shard
+
+
+def _write_shard(job: _ShardJob, reader: AudioReader, policy: Policy) -> _ShardReport:
+    """Write the Arrow file of a shard, then its report; both appear complete or not at all."""
+    draft = job.file.with_suffix(".tmp")
+    rows = _ShardRows(draft, policy)
+    for entry in job.entries:
+        rows.add(entry, reader)
+    rows.close()
+    report = _ShardReport(
+        digest=digest(job.entries, stamps=True),
+        rows=len(rows.utterances),
+        samples=rows.samples,
+        speakers=sorted(rows.speakers - {""}),
+        utterances=rows.utterances,
+        bad_files=rows.bad_files,
+        dropped=dict(rows.dropped),
+        warnings=dict(rows.warnings),
+        size=draft.stat().st_size,
+        sha256=sha256_of(draft),
+    )
+    draft.replace(job.file)
+    write_json(job.report_file, asdict(report))
+    return report
+
+
+class _ShardRows:
+    """Writes the rows of a shard in record batches, and counts for its report."""
+
+    def __init__(self, file: Path, policy: Policy) -> None:
+        self.samples = 0
+        self.speakers: set[str] = set()
+        self.utterances: list[str] = []
+        self.bad_files: list[dict[str, str]] = []
+        self.dropped: Counter[str] = Counter()
+        self.warnings: Counter[str] = Counter()
+        self._policy = policy
+        self._stream = pa.ipc.new_stream(str(file), SCHEMA)
+        self._waiting: list[dict[str, Any]] = []
+        self._bytes = 0
+
+    def add(self, entry: Entry, reader: AudioReader) -> None:
+        """Add the rows of one utterance, or note why it has none."""
+        try:
+            pieces, warnings = conform(reader(entry), self._policy, entry.samples)
+            phones = _checked_phones(entry.phones, pieces)
+        except AudioFault as fault:
+            if fault.fault in _DROPPED:
+                self.dropped[fault.fault] += 1
+            else:
+                names = {"id": entry.id, "path": printable(str(entry.audio))}
+                self.bad_files.append({**names, "fault": fault.fault, "detail": printable(fault.detail)})
+            return
+        self.warnings.update(warnings)
+        for number, piece in enumerate(pieces):
+            whole = len(pieces) == 1
+            self._row(entry if whole else entry._replace(id=f"{entry.id}#{number:04d}", text=""), piece, phones)
+        if self._bytes >= _BATCH_BYTES:
+            self._flush()
+
+    def close(self) -> None:
+        """Write the rest."""
+        self._flush()
+        self._stream.close()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._stream.write_batch(pa.RecordBatch.from_pylist(self._waiting, SCHEMA))
+        self._waiting, self._bytes = [], 0
+
+    def _row(self, entry: Entry, piece: Conformed, phones: Mapping[str, Any] | None) -> None:
+        row = {
+            "id": entry.id,
+            "audio": {"bytes": piece.flac, "path": printable(str(entry.audio))},
+            "samples": piece.num_samples,
+            "speaker": entry.speaker,
+            "text": entry.text,
+            "mean": piece.mean,
+            "variance": piece.variance,
+            "phones": phones,
+        }
+        self._waiting.append(row)
+        self._bytes += len(piece.flac)
+        self.samples += piece.num_samples
+        self.speakers.add(entry.speaker)
+        self.utterances.append(hashlib.sha256(f"{entry.id}\0{piece.num_samples}\0".encode() + piece.digest).hexdigest())
+
+
+def _checked_phones(phones: PhoneTimes | None, pieces: Sequence[Conformed]) -> dict[str, Any] | None:
+    """Phones of an utterance that was not split; an `AudioFault` if they are longer than the audio."""
+    if phones is None or len(pieces) > 1:
+        return None
+    if phones.ends and phones.ends[-1] > pieces[0].num_samples:
+        found, length = phones.ends[-1], pieces[0].num_samples
+        raise AudioFault("length_mismatch", f"phones end at sample {found}, the audio has {length} at {SAMPLE_RATE} Hz")
+    return phones._asdict()
+
+
+# Worker processes
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def unordered(work: Callable[[Job], Outcome], jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, Outcome]]:
+    """(job, work(job)) of all jobs, in the order in which they finish.
+
+    Args:
+        work: a picklable function; an exception in it ends everything.
+        jobs: picklable arguments.
+        workers: processes; with one, or one job, the work is done in this process.
+
+    Raises:
+        WorkerError: a process was killed, or ran out of memory.
+
+    """
+    workers = min(workers, len(jobs))
+    if workers <= 1:
+        for job in jobs:
+            yield job, work(job)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_exit_with_parent)
+    try:
+        futures = {pool.submit(work, job): job for job in jobs}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    except BrokenProcessPool as error:
+        raise WorkerError(
+            "a worker process died (killed, or out of memory); finished work is kept: run the same command again, with "
+            "fewer --workers if it was memory"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _exit_with_parent() -> None:
+    """Exit when the parent is killed; otherwise a worker would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()

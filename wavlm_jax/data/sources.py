@@ -1,46 +1,47 @@
-"""What speech there is: folders of audio, manifests, and whatever `datasets` loads, as one list of utterances.
+"""Sources of speech as lists of utterances: folders of audio, manifests, and whatever `datasets` loads.
+
+Manifests are TSV or CSV with a header line, JSON lines, fairseq's .tsv (FACTS C4), or the metadata of an audiofolder.
+Nothing is guessed: a duplicate id, a missing file, an empty line or a malformed number is an error that names the
+line, before any work is done. Faults of audio files are found later (`data.conform`) and only counted.
 
 Names come from outside and may not leave their root: `..`, absolute paths and links that point elsewhere are refused.
-Faults of a manifest stop everything and name the line; faults of an audio file are found later and only counted.
-
-Manifests: TSV or CSV with a header, JSON lines, fairseq's .tsv (FACTS C4), the metadata of an audiofolder.
-
-Every error names the file and the line. Lines are never guessed at: a duplicate id, a missing file, an empty line or a
-number that is none stops the reading before any work is done.
-
-The only module that imports `datasets`: the form of our Arrow files, and the data sets of others.
 """
 
-import contextlib
 import csv
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeAlias
-
-import datasets
-import pyarrow as pa
 
 from wavlm_jax.audio.wave import AudioFault, AudioSource
 
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".ogg", ".opus", ".oga", ".aif", ".aiff", ".au", ".sph", ".w64"})
 
 
-ID_COLUMNS = ("id", "utterance_id", "utt_id", "segment_id", "audio_id")
-SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
-TEXT_COLUMNS = ("text", "transcription", "transcript", "sentence", "normalized_text", "raw_transcription")
-"""Names under which data sets keep what a manifest calls id, speaker and text; the first that is there counts."""
+COLUMNS = {
+    "id": ("id", "utterance_id", "utt_id", "segment_id", "audio_id"),
+    "path": ("path", "file_name"),
+    "samples": ("samples",),
+    "speaker": ("speaker", "speaker_id", "client_id"),
+    "text": ("text", "transcription", "transcript", "sentence", "normalized_text", "raw_transcription"),
+    "phones": ("phones",),
+}
+"""Names of columns in manifests and data sets; the first that exists is taken."""
+MANIFEST_SUFFIXES = frozenset({".tsv", ".csv", ".jsonl", ".txt", ".manifest"})
+AUDIOFOLDER = ("metadata.jsonl", "metadata.csv")
+"""Names that `datasets` expects for the manifest of a folder of audio."""
 
 
 class SourceError(ValueError):
-    """A source that cannot be read as a whole; names the file and line, what was found, what was expected."""
+    """A source that cannot be read; names file and line, what was found, what was expected."""
 
 
-class Alignment(NamedTuple):
-    """Phones of one utterance in samples of its file."""
+class PhoneTimes(NamedTuple):
+    """Phones of one utterance as a manifest gives them; samples at 16 kHz."""
 
     symbols: list[str]
     starts: list[int]
@@ -48,18 +49,18 @@ class Alignment(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One utterance of a source, before anything was decoded."""
+    """One utterance of a source; nothing was decoded yet."""
 
     id: str
     audio: str | int
     """Path inside the source's root, or row of a data set."""
     stamp: str = ""
-    """Changes when the file changes: size and time."""
+    """Size and time of the file: changes when the file changes."""
     samples: int | None = None
-    """What a manifest claims."""
+    """Length that a manifest claims."""
     speaker: str = ""
     text: str = ""
-    phones: Alignment | None = None
+    phones: PhoneTimes | None = None
 
     @property
     def listing(self) -> str:
@@ -68,60 +69,80 @@ class Entry(NamedTuple):
 
 
 AudioReader: TypeAlias = Callable[[Entry], AudioSource]
-"""How the audio of an entry is reached: bytes, or the path of a file inside the root; else an `AudioFault`. Travels to
-worker processes."""
+"""Entry -> its audio: bytes, or the path of a file; raises `AudioFault`. Picklable, for worker processes."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """A list of utterances with a way to their audio."""
+class UtteranceSource:
+    """A list of utterances, and how to read their audio."""
 
     description: str
     entries: Sequence[Entry]
     reader: AudioReader
     notes: tuple[str, ...] = ()
-    """What a person should know about how the source was read."""
+    """For people: how the source was understood."""
+
+
+def open_source(
+    name: str, root: Path | None = None, subset: str | None = None, split: str | None = None
+) -> UtteranceSource:
+    """The utterances of a manifest, a folder of audio with or without metadata, or a data set.
+
+    Args:
+        name: a path, or a name on the hub.
+        root: folder that the paths of a manifest are relative to (None: see `from_manifest`).
+        subset: configuration of a hub data set.
+        split: split of a data set that has several.
+
+    Raises:
+        SourceError: it cannot be read.
+
+    """
+    path = Path(name)
+    if path.is_file() and path.suffix in MANIFEST_SUFFIXES:
+        return from_manifest(path, root)
+    for metadata in AUDIOFOLDER:
+        if (path / metadata).is_file():
+            return from_manifest(path / metadata, root or path)
+    if path.is_dir() and next(_audio_files(path), None) is not None:
+        return from_folder(path)
+    return from_datasets(name, subset, split)
 
 
 @dataclass(frozen=True)
-class Files:
-    """Audio files under one root, which is resolved."""
+class FileReader:
+    """Audio files under `root`, a resolved path. An `AudioReader`."""
 
     root: Path
 
     def __call__(self, entry: Entry) -> Path:
-        """The file, if no link leads out of the root."""
+        """The file, unless a link leads out of the root."""
         path = self.root / str(entry.audio)
-        return kept_inside(path, self.root, str(path))
+        return _kept_inside(path, self.root, str(path))
 
 
-def inside(path: Path, root: Path) -> bool:
-    """Whether `path`, all links followed, lies under the folder `root`, which has none in it."""
+def _inside(path: Path, root: Path) -> bool:
+    """Whether `path`, with all links followed, lies under the resolved folder `root`."""
     return path.resolve().is_relative_to(root)
 
 
-def kept_inside(path: Path, root: Path, what: str) -> Path:
-    """`path`, if it lies under `root`.
-
-    Raises:
-        AudioFault: outside_root, about `what`.
-
-    """
-    if not inside(path, root):
+def _kept_inside(path: Path, root: Path, what: str) -> Path:
+    """`path` if it lies under `root`, else an `AudioFault` outside_root about `what`."""
+    if not _inside(path, root):
         raise AudioFault("outside_root", f"{what} leads out of {root}")
     return path
 
 
 def digest(entries: Iterable[Entry], *extra: str, stamps: bool = False) -> str:
-    """SHA-256 (hex) over a list of utterances; `stamps`: over the state of their files too."""
+    """SHA-256 (hex) over a list of utterances and `extra`; with `stamps` also over the state of their files."""
     sha256 = hashlib.sha256("\0".join(extra).encode())
     for entry in entries:
         sha256.update(entry.listing.encode() + (entry.stamp.encode() if stamps else b"") + b"\n")
     return sha256.hexdigest()
 
 
-def stamp(path: Path) -> str:
-    """Size and whole seconds of the last change; "" where there is nothing."""
+def _stamp(path: Path) -> str:
+    """Size and modification time in whole seconds; "" if the file does not exist."""
     try:
         status = path.stat()
     except OSError:
@@ -129,11 +150,11 @@ def stamp(path: Path) -> str:
     return f"{status.st_size}@{int(status.st_mtime)}"
 
 
-def from_folder(root: Path) -> Source:
-    """Every audio file under `root`, in order of its path. The id is the path without suffix.
+def from_folder(root: Path) -> UtteranceSource:
+    """Every audio file under `root`, sorted by path. The id is the path without suffix.
 
-    Linked folders are not entered (they could lead anywhere, or round in circles), but noted; linked files are taken if
-    they lie inside the root.
+    Links to folders are not followed (they could lead anywhere, or in circles) but noted; links to files are followed
+    if they stay inside the root.
 
     Raises:
         SourceError: no audio file there.
@@ -144,21 +165,17 @@ def from_folder(root: Path) -> Source:
     if not paths:
         raise SourceError(f"{root}: no audio file, expected one of *{', *'.join(sorted(AUDIO_SUFFIXES))}")
     stems = [os.path.splitext(path)[0] for path in paths]  # noqa: PTH122  (Path would normalise odd names)
-    shared = {stem for stem, count in _counts(stems).items() if count > 1}
-    names = [path if stem in shared else stem for path, stem in zip(paths, stems, strict=True)]
+    counts = Counter(stems)
+    names = [path if counts[stem] > 1 else stem for path, stem in zip(paths, stems, strict=True)]
     entries = [
-        Entry(id=printable(name), audio=path, stamp=stamp(root / path)) for name, path in zip(names, paths, strict=True)
+        Entry(id=printable(name), audio=path, stamp=_stamp(root / path))
+        for name, path in zip(names, paths, strict=True)
     ]
-    return Source(f"folder {root}", entries, Files(root), tuple(_linked_folders(root)))
-
-
-def has_audio(root: Path) -> bool:
-    """Whether there is any file with the suffix of audio below `root`."""
-    return next(_audio_files(root), None) is not None
+    return UtteranceSource(f"folder {root}", entries, FileReader(root), tuple(_linked_folders(root)))
 
 
 def printable(name: str) -> str:
-    """A file name as valid Unicode; bytes that are none become escapes."""
+    """A file name as valid Unicode; invalid bytes become escapes."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
@@ -182,43 +199,24 @@ def _is_audio(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES and not name.startswith(".")  # noqa: PTH122
 
 
-def _counts(names: Iterable[str]) -> Mapping[str, int]:
-    counts: dict[str, int] = {}
-    for name in names:
-        counts[name] = counts.get(name, 0) + 1
-    return counts
-
-
-SUFFIXES = frozenset({".tsv", ".csv", ".jsonl", ".txt", ".manifest"})
-AUDIOFOLDER = ("metadata.jsonl", "metadata.csv")
-"""Names under which `datasets` expects the manifest of a folder of audio."""
-COLUMNS = {
-    "id": ID_COLUMNS,
-    "path": ("path", "file_name"),
-    "samples": ("samples",),
-    "speaker": SPEAKER_COLUMNS,
-    "text": TEXT_COLUMNS,
-    "phones": ("phones",),
-}
-
 _MOST_DIGITS = 18
 
 Numbered: TypeAlias = tuple[int, Mapping[str, Any]]
-"""A line's number, and its columns."""
+"""Number of a line, and its columns."""
 
 
-def from_manifest(file: Path, root: Path | None = None) -> Source:
+def from_manifest(file: Path, root: Path | None = None) -> UtteranceSource:
     """The utterances that a manifest lists.
 
     Args:
         file: a .tsv or .csv with a header line (columns path and, optional, id, samples, speaker, text), .jsonl with
             the same keys and, optional, phones {symbols, starts, ends}; or fairseq's: root, then path TAB samples.
-            The names that `datasets` and its users have for these columns (`COLUMNS`) will do as well.
+            Other usual names of these columns are accepted too (`COLUMNS`).
         root: the folder that paths are relative to. None: fairseq's first line, else the folder of the manifest or its
             parent, whichever has the first path.
 
     Raises:
-        SourceError: naming the line.
+        SourceError: names the line.
 
     """
     lines, notes = _lines(file), tuple[str, ...]()
@@ -237,7 +235,7 @@ def from_manifest(file: Path, root: Path | None = None) -> Source:
     root = (root or _find_root(file, str(numbered[0][1]["path"]))).resolve()
     entries = [_entry(row, root, f"{file}:{number}") for number, row in numbered]
     _check_unique(file, [(number, entry.id) for (number, _), entry in zip(numbered, entries, strict=True)])
-    return Source(f"manifest {file}, root {root}", entries, Files(root), notes)
+    return UtteranceSource(f"manifest {file}, root {root}", entries, FileReader(root), notes)
 
 
 def _lines(file: Path) -> list[str]:
@@ -266,7 +264,7 @@ def _json_rows(file: Path, lines: list[str]) -> Iterator[Numbered]:
 
 
 def _table_rows(file: Path, lines: list[str], delimiter: str) -> Iterator[Numbered]:
-    """Rows of a TSV, where a quote is a letter, or of a CSV, where it is a quote."""
+    """Rows of a CSV, or of a TSV, in which a quote is an ordinary character."""
     if delimiter == ",":
         table = _cells(file, csv.reader(lines, strict=True))
     else:
@@ -284,7 +282,7 @@ def _table_rows(file: Path, lines: list[str], delimiter: str) -> Iterator[Number
 
 
 def _cells(file: Path, table: Any) -> Iterator[tuple[int, list[str]]]:
-    """Line numbers and cells of a csv.reader, whose errors name no line."""
+    """Line numbers and cells of a csv.reader, whose own errors do not name the line."""
     try:
         for cells in table:
             yield table.line_num, cells
@@ -293,7 +291,7 @@ def _cells(file: Path, table: Any) -> Iterator[tuple[int, list[str]]]:
 
 
 def _known(row: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The columns that matter, under one name each; None where there is no path."""
+    """The known columns under our names; None if there is no path."""
     found = {key: next((row[name] for name in names if name in row), None) for key, names in COLUMNS.items()}
     return {key: value for key, value in found.items() if value is not None} if found["path"] is not None else None
 
@@ -307,7 +305,7 @@ def _fairseq_rows(file: Path, lines: list[str]) -> Iterator[Numbered]:
 
 
 def _fairseq_root(file: Path, line: str) -> Path:
-    """The first line of fairseq's .tsv; a relative one counts from the manifest's folder."""
+    """The folder in the first line of fairseq's .tsv; if relative, to the manifest's folder."""
     root = file.parent / line
     if not root.is_dir():
         raise SourceError(f"{file}:1: root {line!r} is not a folder; pass --root FOLDER")
@@ -336,12 +334,12 @@ def _entry(row: Mapping[str, Any], root: Path, where: str) -> Entry:
     _check_path(path, root, where)
     samples = _samples(row.get("samples"), where)
     phones = _alignment(row.get("phones"), samples, where)
-    return Entry(**texts, audio=path, stamp=stamp(root / path), samples=samples, phones=phones)
+    return Entry(**texts, audio=path, stamp=_stamp(root / path), samples=samples, phones=phones)
 
 
 def _check_path(path: str, root: Path, where: str) -> None:
     pure = PurePosixPath(path)
-    if pure.is_absolute() or ".." in pure.parts or "\0" in path or not inside(root / path, root):
+    if pure.is_absolute() or ".." in pure.parts or "\0" in path or not _inside(root / path, root):
         raise SourceError(
             f"{where}: path {path!r} leads out of {root}; paths are relative and stay inside; pass --root"
         )
@@ -359,14 +357,14 @@ def _samples(value: Any, where: str) -> int | None:
     return value
 
 
-def _alignment(value: Any, samples: int | None, where: str) -> Alignment | None:
+def _alignment(value: Any, samples: int | None, where: str) -> PhoneTimes | None:
     if value is None:
         return None
-    if not isinstance(value, dict) or set(value) != set(Alignment._fields):
+    if not isinstance(value, dict) or set(value) != set(PhoneTimes._fields):
         raise SourceError(f"{where}: phones has to be an object with symbols, starts, ends (in samples)")
     if not all(isinstance(column, list) for column in value.values()):
         raise SourceError(f"{where}: phones: symbols, starts and ends have to be lists")
-    phones = Alignment(**value)
+    phones = PhoneTimes(**value)
     numbers = [*phones.starts, *phones.ends]
     texts = all(isinstance(symbol, str) and _is_unicode(symbol) for symbol in phones.symbols)
     if not texts or not all(isinstance(number, int) for number in numbers):
@@ -380,7 +378,7 @@ def _alignment(value: Any, samples: int | None, where: str) -> Alignment | None:
 
 
 def _is_unicode(text: str) -> bool:
-    """JSON can spell half a character, which no file can hold."""
+    """JSON can spell half a character (a lone surrogate), which UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -398,103 +396,91 @@ def _check_unique(file: Path, names: list[tuple[int, str]]) -> None:
         seen[name] = number
 
 
-FEATURES = datasets.Features(
-    {
-        "id": datasets.Value("string"),
-        "audio": datasets.Audio(decode=False),
-        "samples": datasets.Value("int64"),
-        "speaker": datasets.Value("string"),
-        "text": datasets.Value("string"),
-        "mean": datasets.Value("float32"),
-        "variance": datasets.Value("float32"),
-        "phones": {
-            "symbols": [datasets.Value("string")],
-            "starts": [datasets.Value("int32")],
-            "ends": [datasets.Value("int32")],
-        },
-    }
-)
-"""Columns of a corpus. `audio` is {bytes: FLAC 16 kHz mono 16 bit, path}; `samples` are really decoded ones; `mean` and
-`variance` (population) are those of the whole utterance in [-1, 1] scale; `phones` is null where there are none."""
-SCHEMA: pa.Schema = FEATURES.arrow_schema
+@dataclass(frozen=True)
+class RowReader:
+    """Rows of a data set; those that have a path instead of bytes may only point below `root`. An `AudioReader`."""
+
+    dataset: Any
+    column: str
+    root: Path
+
+    def __call__(self, entry: Entry) -> bytes | Path:
+        """The bytes of one row, or its file."""
+        audio = self.dataset[int(entry.audio)][self.column]
+        if audio["bytes"] is not None:
+            return bytes(audio["bytes"])
+        path = self.root / str(audio["path"])
+        return _kept_inside(path, self.root, f"row {entry.audio} has no bytes and points to {path}, which")
 
 
-def write_dataset_info(folder: Path, files: Sequence[str]) -> None:
-    """Make the Arrow `files` in `folder` a dataset that `datasets.load_from_disk` opens.
-
-    `datasets` itself writes its two JSON files, for an empty dataset; then the list of files is put in, so that no
-    audio is copied.
-    """
-    empty = datasets.Dataset(SCHEMA.empty_table())
-    scratch = folder / "dataset_info"
-    with _no_progress_bars():
-        empty.save_to_disk(str(scratch))
-    state = json.loads((scratch / "state.json").read_text())
-    state["_data_files"] = [{"filename": name} for name in files]
-    (folder / "state.json").write_text(json.dumps(state, indent=2))
-    (scratch / "dataset_info.json").replace(folder / "dataset_info.json")
-    for leftover in scratch.iterdir():
-        leftover.unlink()
-    scratch.rmdir()
-
-
-@contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
-
-
-def load_dataset(source: str, subset: str | None, split: str | None) -> datasets.Dataset:
-    """Whatever `datasets` loads, its audio left as bytes.
+def from_datasets(name: str, subset: str | None = None, split: str | None = None) -> UtteranceSource:
+    """The utterances of a data set; ids are row numbers if it has no id column. Audio stays undecoded bytes.
 
     Args:
-        source: a folder from save_to_disk, a .parquet file or a folder of them, or a name on the hub. (An audiofolder
-            is read by manifests.py: `datasets` wants torchcodec to build one.)
+        name: a folder from save_to_disk, a .parquet file or a folder of them, or a name on the hub.
         subset: configuration of a hub data set.
         split: name of a split; None: the only one.
 
     Raises:
-        ValueError: several splits and none named.
+        SourceError: it cannot be loaded, has several splits and none is named, has not exactly one audio column, or
+            repeats an id.
 
     """
-    path = Path(source)
-    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        loaded = datasets.load_from_disk(source)
+    try:
+        dataset, column = _load_dataset(name, subset, split)
+    except (OSError, ValueError, ConnectionError, RuntimeError) as error:
+        raise SourceError(
+            f"{name}: not a folder of audio or a manifest, and `datasets` cannot load it either: {error}"
+        ) from error
+    ids = _texts(dataset, "id") or [f"{row:08d}" for row in range(len(dataset))]
+    speakers = _texts(dataset, "speaker") or [""] * len(dataset)
+    texts = _texts(dataset, "text") or [""] * len(dataset)
+    seen: dict[str, int] = {}
+    for row, identity in enumerate(ids):
+        if seen.setdefault(identity, row) != row:
+            raise SourceError(
+                f"{name}: rows {seen[identity]} and {row} have the same id {identity!r}; ids have to be unique"
+            )
+    entries = [
+        Entry(id=identity, audio=row, speaker=speaker, text=text)
+        for row, (identity, speaker, text) in enumerate(zip(ids, speakers, texts, strict=True))
+    ]
+    version = getattr(dataset, "_fingerprint", "")
+    reader = RowReader(dataset, column, Path(name).resolve())
+    return UtteranceSource(f"data set {name} {split or ''} {version}".strip(), entries, reader)
+
+
+def _load_dataset(name: str, subset: str | None, split: str | None) -> tuple[Any, str]:
+    """A `datasets.Dataset` and the name of its audio column, which is not decoded."""
+    import datasets  # noqa: PLC0415 a second or more, for those who need it
+
+    path = Path(name)
+    if any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):
+        loaded = datasets.load_from_disk(name)
     elif path.suffix == ".parquet" or (path.is_dir() and any(path.rglob("*.parquet"))):
         files = str(path) if path.is_file() else sorted(str(file) for file in path.rglob("*.parquet"))
         loaded = datasets.load_dataset("parquet", data_files=files)
     else:
-        loaded = datasets.load_dataset(source, subset)
-    if not isinstance(loaded, datasets.DatasetDict):
-        return _undecoded(loaded)
-    if split is None and len(loaded) == 1:
-        split = next(iter(loaded))
-    if split not in loaded:
-        raise ValueError(f"{source} has the splits {', '.join(map(str, loaded))}; pass --split with one of them")
-    return _undecoded(loaded[split])
+        loaded = datasets.load_dataset(name, subset)
+    if isinstance(loaded, datasets.DatasetDict):
+        if split is None and len(loaded) == 1:
+            split = next(iter(loaded))
+        if split not in loaded:
+            raise ValueError(f"{name} has the splits {', '.join(map(str, loaded))}; pass --split with one of them")
+        loaded = loaded[split]
+    columns = [
+        column
+        for column, feature in loaded.features.items()
+        if isinstance(feature, datasets.Audio) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
+    ]
+    if len(columns) != 1:
+        raise ValueError(f"found {len(columns)} audio columns among {', '.join(loaded.column_names)}, expected one")
+    return loaded.cast_column(columns[0], datasets.Audio(decode=False)), columns[0]
 
 
-def audio_column(dataset: datasets.Dataset) -> str:
-    """The column that holds audio.
-
-    Raises:
-        ValueError: none, or several.
-
-    """
-    found = [name for name, feature in dataset.features.items() if _is_audio_column(feature)]
-    if len(found) != 1:
-        raise ValueError(f"found {len(found)} audio columns among {', '.join(dataset.column_names)}, expected one")
-    return found[0]
-
-
-def _is_audio_column(feature: Any) -> bool:
-    return isinstance(feature, datasets.Audio) or (isinstance(feature, dict) and {"bytes", "path"} == set(feature))
-
-
-def _undecoded(dataset: datasets.Dataset) -> datasets.Dataset:
-    return dataset.cast_column(audio_column(dataset), datasets.Audio(decode=False))
+def _texts(dataset: Any, key: str) -> list[str] | None:
+    """The first known column for `key`, as texts."""
+    for name in COLUMNS[key]:
+        if name in dataset.column_names:
+            return ["" if value is None else str(value) for value in dataset[name]]
+    return None

@@ -48,11 +48,11 @@ from wavlm_jax.text.records import (
     Region,
     Trial,
     Turn,
-    files_of,
     read_lines,
     read_rttm,
     read_trials,
     read_uem,
+    trial_files,
     write_rttm,
 )
 
@@ -368,7 +368,7 @@ def _verify(options: argparse.Namespace) -> None:
         raise UsageError(f"FILES: found {len(files)}, expected two recordings or one trial list")
     running, opened = run_settings(options), open_model(options, "embed")
     trials = _trials_alone(Path(files[0])) if len(files) == 1 else []
-    paths = files_of(trials, options.root) if trials else {name: Path(name) for name in files}
+    paths = trial_files(trials, options.root) if trials else {name: Path(name) for name in files}
     recordings = recordings_of(options, opened.module.config, list(dict.fromkeys(paths.values())))
     bar = progress_bar(recordings, options)
     with kept_if_stopped(recordings, _embeddings, options) as done:

@@ -1,18 +1,15 @@
-"""Word lists for decoding: a word a line, with or without its spelling; or the words of an ARPA language model.
+"""Beam search over CTC outputs with an n-gram language model, with or without a lexicon (flashlight-text).
 
-Files come from outside: a line that cannot be right is named by its number.
-
-Beam search with an n-gram language model (flashlight-text, extra `decode`), lexicon-free or with a lexicon.
-
-score = log p(path) + lm_weight * log10 p_lm(text) + word_score * words + silence_score * delimiters.
+score = log p(path) + lm_weight * log10 p_lm(text) + word_score * words + silence_score * delimiters (FACTS D2).
 
 Without a lexicon the language model is one of characters (tokens of the vocabulary, `|` between words); with a lexicon
-it is one of words. Models are ARPA or KenLM binary files. KenLM reads them: take binary ones only from where you would
-take a program.
+it is one of words. Models are ARPA or KenLM binary files, read by KenLM: use binary files only from sources whose
+programs you would run. Lexicons are text files from outside; a wrong line is named by its number. flashlight-text is
+the extra `decode`.
 """
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -25,17 +22,13 @@ from wavlm_jax.text.records import RecordError, read_lines
 from wavlm_jax.text.vocabulary import UnknownCharactersError, Vocabulary, VocabularyError
 
 Lexicon: TypeAlias = Mapping[str, Sequence[tuple[int, ...]]]
-"""Word -> its spellings in token ids, the delimiter at their ends left out."""
+"""Word -> its spellings in token ids, without the delimiter at the end."""
 
 _MARKERS = ("<unk>", "<s>", "</s>", "<UNK>")
 
 
-class LexiconError(RecordError):
-    """A word list that cannot be used; the message names file and line."""
-
-
 def read_lexicon(path: Path, vocabulary: Vocabulary) -> Lexicon:
-    """The words of a text file, UTF-8: `WORD`, spelt by the vocabulary, or `WORD T O K E N S |` as flashlight has it.
+    """A lexicon from a UTF-8 text file, one word per line: `WORD`, or `WORD T O K E N S |` (flashlight's form).
 
     Raises:
         RecordError: no such file, no words, or a line with tokens or characters that the vocabulary does not have.
@@ -51,28 +44,7 @@ def read_lexicon(path: Path, vocabulary: Vocabulary) -> Lexicon:
         if spelling not in spellings:
             spellings.append(spelling)
     if not lexicon:
-        raise LexiconError(f"{path}: found no word, expected one a line")
-    return lexicon
-
-
-def lexicon_of_words(words: Iterable[str], vocabulary: Vocabulary) -> Lexicon:
-    """Words spelt by the vocabulary; those that it cannot spell are left out.
-
-    Raises:
-        LexiconError: it can spell none of them.
-
-    """
-    words = list(words)
-    lexicon = {
-        word: (tuple(vocabulary.encode(word).tolist()),)
-        for word in words
-        if word and not vocabulary.unknown_characters(word)
-    }
-    if not lexicon:
-        raise LexiconError(
-            f"lexicon: the vocabulary can spell none of {len(words)} words ({', '.join(map(repr, words[:5]))}); is the "
-            "case another one?"
-        )
+        raise RecordError(f"{path}: found no word, expected one a line")
     return lexicon
 
 
@@ -80,7 +52,7 @@ def words_of_arpa(path: Path) -> list[str]:
     """The words that an ARPA language model knows (its unigrams, without `<s>`, `</s>` and `<unk>`).
 
     Raises:
-        LexiconError: not an ARPA file, naming the line.
+        RecordError: not an ARPA file, naming the line.
 
     """
     words: list[str] = []
@@ -94,13 +66,13 @@ def words_of_arpa(path: Path) -> list[str]:
         elif inside and text:
             fields = text.split()
             if len(fields) not in (2, 3):
-                raise LexiconError(
+                raise RecordError(
                     f"{path}, line {number}: found {text[:60]!r}, expected log10 probability, word, backoff"
                 )
             words.extend([] if fields[1] in _MARKERS else [fields[1]])
         elif number == 1 and text and text != "\\data\\":
-            raise LexiconError(f"{path}, line 1: found {text[:60]!r}, expected \\data\\ as ARPA files have it")
-    raise LexiconError(f"{path}: found no end of the 1-grams; is it an ARPA file, and whole?")
+            raise RecordError(f"{path}, line 1: found {text[:60]!r}, expected \\data\\ as ARPA files have it")
+    raise RecordError(f"{path}: found no end of the 1-grams; is it an ARPA file, and whole?")
 
 
 def _spelling(word: str, tokens: Sequence[str], vocabulary: Vocabulary, where: str) -> tuple[int, ...]:
@@ -108,41 +80,40 @@ def _spelling(word: str, tokens: Sequence[str], vocabulary: Vocabulary, where: s
         try:
             return tuple(vocabulary.encode(word).tolist())
         except UnknownCharactersError as error:
-            raise LexiconError(f"{where}: {error}") from error
+            raise RecordError(f"{where}: {error}") from error
     if vocabulary.delimiter is not None and tokens[-1] == vocabulary.delimiter:
         tokens = tokens[:-1]
     unknown = [token for token in tokens if token not in vocabulary.tokens]
     if unknown or not tokens:
-        raise LexiconError(
-            f"{where}: {word!r} is spelt with {unknown or 'nothing'}, which the vocabulary does not have"
-        )
+        raise RecordError(f"{where}: {word!r} is spelt with {unknown or 'nothing'}, which the vocabulary does not have")
     return tuple(vocabulary.tokens.index(token) for token in tokens)
 
 
 NEVER = -1e4
-"""Log probability of what is not to be chosen; finite, because sums of it are taken."""
+"""Log probability of tokens that must not be chosen; finite, because flashlight adds it up."""
 
 
 class DecoderError(ValueError):
-    """A beam search that cannot be set up: a package, a language model or a lexicon that does not fit."""
+    """A beam search that cannot be set up: flashlight-text is missing, or language model or lexicon do not fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BeamSettings:
-    """How wide to search, and what counts how much (FACTS D2)."""
+    """Width of the search and weights of the score (FACTS D2)."""
 
     beam: int = 100
     threshold: float = 100.0
-    """Hypotheses that are worse than the best by more than this are dropped."""
+    """Hypotheses whose score is lower than the best one's by more than this are dropped."""
     lm_weight: float = 2.0
     word_score: float = -1.0
-    """For each word of a lexicon."""
+    """Added for each word of a lexicon."""
     silence_score: float = 0.0
+    """Added for each delimiter."""
     sum_paths: bool = False
-    """Whether the paths of a text add up; as in fairseq the best one counts alone."""
+    """Whether the probabilities of all paths of a text are added; False (as in fairseq): only the best path counts."""
     num_best: int = 1
     lm_unknown: Literal["refuse", "allow"] = "refuse"
-    """What to do where the language model does not know a token (or a word of the lexicon)."""
+    """What to do if the language model does not know a token (or a word of the lexicon)."""
 
     def __post_init__(self) -> None:
         for name in ("beam", "num_best"):
@@ -151,7 +122,7 @@ class BeamSettings:
 
 
 class Hypothesis(NamedTuple):
-    """One reading of an utterance."""
+    """One possible transcript of an utterance."""
 
     transcript: Transcript
     score: float
@@ -162,7 +133,7 @@ class Hypothesis(NamedTuple):
 
 
 class BeamSearch:
-    """A decoder for one vocabulary, set up once; call it with the log probabilities of an utterance."""
+    """A decoder for one vocabulary; call it with the log probabilities of an utterance."""
 
     def __init__(
         self,
@@ -177,7 +148,7 @@ class BeamSearch:
             vocabulary: of the model.
             settings: of the search.
             language_model: ARPA or KenLM binary file; of words where there is a lexicon, of tokens otherwise.
-            lexicon: the words that can be heard; None: anything that can be spelt.
+            lexicon: the only words that can come out; None: anything that the vocabulary can spell.
 
         Raises:
             DecoderError: flashlight-text is not installed, or language model, lexicon and vocabulary do not fit.
@@ -190,14 +161,17 @@ class BeamSearch:
         self._vocabulary, self._settings = vocabulary, settings
         self._words = None if lexicon is None else list(lexicon)
         self._bare = language_model is None and lexicon is None
-        self._flashlight = _flashlight()
-        self._parts = self._flashlight.decoder
+        self._parts, dictionary, kenlm = _flashlight()
         units = list(vocabulary.tokens) if self._words is None else self._words
-        self._lm = self._language_model(language_model, units)
+        if language_model is None:
+            self._lm = self._parts.ZeroLM()
+        else:
+            self._lm = _read_language_model(language_model, units, dictionary, kenlm)
+            self._check_known(language_model, units)
         self._decoder = self._lexicon_free() if lexicon is None else self._with_lexicon(lexicon)
 
     def __call__(self, log_probs: Float[np.ndarray, "frames tokens"]) -> list[Hypothesis]:
-        """The best readings, the best one first; at least one.
+        """The best hypotheses, best first; at least one.
 
         Args:
             log_probs: log-softmax of the logits, real frames only.
@@ -223,7 +197,7 @@ class BeamSearch:
         return list(best.values())[: self._settings.num_best]
 
     def _emissions(self, log_probs: Float[np.ndarray, "frames tokens"]) -> Float32[np.ndarray, "steps tokens"]:
-        """What flashlight reads: where words have to end with a delimiter, one more frame has it after the last."""
+        """Input for flashlight. With a lexicon each word has to end with a delimiter: one more frame has it."""
         emissions = np.maximum(log_probs, NEVER).astype(np.float32)
         if not self._bare:
             special = sorted(self._vocabulary.special_ids - {self._vocabulary.blank_id})
@@ -287,22 +261,9 @@ class BeamSearch:
         delimiter = self._vocabulary.delimiter_id
         return -1 if delimiter is None else delimiter
 
-    def _language_model(self, path: Path | None, units: Sequence[str]) -> Any:
-        if path is None:
-            return self._parts.ZeroLM()
-        names = [*units, _NO_WORD]
-        try:
-            dictionary = self._flashlight.dictionary.Dictionary(names)
-            model = self._flashlight.kenlm.KenLM(str(path), dictionary)
-        except (RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[-1]
-            raise DecoderError(f"{path}: not a language model that KenLM reads ({reason})") from error
-        self._check_known(path, model, units)
-        return model
-
-    def _check_known(self, path: Path, model: Any, units: Sequence[str]) -> None:
+    def _check_known(self, path: Path, units: Sequence[str]) -> None:
         special = self._vocabulary.special_ids if self._words is None else frozenset()
-        missing = [units[number] for number in _unknown_units(path, model, units) if number not in special]
+        missing = [units[number] for number in _unknown_units(path, self._lm, units) if number not in special]
         if missing and self._settings.lm_unknown == "refuse":
             what = "tokens of the vocabulary" if self._words is None else "words of the lexicon"
             listed = ", ".join(map(repr, missing[:_LISTED])) + (", ..." if len(missing) > _LISTED else "")
@@ -314,14 +275,26 @@ class BeamSearch:
 
 
 _NO_WORD = "\x00 nobody says this"
+"""A word that no language model knows."""
 _LISTED = 8
 _ARPA_HEAD = 64
+_NO_WHEEL = (3, 13)
+"""Python versions from this one on have no wheel of flashlight-text."""
+
+
+def _read_language_model(path: Path, units: Sequence[str], dictionary: Any, kenlm: Any) -> Any:
+    """KenLM's model over `units`, by number, and `_NO_WORD` after them."""
+    try:
+        return kenlm.KenLM(str(path), dictionary.Dictionary([*units, _NO_WORD]))
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[-1]
+        raise DecoderError(f"{path}: not a language model that KenLM reads ({reason})") from error
 
 
 def _unknown_units(path: Path, model: Any, units: Sequence[str]) -> list[int]:
-    """The units, by number, that a language model does not know; `model` knows `units` and, behind them, `_NO_WORD`.
+    """Numbers of the units that a language model (of `_read_language_model`) does not know.
 
-    An ARPA file lists its words. KenLM's binary files are asked: it gives an unknown word what it gives `_NO_WORD`.
+    An ARPA file lists its words. Of a binary file, a word is unknown if it has the score of `_NO_WORD`.
     """
     with path.open("rb") as file:
         is_arpa = file.read(_ARPA_HEAD).lstrip().startswith(b"\\data\\")
@@ -333,32 +306,19 @@ def _unknown_units(path: Path, model: Any, units: Sequence[str]) -> list[int]:
     return [number for number in range(len(units)) if model.score(start, number)[1] == unknown_score]
 
 
-class _Flashlight(NamedTuple):
-    """The modules of flashlight-text."""
-
-    decoder: Any
-    dictionary: Any
-    kenlm: Any
-
-
-def _flashlight() -> _Flashlight:
+def _flashlight() -> tuple[Any, Any, Any]:
+    """The modules `decoder`, `dictionary` and `kenlm` of flashlight-text."""
     try:
         import flashlight.lib.text.decoder.kenlm as kenlm  # noqa: PLC0415, PLR0402 an extra
         import flashlight.lib.text.dictionary as dictionary  # noqa: PLC0415, PLR0402
         from flashlight.lib.text import decoder  # noqa: PLC0415
     except ImportError as error:
-        raise DecoderError(f"beam search needs flashlight-text, which is not installed: {_cure()}") from error
-    return _Flashlight(decoder, dictionary, kenlm)
-
-
-def _cure() -> str:
-    if sys.version_info < _NO_WHEEL:
-        return "pip install 'wavlm-jax[decode]'"
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    return (
-        f"there is no wheel for Python {version}. Decode greedily (neither --lm, --lexicon nor --beam), take Python "
-        "3.11 or 3.12 with 'wavlm-jax[decode]', or build flashlight-text from source"
-    )
-
-
-_NO_WHEEL = (3, 13)
+        cure = "pip install 'wavlm-jax[decode]'"
+        if sys.version_info >= _NO_WHEEL:
+            cure = (
+                f"there is no wheel for Python {sys.version_info.major}.{sys.version_info.minor}. Decode greedily "
+                "(neither --lm, --lexicon nor --beam), take Python 3.11 or 3.12 with 'wavlm-jax[decode]', or build "
+                "flashlight-text from source"
+            )
+        raise DecoderError(f"beam search needs flashlight-text, which is not installed: {cure}") from error
+    return decoder, dictionary, kenlm

@@ -1,12 +1,13 @@
-"""From the best token of every frame to text with times: collapse first, then drop the blank (FACTS B7, E33).
+"""CTC outputs to text with times: greedy decoding, and forced alignment of a given text (FACTS B7, E33).
 
-Hugging Face's `skip_special_tokens=True` drops the blank first and so loses doubled letters ("HELO"); here the order
-cannot be chosen. Frames count from 0, ends are exclusive, and a frame is `geometry.hop` samples (20 ms) long.
+Greedy decoding collapses runs of equal tokens first and drops the blank afterwards. Hugging Face's
+`skip_special_tokens=True` drops the blank first and so loses doubled letters ("HELO").
 
-Forced alignment: when each character and word of a given text was said (Viterbi over CTC paths).
+Forced alignment finds the most likely of the paths that collapse to the text (Viterbi). A character spans the frames
+in which its token, and not the blank, is on the path; a word goes from its first character to its last. CTC models are
+peaky: starts are more exact than ends.
 
-The best path among those that collapse to the text. A character spans the frames in which its token, and not the blank,
-is on the path; a word goes from its first character to its last. CTC models are peaky: starts are better than ends.
+Frames count from 0, ends are exclusive, and a frame is `geometry.hop` samples (20 ms) long.
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ Logits = Float[Array, "rows frames tokens"]
 
 
 class Span(NamedTuple):
-    """A character or a word, and the frames that it was heard in."""
+    """A character or a word, and its frames."""
 
     text: str
     start: int
@@ -34,7 +35,7 @@ class Span(NamedTuple):
 
 
 class Transcript(NamedTuple):
-    """What a model heard."""
+    """A text with the times of its parts."""
 
     text: str
     characters: tuple[Span, ...]
@@ -43,7 +44,7 @@ class Transcript(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Frames in a row that have the same token."""
+    """Consecutive frames with the same token."""
 
     token_id: int
     start: int
@@ -51,7 +52,7 @@ class Run(NamedTuple):
 
 
 def collapse(ids: Sequence[int] | Ids) -> list[Run]:
-    """The runs of equal ids, blanks among them."""
+    """The runs of equal ids, blanks included."""
     ids = np.asarray(ids, np.int64)
     if not len(ids):
         return []
@@ -64,9 +65,9 @@ def decode(ids: Sequence[int] | Ids, vocabulary: Vocabulary, *, drop_special: bo
     """The text of a path through the frames, with the frames of its characters and words.
 
     Args:
-        ids: the token of every real frame (padding cut off by the caller, who knows the length).
-        vocabulary: of the model that gave them.
-        drop_special: leave out `<s>`, `</s>` and `<unk>` too, after collapsing. Hugging Face's pipeline shows them.
+        ids: the token of every real frame, without padding.
+        vocabulary: of the model.
+        drop_special: also leave out `<s>`, `</s>` and `<unk>`, after collapsing. Hugging Face's pipeline shows them.
 
     Raises:
         VocabularyError: an id that the vocabulary does not have.
@@ -77,7 +78,7 @@ def decode(ids: Sequence[int] | Ids, vocabulary: Vocabulary, *, drop_special: bo
 
 
 def transcript(runs: Sequence[Run], vocabulary: Vocabulary) -> Transcript:
-    """The text that `runs` of real tokens spell, one run a token."""
+    """The text that `runs` spell, one token per run."""
     characters = tuple(Span(vocabulary.show(run.token_id), run.start, run.end) for run in runs)
     text = "".join(character.text for character in characters).strip()
     if vocabulary.do_lower_case:
@@ -87,12 +88,12 @@ def transcript(runs: Sequence[Run], vocabulary: Vocabulary) -> Transcript:
 
 
 def seconds(frame: int, geometry: Geometry = STANDARD) -> float:
-    """When frame number `frame` starts, and the one before it ends."""
+    """Start of frame number `frame`, which is the end of the one before."""
     return frame * geometry.hop / SAMPLE_RATE
 
 
 def frames_needed(labels: Sequence[int] | Int[np.ndarray, "labels"]) -> int:
-    """The fewest frames in which `labels` can be said: one a label, and a blank between two that are the same."""
+    """The fewest frames that CTC needs for `labels`: one per label, and a blank between two equal ones."""
     labels = np.asarray(labels)
     repeats: Bool[np.ndarray, "pairs"] = labels[1:] == labels[:-1]
     return len(labels) + int(np.count_nonzero(repeats))
@@ -113,23 +114,19 @@ def _words(characters: tuple[Span, ...]) -> tuple[Span, ...]:
 
 
 class Collapsed(NamedTuple):
-    """The tokens heard in each row, packed to the left; places behind `num_tokens` hold -1."""
+    """The tokens of each row, packed to the left; -1 after `num_tokens`."""
 
     ids: Int[Array, "rows frames"]
-    start: Int[Array, "rows frames"]
-    """The first frame of each token."""
-    end: Int[Array, "rows frames"]
-    """One past its last frame."""
     num_tokens: Int[Array, "rows"]
 
 
 @jax.jit
 def collapse_greedily(logits: Logits, num_frames: Int[Array, "rows"], blank_id: int | Int[Array, ""]) -> Collapsed:
-    """Collapse runs of the most likely token, then drop the blank; nothing but the tokens has to leave the device.
+    """Greedy decoding on the device: runs of the most likely token collapsed, then the blank dropped.
 
     Args:
-        logits: (rows, frames, tokens), any monotone scores.
-        num_frames: (rows,) real frames a row; what lies behind is not looked at.
+        logits: (rows, frames, tokens), or any scores in the same order.
+        num_frames: (rows,) real frames of each row; later ones are ignored.
         blank_id: of the vocabulary.
 
     """
@@ -138,54 +135,16 @@ def collapse_greedily(logits: Logits, num_frames: Int[Array, "rows"], blank_id: 
     real = place[None, :] < num_frames[:, None]
     best = jnp.where(real, logits.argmax(axis=2), blank_id)
     changes = best[:, 1:] != best[:, :-1]
-    edge = jnp.ones((rows, 1), bool)
-    spoken = real & (best != blank_id)
-    first = spoken & jnp.concatenate([edge, changes], axis=1)
-    last = spoken & jnp.concatenate([changes, edge], axis=1)
+    first = real & (best != blank_id) & jnp.concatenate([jnp.ones((rows, 1), bool), changes], axis=1)
     count = first.sum(axis=1)
-
-    def packed(values: Int[Array, "rows frames"], chosen: Array) -> Int[Array, "rows frames"]:
-        order = jnp.argsort(~chosen, axis=1, stable=True)
-        kept = jnp.take_along_axis(values, order, axis=1)
-        return jnp.where(place[None, :] < count[:, None], kept, -1)
-
-    places = jnp.broadcast_to(place, (rows, frames))
-    return Collapsed(packed(best, first), packed(places, first), packed(places + 1, last), count)
-
-
-def read_collapsed(collapsed: Collapsed, vocabulary: Vocabulary, *, drop_special: bool = False) -> list[Transcript]:
-    """The transcript of each row (see `ctc.decode`)."""
-    ids, starts, ends, counts = (part.tolist() for part in jax.device_get(collapsed))
-    hidden = vocabulary.special_ids if drop_special else {vocabulary.blank_id}
-    heard = []
-    for row, count in enumerate(counts):
-        runs = [
-            Run(*run) for run in zip(ids[row][:count], starts[row], ends[row], strict=False) if run[0] not in hidden
-        ]
-        heard.append(transcript(runs, vocabulary))
-    return heard
-
-
-def decode_greedily(
-    logits: Logits, num_frames: Int[Array, "rows"], vocabulary: Vocabulary, *, drop_special: bool = False
-) -> list[Transcript]:
-    """What a CTC model hears in each row: equal to `ctc.decode` of the best token of each real frame.
-
-    Raises:
-        VocabularyError: the model has another number of outputs than the vocabulary has tokens.
-
-    """
-    if logits.shape[2] != len(vocabulary):
-        raise VocabularyError(
-            f"logits: found {logits.shape[2]} tokens a frame, the vocabulary has {len(vocabulary)}; it belongs to "
-            "another model"
-        )
-    return read_collapsed(
-        collapse_greedily(logits, num_frames, vocabulary.blank_id), vocabulary, drop_special=drop_special
-    )
+    kept = jnp.take_along_axis(best, jnp.argsort(~first, axis=1, stable=True), axis=1)
+    return Collapsed(jnp.where(place[None, :] < count[:, None], kept, -1), count)
 
 
 LogProbs = Float[np.ndarray, "frames tokens"]
+
+_MOST_PAIRS = 1 << 35
+"""Pairs of frame and state, a byte each: half an hour of audio with 25,000 characters is 4.5 GB; quadratic."""
 
 
 class AlignmentError(ValueError):
@@ -193,7 +152,7 @@ class AlignmentError(ValueError):
 
 
 class Alignment(NamedTuple):
-    """A text and when it was said."""
+    """A given text with its times."""
 
     transcript: Transcript
     log_prob: float
@@ -203,15 +162,15 @@ class Alignment(NamedTuple):
 
 
 def align(log_probs: LogProbs, text: str, vocabulary: Vocabulary) -> Alignment:
-    """When `text` was said.
+    """The times of `text` in an utterance.
 
     Args:
         log_probs: log-softmax of a CTC model's logits, real frames only.
-        text: what was said; its characters are all in the vocabulary.
+        text: what was said.
         vocabulary: of the model.
 
     Raises:
-        UnknownCharactersError: characters that the vocabulary does not have.
+        UnknownCharactersError: `text` has characters that the vocabulary does not have.
         AlignmentError: the text is empty, or needs more frames than there are.
         VocabularyError: the model has another number of outputs than the vocabulary has tokens.
 
@@ -232,10 +191,10 @@ def align(log_probs: LogProbs, text: str, vocabulary: Vocabulary) -> Alignment:
 
 
 def check_fit(labels: Sequence[int] | Int[np.ndarray, "labels"], frames: int) -> None:
-    """Whether a text can be aligned with audio of so many frames, before anything is computed.
+    """Checks before any computation that a text can be aligned with audio of `frames` frames.
 
     Raises:
-        AlignmentError: no labels, more than the frames can hold, or more of both than memory should.
+        AlignmentError: no labels, more labels than the frames can hold, or a search that takes too much memory.
 
     """
     needed = frames_needed(labels)
@@ -253,15 +212,11 @@ def check_fit(labels: Sequence[int] | Int[np.ndarray, "labels"], frames: int) ->
         )
 
 
-_MOST_PAIRS = 1 << 35
-"""Bytes of the search: half an hour of audio with 25,000 characters is 4.5 GB, and it grows with the square."""
-
-
 def best_path(log_probs: LogProbs, labels: Sequence[int] | Int[np.ndarray, "labels"], blank_id: int) -> Ids:
     """The token of each frame on the most likely path that collapses to `labels`.
 
-    States are the labels with a blank around each; frames are taken one after the other, all states at once:
-    O(frames x labels) time, one byte of memory for each pair of frame and state.
+    Viterbi: states are the labels with a blank before and after each; one step per frame, all states at once.
+    O(frames x labels) time, one byte of memory per pair of frame and state.
 
     Raises:
         AlignmentError: see `check_fit`.

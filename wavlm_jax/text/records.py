@@ -1,10 +1,8 @@
-"""Text files from outside, line by line: UTF-8, bounded, and every wrong line named by its number.
+"""Text files of records: CTM (words with times), RTTM (speaker turns), UEM (scored regions), lists of trials.
 
-Words with times: CTM, read and written.
-
-Who spoke when: RTTM (turns) and UEM (the parts of a recording that are scored), read and written.
-
-Trial lists of speaker verification: `1|0 path path` (VoxCeleb) or `path path target|nontarget` (Kaldi).
+Files from outside are read line by line: UTF-8, of bounded length, and every wrong line is named by its number.
+Trial lists of speaker verification have either VoxCeleb's form, `1|0 path path`, or Kaldi's,
+`path path target|nontarget`.
 """
 
 import math
@@ -20,10 +18,10 @@ class RecordError(ValueError):
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines with their numbers, from 1 on; nothing that is no text is read far.
+    """Lines with their numbers, from 1 on; reading stops at the first sign that the file is not text.
 
     Raises:
-        RecordError: no such file, a line without end, or bytes that are not UTF-8.
+        RecordError: no such file, a line that is too long, or bytes that are not UTF-8.
 
     """
     number = 0
@@ -40,41 +38,27 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
         raise RecordError(f"{path}, after line {number}: not UTF-8 ({error.reason}); is it a binary file?") from error
 
 
-def read_fields(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """("file, line n", fields between white space) of each line that is neither empty nor a comment (`;;`)."""
+def _read_fields(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """("file, line n", white-space separated fields) of each line that is neither empty nor a comment (`;;`)."""
     for number, line in read_lines(path):
         fields = line.split()
         if fields and not fields[0].startswith(";;"):
             yield f"{path}, line {number}", fields
 
 
-def wrong(where: str, found: object, expected: str) -> NoReturn:
-    """Refuse a line.
-
-    Raises:
-        RecordError: always.
-
-    """
+def _refuse(where: str, found: object, expected: str) -> NoReturn:
     raise RecordError(f"{where}: found {str(found)[:100]!r}, expected {expected}")
 
 
-def number(text: str, where: str, name: str, *, least: float = 0.0) -> float:
-    """A finite number, `least` or more.
-
-    Raises:
-        RecordError: anything else.
-
-    """
+def _seconds(text: str, where: str, name: str) -> float:
+    """A finite number, 0 or more."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value) or value < least:
-        wrong(where, text, f"{name}: a number, {least:g} or more")
+    if not math.isfinite(value) or value < 0:
+        _refuse(where, text, f"{name}: a number, 0 or more")
     return value
-
-
-_CTM_FIELDS = (5, 6)
 
 
 class TimedWord(NamedTuple):
@@ -84,42 +68,11 @@ class TimedWord(NamedTuple):
     start: float
     duration: float
     word: str
-    confidence: float | None = None
-    channel: str = "1"
-
-
-def read_ctm(path: Path) -> list[TimedWord]:
-    """The words of a CTM file.
-
-    Raises:
-        RecordError: a line that is not `recording channel start duration word [confidence]`, by its number.
-
-    """
-    words = []
-    for where, fields in read_fields(path):
-        if len(fields) not in _CTM_FIELDS:
-            wrong(where, f"{len(fields)} fields", "recording channel start duration word [confidence]")
-        recording, channel, start, duration, word = fields[:5]
-        confidence = None
-        if len(fields) == max(_CTM_FIELDS) and fields[5] != "NA":
-            confidence = number(fields[5], where, "confidence")
-            if confidence > 1:
-                wrong(where, fields[5], "confidence: a number from 0 to 1")
-        words.append(
-            TimedWord(
-                recording, number(start, where, "start"), number(duration, where, "duration"), word, confidence, channel
-            )
-        )
-    return words
 
 
 def write_ctm(words: Iterable[TimedWord]) -> str:
-    """The text of a CTM file: milliseconds, four places of confidence."""
-    lines = []
-    for word in words:
-        confidence = "" if word.confidence is None else f" {word.confidence:.4f}"
-        lines.append(f"{word.recording} {word.channel} {word.start:.3f} {word.duration:.3f} {word.word}{confidence}\n")
-    return "".join(lines)
+    """The text of a CTM file, times in milliseconds, channel 1."""
+    return "".join(f"{word.recording} 1 {word.start:.3f} {word.duration:.3f} {word.word}\n" for word in words)
 
 
 _TURN_FIELDS = (9, 10)
@@ -158,24 +111,24 @@ def read_rttm(path: Path) -> list[Turn]:
 
     """
     turns = []
-    for where, fields in read_fields(path):
+    for where, fields in _read_fields(path):
         if fields[0] != "SPEAKER":
             if not fields[0].isupper():
-                wrong(where, fields[0], "a line type such as SPEAKER")
+                _refuse(where, fields[0], "a line type such as SPEAKER")
             continue
         if len(fields) not in _TURN_FIELDS:
-            wrong(
+            _refuse(
                 where, f"{len(fields)} fields", "SPEAKER recording channel start duration <NA> <NA> speaker <NA> <NA>"
             )
         _, recording, channel, start, duration, _, _, speaker = fields[:8]
         turns.append(
-            Turn(recording, number(start, where, "start"), number(duration, where, "duration"), speaker, channel)
+            Turn(recording, _seconds(start, where, "start"), _seconds(duration, where, "duration"), speaker, channel)
         )
     return turns
 
 
 def write_rttm(turns: Iterable[Turn]) -> str:
-    """The text of an RTTM file, milliseconds."""
+    """The text of an RTTM file, times in milliseconds."""
     return "".join(
         f"SPEAKER {turn.recording} {turn.channel} {turn.start:.3f} {turn.duration:.3f} <NA> <NA> {turn.speaker} "
         "<NA> <NA>\n"
@@ -191,20 +144,15 @@ def read_uem(path: Path) -> list[Region]:
 
     """
     regions = []
-    for where, fields in read_fields(path):
+    for where, fields in _read_fields(path):
         if len(fields) != _REGION_FIELDS:
-            wrong(where, f"{len(fields)} fields", "recording channel start end")
+            _refuse(where, f"{len(fields)} fields", "recording channel start end")
         recording, channel, start, end = fields
-        region = Region(recording, number(start, where, "start"), number(end, where, "end"), channel)
+        region = Region(recording, _seconds(start, where, "start"), _seconds(end, where, "end"), channel)
         if region.end <= region.start:
-            wrong(where, f"{start} {end}", "an end behind the start")
+            _refuse(where, f"{start} {end}", "an end behind the start")
         regions.append(region)
     return regions
-
-
-def write_uem(regions: Iterable[Region]) -> str:
-    """The text of a UEM file, milliseconds."""
-    return "".join(f"{region.recording} {region.channel} {region.start:.3f} {region.end:.3f}\n" for region in regions)
 
 
 _TRIAL_FIELDS = 3
@@ -227,31 +175,26 @@ def read_trials(path: Path) -> list[Trial]:
 
     """
     trials = []
-    for where, fields in read_fields(path):
+    for where, fields in _read_fields(path):
         if len(fields) != _TRIAL_FIELDS:
-            wrong(where, f"{len(fields)} fields", "`1 path path`, `0 path path`, or `path path target|nontarget`")
+            _refuse(where, f"{len(fields)} fields", "`1 path path`, `0 path path`, or `path path target|nontarget`")
         first, second, third = fields
         if first in ("0", "1"):
             trials.append(Trial(first == "1", second, third))
         elif third in ("target", "nontarget"):
             trials.append(Trial(third == "target", first, second))
         else:
-            wrong(where, " ".join(fields), "1 or 0 in front, or target or nontarget behind")
+            _refuse(where, " ".join(fields), "1 or 0 in front, or target or nontarget behind")
     if not trials:
         raise RecordError(f"{path}: found no trial, expected one a line")
     return trials
 
 
-def write_trials(trials: Iterable[Trial]) -> str:
-    """The text of a list, in VoxCeleb's form."""
-    return "".join(f"{int(trial.same)} {trial.left} {trial.right}\n" for trial in trials)
-
-
-def files_of(trials: Sequence[Trial], root: Path) -> dict[str, Path]:
+def trial_files(trials: Sequence[Trial], root: Path) -> dict[str, Path]:
     """Every recording of a list, once, and its file below `root`.
 
     Raises:
-        RecordError: files that are not there, with the number of the first trial that asks for each.
+        RecordError: files that do not exist, each with the number of the first trial that names it.
 
     """
     first: dict[str, int] = {}

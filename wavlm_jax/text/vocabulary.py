@@ -1,11 +1,8 @@
-"""The vocabulary of a CTC model: characters to ids and back, made from the training text (FACTS B7, E33, E34).
+"""The vocabulary of a CTC model: characters to ids and back (FACTS B7, E33, E34), and its files at Hugging Face.
 
-The blank is named, never assumed: Hugging Face calls it `<pad>`, fairseq `<s>`, both at id 0. What Hugging Face stores
-of a vocabulary is read and written by `wavlm_jax.text.vocabulary`.
-
-Vocabularies as Hugging Face stores them: vocab.json, tokenizer_config.json, special_tokens_map.json, in and out.
-
-What is written, `Wav2Vec2CTCTokenizer.from_pretrained(folder)` reads; the pad token there is the blank here.
+Made from the training text, or read from vocab.json, tokenizer_config.json, special_tokens_map.json and
+added_tokens.json. What is written here `Wav2Vec2CTCTokenizer.from_pretrained(folder)` reads. The blank is a named
+token, not id 0 by assumption: Hugging Face calls it `<pad>`, fairseq `<s>`.
 """
 
 import hashlib
@@ -25,11 +22,11 @@ from wavlm_jax.files import write_bytes
 from wavlm_jax.settings import read
 
 BLANK, BEGIN, END, UNKNOWN, DELIMITER = "<pad>", "<s>", "</s>", "<unk>", "|"
-"""The first five tokens of a vocabulary that is made here, ids 0 to 4: those of the English models on the hub."""
+"""The first five tokens (ids 0 to 4) of a vocabulary made from text, as in the English models on the hub."""
 
 
 class VocabularyError(ValueError):
-    """A vocabulary that cannot be right."""
+    """A vocabulary, or a file of one, that is impossible; the message names it."""
 
 
 class UnknownCharactersError(ValueError):
@@ -47,7 +44,7 @@ class UnknownCharactersError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """Tokens by id, and the parts that some of them play. Immutable and hashable.
+    """Tokens by id, and the roles of special ones. Immutable and hashable.
 
     A token is a character, a unit of several characters that belong together ("CH"), or one of the special tokens.
     """
@@ -55,16 +52,16 @@ class Vocabulary:
     tokens: tuple[str, ...]
     """tokens[i] has id i; as many as the CTC head has outputs."""
     blank: str = BLANK
-    """The token of "nothing here". Its id is `blank_id`."""
+    """CTC's blank. Its id is `blank_id`."""
     delimiter: str | None = DELIMITER
-    """The token between words, read and written as a space. None: a language without spaces."""
+    """The token between words; a space in texts. None: a language without spaces."""
     unknown: str | None = UNKNOWN
-    """Stands for characters that are not there. None: they cannot be replaced."""
+    """Stands for characters that are not in the vocabulary. None: they cannot be replaced."""
     begin: str | None = BEGIN
     end: str | None = END
-    """Never in labels; kept because models on the hub have outputs for them."""
+    """Never in labels; models on the hub have outputs for them."""
     do_lower_case: bool = False
-    """As in Hugging Face: text is upper-cased on the way in and lower-cased on the way out."""
+    """As in Hugging Face: text is upper-cased by `encode` and lower-cased by `spell`."""
 
     def __post_init__(self) -> None:
         doubled = [token for token, count in Counter(self.tokens).items() if count > 1]
@@ -90,10 +87,10 @@ class Vocabulary:
         Args:
             texts: transcripts; any white space is a space between words.
             min_count: characters seen less often are left out (`count_characters` shows how often).
-            do_lower_case: `Cat` and `cat` are the same word, spelt with upper-case tokens and shown in lower case.
+            do_lower_case: ignore case; tokens are upper case, decoded text is lower case.
 
         Raises:
-            VocabularyError: there is no character to learn, or the text uses the word delimiter as a character.
+            VocabularyError: no character is left, or the text has the word delimiter as a character.
 
         """
         counts = count_characters(texts, upper=do_lower_case)
@@ -114,7 +111,7 @@ class Vocabulary:
 
     @property
     def blank_id(self) -> int:
-        """The id that CTC loss and decoding take as blank."""
+        """The id of CTC's blank."""
         return self._ids[self.blank]
 
     @property
@@ -124,44 +121,43 @@ class Vocabulary:
 
     @property
     def special_ids(self) -> frozenset[int]:
-        """Ids that spell nothing: blank, unknown, begin and end (not the delimiter, which spells a space)."""
+        """Ids without a character: blank, unknown, begin and end (not the delimiter, which is a space)."""
         special = (self.blank, self.unknown, self.begin, self.end)
         return frozenset(self._ids[token] for token in special if token is not None)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of everything that this vocabulary says."""
+        """SHA-256 over all fields."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def unknown_characters(self, text: str) -> tuple[str, ...]:
-        """The characters of `text` that no token spells, each once, in order."""
+        """The characters of `text` that have no token, each once, in order."""
         return tuple(dict.fromkeys(piece for piece in self._pieces(text) if piece not in self._spelling))
 
     def encode(self, text: str, *, replace_unknown: bool = False) -> Int32[np.ndarray, "labels"]:
-        """The labels of `text`: one id a character (or unit), the delimiter between words, no blank.
+        """The labels of `text`: one id per character (or unit), the delimiter between words, no blank.
 
-        White space at the ends is dropped, any other stretch of it is one space.
+        White space at the ends is dropped; elsewhere any amount of it is one space.
 
         Args:
             text: a transcript.
-            replace_unknown: the unknown token stands in for a character that is not there, as in Hugging Face.
+            replace_unknown: replace a character without a token by the unknown token, as in Hugging Face.
 
         Raises:
             UnknownCharactersError: unless `replace_unknown`.
 
         """
-        pieces = self._pieces(text)
-        unknown = tuple(dict.fromkeys(piece for piece in pieces if piece not in self._spelling))
+        unknown = self.unknown_characters(text)
         if unknown and (not replace_unknown or self.unknown is None):
             raise UnknownCharactersError(text, unknown)
         stand_in = self.blank_id if self.unknown is None else self._ids[self.unknown]
-        return np.array([self._spelling.get(piece, stand_in) for piece in pieces], np.int32)
+        return np.array([self._spelling.get(piece, stand_in) for piece in self._pieces(text)], np.int32)
 
     def show(self, token_id: int) -> str:
-        """What token `token_id` looks like in a text: a space for the delimiter, nothing for the blank.
+        """Token `token_id` as text: a space for the delimiter, nothing for the blank.
 
         Raises:
             VocabularyError: there is no such id.
@@ -175,7 +171,7 @@ class Vocabulary:
         return " " if token == self.delimiter else token
 
     def spell(self, ids: Sequence[int] | Int[np.ndarray, "labels"]) -> str:
-        """The text of labels. Nothing is collapsed: `wavlm_jax.text.decoding` does that to the output of a model."""
+        """The text of labels. Nothing is collapsed; that is `wavlm_jax.text.decoding`."""
         text = "".join(self.show(int(token_id)) for token_id in ids).strip()
         return text.lower() if self.do_lower_case else text
 
@@ -185,7 +181,7 @@ class Vocabulary:
 
     @cached_property
     def _spelling(self) -> dict[str, int]:
-        """What can be in a text, to its id."""
+        """Character (or unit) of a text -> id."""
         parts = {self.blank, self.unknown, self.begin, self.end, self.delimiter}
         spelling = {token: number for token, number in self._ids.items() if token not in parts}
         if self.delimiter is not None:
@@ -204,7 +200,7 @@ class Vocabulary:
 
 
 def count_characters(texts: Iterable[str], *, upper: bool = False) -> Counter[str]:
-    """How often each character stands in `texts`, white space left out."""
+    """How often each character occurs in `texts`, white space left out."""
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update("".join((text.upper() if upper else text).split()))
@@ -223,38 +219,38 @@ _ROLES = {
     "begin": ("bos_token", BEGIN),
     "end": ("eos_token", END),
 }
-"""Our name -> Hugging Face's, and the token that transformers assumes where no file names one."""
+"""Our name -> Hugging Face's, and the token that transformers assumes if no file names one."""
 
 
 def read_vocabulary(folder: Path, language: str | None = None) -> Vocabulary:
     """The vocabulary of a Hugging Face folder (a tokenizer, a processor, or a model with a CTC head).
 
     Args:
-        folder: holds vocab.json, and tokenizer_config.json, special_tokens_map.json and added_tokens.json where needed.
-        language: which part of a vocabulary of many languages (None: the one that tokenizer_config.json names).
+        folder: has vocab.json and, where needed, the other files.
+        language: which part of a multilingual vocabulary (None: the one that tokenizer_config.json names).
 
     Raises:
-        VocabularyError: a damaged or impossible file, named, with what was found and expected.
+        VocabularyError: a damaged or impossible file; the message names it.
 
     """
     return parse_vocabulary(tokenizer_files(folder), folder, language)
 
 
 def files_of_record(values: Any) -> dict[str, bytes]:
-    """Name -> content of the files that say the vocabulary in the config of a run: the fields of `Vocabulary`.
+    """`files_of` the vocabulary in the resolved config of a run, which has the fields of `Vocabulary`.
 
     Raises:
-        SettingsError: other fields than these.
+        SettingsError: other fields.
 
     """
     return files_of(read(values, Vocabulary, "vocabulary"))
 
 
 def tokenizer_files(folder: Path) -> dict[str, bytes]:
-    """Name -> content of the files that `folder` has of a tokenizer.
+    """Name -> content of the tokenizer files that exist in `folder`.
 
     Raises:
-        VocabularyError: one that is too large to be a vocabulary.
+        VocabularyError: a file that is too large for a vocabulary.
 
     """
     found = {}
@@ -267,7 +263,7 @@ def tokenizer_files(folder: Path) -> dict[str, bytes]:
 
 
 def parse_vocabulary(files: Mapping[str, bytes], folder: Path, language: str | None = None) -> Vocabulary:
-    """The vocabulary that these files say.
+    """The vocabulary in these files.
 
     Args:
         files: name -> content (`tokenizer_files`).
@@ -304,7 +300,7 @@ def write_vocabulary(vocabulary: Vocabulary, folder: Path) -> None:
 
 
 def files_of(vocabulary: Vocabulary) -> dict[str, bytes]:
-    """Name -> content of the files that say this vocabulary."""
+    """Name -> content of the files of this vocabulary in Hugging Face's format."""
     settings: dict[str, Any] = {
         "tokenizer_class": "Wav2Vec2CTCTokenizer",
         "do_lower_case": vocabulary.do_lower_case,
@@ -333,19 +329,18 @@ def _parse(content: bytes, path: Path) -> dict[str, Any]:
 
 
 def _of_language(stored: dict[str, Any], language: str | None, path: Path) -> dict[str, Any]:
-    """The tokens of one language, where the file has a part for each."""
+    """Token -> id; in a multilingual file, of one language."""
     nested = {name for name, value in stored.items() if isinstance(value, dict)}
     if not nested:
         return dict(stored)
     if language not in nested:
-        raise VocabularyError(
-            f"{path}: has {len(nested)} languages, found {language!r}; expected one of {_few(nested)}"
-        )
+        known = ", ".join(sorted(nested)[:10]) + (", ..." if len(nested) > 10 else "")  # noqa: PLR2004
+        raise VocabularyError(f"{path}: has {len(nested)} languages, found {language!r}; expected one of {known}")
     return dict(stored[language])
 
 
 def _added(added: dict[str, Any], settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Tokens that stand outside vocab.json, by name: those of the old file and of the new key."""
+    """Tokens outside vocab.json: of added_tokens.json (old) and of the key added_tokens_decoder (new)."""
     decoder = settings.get("added_tokens_decoder", {})
     if not isinstance(decoder, dict):
         raise VocabularyError(f"{folder / SETTINGS}: added_tokens_decoder is {decoder!r}, expected an object")
@@ -373,7 +368,7 @@ def _in_order(ids: Mapping[str, Any], path: Path) -> tuple[str, ...]:
 
 
 def _role(ours: str, settings: Mapping[str, Any], special: Mapping[str, Any], folder: Path) -> Any:
-    """Which token plays a part: tokenizer_config.json says, else special_tokens_map.json, else the usual one."""
+    """The token of a role: from tokenizer_config.json, else special_tokens_map.json, else transformers' default."""
     key, usual = _ROLES[ours]
     found = settings.get(key, special.get(key, usual))
     if isinstance(found, dict):
@@ -390,7 +385,3 @@ def _flag(settings: Mapping[str, Any], key: str, path: Path) -> bool:
     if not isinstance(found, bool):
         raise VocabularyError(f"{path}: {key} is {found!r}, expected true or false")
     return found
-
-
-def _few(names: set[str]) -> str:
-    return ", ".join(sorted(names)[:10]) + (", ..." if len(names) > 10 else "")  # noqa: PLR2004
