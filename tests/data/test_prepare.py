@@ -1,46 +1,27 @@
-"""`python -m wavlm_jax.data` on folders and manifests, with every kind of dirt (USERS #15, section 11)."""
+"""Preparation: all kinds of dirt (USERS #15), options, held-out shares, and interruptions at any moment."""
 
-import json
 import os
-import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from tests.support.audio_files import encoded, save, tone, with_flac_length
+from tests.support.preparing import bad_files, failure, run, speech
 from wavlm_jax.audio.wave import to_int16
 from wavlm_jax.data.__main__ import main
-from wavlm_jax.data.corpus import Corpus
+from wavlm_jax.data.corpus import Corpus, CorpusError, is_corpus
+from wavlm_jax.data.prepare import PrepareError, split
+from wavlm_jax.data.sources import Entry, FileReader, UtteranceSource, from_folder
 
 COMMAND = [sys.executable, "-m", "wavlm_jax.data"]
-
-
-def speech(root: Path, count: int = 8, length: int = 3000) -> Path:
-    """A folder of FLAC files of different lengths."""
-    for number in range(count):
-        save(root / f"{number:04d}.flac", to_int16(tone(length + 10 * number, number)))
-    return root
-
-
-def run(*words: object) -> int:
-    return main([str(word) for word in words] + ["--workers", "1"])
-
-
-def failure(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    """The message of a run that has to fail."""
-    capsys.readouterr()
-    assert run(*words) == 1
-    return capsys.readouterr().err
-
-
-def bad_files(corpus: Path) -> dict[str, str]:
-    rows = [json.loads(line) for line in (corpus / "bad_files.jsonl").read_text().splitlines()]
-    assert all(set(row) == {"id", "path", "fault", "detail"} for row in rows)
-    return {row["id"]: row["fault"] for row in rows}
 
 
 def test_a_folder_of_all_formats_and_odd_names(tmp_path: Path):
@@ -219,105 +200,132 @@ def test_options_that_cannot_be_say_so(tmp_path: Path, capsys: pytest.CaptureFix
     assert not list(tmp_path.glob("out*"))
 
 
-def manifest(root: Path, name: str, lines: list[str], end: str = "\n") -> Path:
-    file = root / name
-    file.write_bytes(("".join(line + end for line in lines)).encode())
-    return file
+def test_a_held_out_share_is_a_matter_of_each_id(tmp_path: Path):
+    for number in range(60):
+        save(tmp_path / f"in/{number:02d}.flac", to_int16(tone(3000)))
+    words = [str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--holdout", "0.2", "--workers", "1", "--name", "n"]
+    assert main(words) == 0
+    train, valid = (Corpus.open(tmp_path / "out" / part) for part in ("train", "valid"))
+    assert not set(train.ids) & set(valid.ids)
+    assert len(train) + len(valid) == 60
+    assert 5 <= len(valid) <= 20
+    assert (train.header.name, valid.header.name) == ("n/train", "n/valid")
+    with pytest.raises(CorpusError, match="it holds the corpora train, valid: open one of them"):
+        Corpus.open(tmp_path / "out")
+    # without some of the others, each stays where it was
+    source = from_folder(tmp_path / "in")
+    fewer = UtteranceSource(source.description, source.entries[:30], source.reader)
+    kept, held_out = split(fewer, 0.2)
+    assert {entry.id for entry in held_out.entries} <= set(valid.ids)
+    assert {entry.id for entry in kept.entries} <= set(train.ids)
 
 
-def test_all_manifests_say_the_same(tmp_path: Path):
-    speech(tmp_path / "data/audio", 5)
-    lists = tmp_path / "data/manifests"
-    lists.mkdir()
-    rows = [(f"{n:04d}", f"audio/{n:04d}.flac", 3000 + 10 * n, f"s{n}", f"TEXT {n}") for n in range(5)]
-    columns = ("id", "path", "samples", "speaker", "text")
-    table = ["\t".join(("lang", *columns)), *["\t".join(("en", *map(str, row))) for row in rows]]
-    objects = [json.dumps(dict(zip(columns, row, strict=True))) for row in rows]
-    fairseq = [str(tmp_path / "data"), *[f"audio/{n:04d}.flac\t{3000 + 10 * n}" for n in range(5)]]
-    corpora = {}
-    for name, lines, end in (
-        ("a.tsv", table, "\n"),
-        ("b.tsv", table, "\r\n"),
-        ("c.jsonl", objects, "\n"),
-        ("d.tsv", fairseq, "\n"),
-    ):
-        assert run(manifest(lists, name, lines, end), "--out", tmp_path / name) == 0
-        corpora[name] = Corpus.open(tmp_path / name)
-    assert len({corpora[name].fingerprint for name in ("a.tsv", "b.tsv", "c.jsonl")}) == 1
-    assert corpora["a.tsv"].texts[4] == "TEXT 4"
-    assert corpora["b.tsv"].texts[4] == "TEXT 4"
-    assert list(corpora["a.tsv"].speakers) == [f"s{n}" for n in range(5)]
-    assert list(corpora["d.tsv"].ids) == [f"audio/{n:04d}" for n in range(5)]
+def test_a_held_out_share_is_never_nobody():
+    entries = [Entry(id=str(number), audio="x") for number in range(3)]
+    for share in (1e-9, 0.999):
+        train, valid = split(UtteranceSource("three", entries, FileReader(Path())), share)
+        assert train.entries
+        assert valid.entries
+    with pytest.raises(PrepareError, match="1 utterance, a held-out share needs two"):
+        split(UtteranceSource("one", entries[:1], FileReader(Path())), 0.5)
 
 
-HEADER = "id\tpath\tsamples"
-ROOT = "ROOT"
-FAULTY = {
-    "duplicate id": ([HEADER, "a\t0000.flac\t", "a\t0001.flac\t"], r"m.tsv:3: id 'a' stands in line 2 already"),
-    "missing file": ([HEADER, "a\t0000.flac\t", "b\tnone.flac\t"], r"m.tsv:3: path 'none.flac' does not exist"),
-    "blank at the end": ([HEADER, "a\t0000.flac \t"], r"does not exist|neither under"),
-    "empty line": ([HEADER, "a\t0000.flac\t", ""], r"m.tsv:3: empty line"),
-    "columns swapped": ([HEADER, "a\t0000.flac\t3000", "3010\tb\t0001.flac"], r"m.tsv:3: path 'b' does not exist"),
-    "samples no number": ([HEADER, "a\t0000.flac\t3e3"], r"m.tsv:2: samples is '3e3', expected a whole number"),
-    "too many columns": ([HEADER, "a\t0000.flac\t3000\tx"], r"m.tsv:2: found 4 columns, the header has 3"),
-    "column twice": (["id\tpath\tpath", "a\tx\ty"], r"m.tsv:1: found columns id, path, path"),
-    "no path column": (["id\tfile", "a\t0000.flac"], r"m.tsv:1: found columns id, file"),
-    "blank id": ([HEADER, " \t0000.flac\t"], r"m.tsv:2: id is ' '"),
-    "parent": ([HEADER, "a\t0000.flac\t", "b\t../secret.flac\t"], r"m.tsv:3: path '../secret.flac' leads out of"),
-    "absolute": ([HEADER, "a\t0000.flac\t", "b\t/etc/passwd\t"], r"m.tsv:3: path '/etc/passwd' leads out of"),
-    "link out": ([HEADER, "a\t0000.flac\t", "b\tout.flac\t"], r"m.tsv:3: path 'out.flac' leads out of"),
-    "fairseq swapped": ([ROOT, "3000\t0000.flac"], r"m.tsv:2: path '3000' does not exist"),
-    "fairseq no root": (["nowhere", "0000.flac\t3000"], r"m.tsv:1: root 'nowhere' is not a folder"),
-    "fairseq columns": ([ROOT, "0000.flac 3000"], r"m.tsv:2: found 1 columns, expected path TAB samples"),
-    "header only": ([HEADER], r"m.tsv: no utterance"),
-    "number of 5000 digits": ([HEADER, "a\t0000.flac\t" + "9" * 5000], r"m.tsv:2: samples is '999"),
-    "endless cell": ([HEADER, "a\t0000.flac\t" + "9" * 200_000], r"m.tsv:2: field larger than field limit"),
-    "bottomless JSON": (['{"path": "0000.flac"}', '{"path":' + "[" * 100_000], r"m.tsv:2: not JSON"),
-    "half a character": ([r'{"path": "0000.flac", "text": "\ud800"}'], r"m.tsv:1: text is '\\ud800', expected text"),
-    "not JSON": (['{"path": "0000.flac"}', "{"], r"m.tsv:2: not JSON"),
-    "JSON without path": (
-        ['{"path": "0000.flac"}', '{"id": "a"}'],
-        r"m.tsv:2: expected an object with a text under 'path'",
-    ),
-    "JSON number as id": (['{"id": 3, "path": "0000.flac"}'], r"m.tsv:1: id is 3, expected text"),
-    "phones of one kind": (
-        ['{"path": "0000.flac", "phones": {"symbols": ["a"]}}'],
-        r"m.tsv:1: phones has to be an object with symbols, starts, ends",
-    ),
-    "phones no lists": (
-        ['{"path": "0000.flac", "phones": {"symbols": "a", "starts": 0, "ends": 9}}'],
-        r"m.tsv:1: phones: symbols, starts and ends have to be lists",
-    ),
-    "phones overlap": (
-        ['{"path": "0000.flac", "phones": {"symbols": ["a", "b"], "starts": [0, 5], "ends": [9, 12]}}'],
-        r"m.tsv:1: phones: expected as many starts and ends as symbols, ascending",
-    ),
-    "phones too long": (
-        ['{"path": "0000.flac", "samples": 9, "phones": {"symbols": ["a"], "starts": [0], "ends": [10]}}'],
-        r"m.tsv:1: phones end at sample 10, the utterance has 9",
-    ),
-}
+COUNT = 64 * 10
 
 
-@pytest.mark.parametrize("name", FAULTY)
-def test_faults_of_a_manifest_name_the_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str):
-    speech(tmp_path / "data", 2)
-    save(tmp_path / "secret.flac", tone(3000))
-    (tmp_path / "data/out.flac").symlink_to(tmp_path / "secret.flac")
-    lines, expected = FAULTY[name]
-    file = manifest(tmp_path / "data", "m.tsv", [line.replace(ROOT, str(tmp_path / "data")) for line in lines])
-    message = failure(capsys, file, "--out", tmp_path / "out")
-    assert re.search(expected, message), message
-    assert not list(tmp_path.glob("out*"))
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """Ten shards' worth of files, few enough different ones."""
+    root = tmp_path_factory.mktemp("speech")
+    originals = [save(root / f"{number:04d}.wav", to_int16(tone(12_000, number))) for number in range(8)]
+    for number in range(8, COUNT):
+        os.link(originals[number % 8], root / f"{number:04d}.wav")
+    return root
 
 
-def test_a_manifest_that_lies_about_lengths_is_counted(tmp_path: Path):
-    speech(tmp_path / "data", 10)
-    lines = [HEADER, *[f"{n}\t{n:04d}.flac\t{3000 + 10 * n + (n == 4)}" for n in range(10)]]
-    assert run(manifest(tmp_path / "data", "m.tsv", lines), "--out", tmp_path / "out") == 0
-    assert bad_files(tmp_path / "out") == {"4": "length_mismatch"}
+@pytest.fixture(scope="module")
+def whole(source: Path, tmp_path_factory) -> Corpus:
+    """What comes out when nothing goes wrong."""
+    out = tmp_path_factory.mktemp("whole") / "corpus"
+    assert main([str(source), "--out", str(out), "--workers", "1"]) == 0
+    return Corpus.open(out)
 
 
-def test_binary_that_calls_itself_a_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    (tmp_path / "m.tsv").write_bytes(b"\xff\xfe\x00")
-    assert "not UTF-8 text at byte 0" in failure(capsys, tmp_path / "m.tsv", "--out", tmp_path / "out")
+def start(source: Path, out: Path, workers: int) -> subprocess.Popen:
+    command = [sys.executable, "-m", "wavlm_jax.data", source, "--out", out, "--workers", workers]
+    return subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Until `condition` holds; the test fails if it never does."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.005)
+
+
+def finished_shards(out: Path) -> set[str]:
+    return {file.stem for file in out.with_name(out.name + ".partial").glob("data-*.json")}
+
+
+@pytest.mark.parametrize(("workers", "shards"), [(1, 1), (2, 4)])
+def test_killed_and_started_again(source: Path, whole: Corpus, tmp_path: Path, workers: int, shards: int):
+    out = tmp_path / "corpus"
+    process = start(source, out, workers)
+    wait_for(lambda: len(finished_shards(out)) >= shards or process.poll() is not None)
+    family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    wait_for(lambda: not psutil.wait_procs(family, timeout=0)[1], 20)
+    assert not is_corpus(out), "killed too late to show anything"
+    partial = out.with_name("corpus.partial")
+    kept = {name: (partial / f"{name}.arrow").stat().st_mtime_ns for name in finished_shards(out)}
+    assert len(kept) >= shards
+    assert main([str(source), "--out", str(out), "--workers", "1"]) == 0
+    again = Corpus.open(out)
+    assert again.header == whole.header
+    assert {name: (out / f"{name}.arrow").stat().st_mtime_ns for name in kept} == kept
+    assert not partial.exists()
+    assert not [file for file in out.iterdir() if file.suffix in (".tmp", ".partial")]
+
+
+def test_killed_between_the_header_and_the_name(source: Path, whole: Corpus, tmp_path: Path):
+    out, partial = tmp_path / "corpus", tmp_path / "corpus.partial"
+    shutil.copytree(whole.path, partial)
+    (partial / "plan.json").write_text("{}")
+    assert main([str(source), "--out", str(out)]) == 0
+    assert Corpus.open(out).header == whole.header
+    assert not partial.exists()
+    assert {file.name for file in out.iterdir()} == {file.name for file in whole.path.iterdir()}
+
+
+def test_a_worker_that_is_killed_is_an_error_that_says_so(source: Path, whole: Corpus, tmp_path: Path):
+    out = tmp_path / "corpus"
+    process = start(source, out, 2)
+    wait_for(lambda: finished_shards(out) or process.poll() is not None)
+    workers = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if any("spawn_main" in word for word in child.cmdline())
+    ]
+    workers[0].kill()
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "a worker process died" in message
+    assert "run the same command again" in message
+    assert main([str(source), "--out", str(out), "--workers", "1"]) == 0
+    assert Corpus.open(out).header == whole.header
+
+
+def test_a_source_that_changed_in_between_is_refused(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "corpus"
+    process = start(source, out, 1)
+    wait_for(lambda: finished_shards(out))
+    process.kill()
+    process.communicate()
+    other = save(tmp_path / "other/0000.wav", to_int16(tone(3000))).parent
+    for words in ([other, "--out", out], [source, "--out", out, "--min-seconds", 1]):
+        assert main([str(word) for word in words]) == 1
+        message = capsys.readouterr().err
+        assert "cannot be resumed" in message
+        assert "remove this folder to start over" in message
