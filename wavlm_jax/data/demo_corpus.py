@@ -301,16 +301,7 @@ def _plain(symbol: str) -> str:
 
 SPLITS = ("train", "valid", "unseen_voices")
 _DONE = "demo.json"
-ACCENTS = (
-    "en-us",
-    "en",
-    "en-gb-scotland",
-    "en-gb-x-rp",
-    "en-us-nyc",
-    "en-gb-x-gbclan",
-    "en-029",
-    "en-gb-x-gbcwmd",
-)
+ACCENTS = ("en-us", "en", "en-gb-scotland", "en-gb-x-rp", "en-us-nyc", "en-gb-x-gbclan", "en-029", "en-gb-x-gbcwmd")
 _VARIANTS = """f1 m1 f2 m2 f3 m3 f4 m4 f5 m5 m6 m7 m8 Alex Alicia Andrea Andy Annie Denis Diogo Gene Gene2 Jacky Lee
     Marco Mario Michael Mike Nguyen adam anika antonio belinda boris david edward grandma gustave iven linda max michel
     paul rob shelby steph travis zac"""

@@ -218,21 +218,25 @@ class BeamSearch:
         words = tuple(Span(name, word.start, word.end) for name, word in zip(names, heard.words, strict=True))
         return Transcript(" ".join(names), heard.characters, words)
 
-    def _lexicon_free(self) -> Any:
+    def _options(self) -> dict[str, Any]:
+        """Options of both of flashlight's decoders."""
         settings = self._settings
-        options = self._parts.LexiconFreeDecoderOptions(
-            beam_size=settings.beam,
-            beam_size_token=len(self._vocabulary),
-            beam_threshold=settings.threshold,
-            lm_weight=settings.lm_weight,
-            sil_score=settings.silence_score,
-            log_add=settings.sum_paths,
-            criterion_type=self._parts.CriterionType.CTC,
-        )
+        return {
+            "beam_size": settings.beam,
+            "beam_size_token": len(self._vocabulary),
+            "beam_threshold": settings.threshold,
+            "lm_weight": settings.lm_weight,
+            "sil_score": settings.silence_score,
+            "log_add": settings.sum_paths,
+            "criterion_type": self._parts.CriterionType.CTC,
+        }
+
+    def _lexicon_free(self) -> Any:
+        options = self._parts.LexiconFreeDecoderOptions(**self._options())
         return self._parts.LexiconFreeDecoder(options, self._lm, self._silence, self._vocabulary.blank_id, [])
 
     def _with_lexicon(self, lexicon: Lexicon) -> Any:
-        parts, settings = self._parts, self._settings
+        parts = self._parts
         trie = parts.Trie(len(self._vocabulary), self._silence)
         start = self._lm.start(False)
         for number, spellings in enumerate(lexicon.values()):
@@ -241,15 +245,7 @@ class BeamSearch:
                 trie.insert([*spelling, self._silence], number, score)
         trie.smear(parts.SmearingMode.MAX)
         options = parts.LexiconDecoderOptions(
-            beam_size=settings.beam,
-            beam_size_token=len(self._vocabulary),
-            beam_threshold=settings.threshold,
-            lm_weight=settings.lm_weight,
-            word_score=settings.word_score,
-            unk_score=-np.inf,
-            sil_score=settings.silence_score,
-            log_add=settings.sum_paths,
-            criterion_type=parts.CriterionType.CTC,
+            **self._options(), word_score=self._settings.word_score, unk_score=-np.inf
         )
         unknown = len(lexicon)
         return parts.LexiconDecoder(
