@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import soundfile
@@ -23,7 +24,6 @@ from wavlm_jax import export
 from wavlm_jax.convert import __main__ as command
 from wavlm_jax.convert import compare, huggingface
 from wavlm_jax.convert.state_dict import ConversionError
-from wavlm_jax.export import NotProvedError
 from wavlm_jax.model.heads import HEADS
 from wavlm_jax.text.decoding import decode
 from wavlm_jax.text.vocabulary import Vocabulary, read_vocabulary, write_vocabulary
@@ -76,8 +76,6 @@ def exported(ctc, tmp_path_factory):
 def assert_same(found, expected) -> None:
     ours, theirs = found.current, expected.current
     assert json.dumps(dataclasses.asdict(ours.config)) == json.dumps(dataclasses.asdict(theirs.config))
-    import jax
-
     jax.tree.map(np.testing.assert_array_equal, dict(ours.tree), dict(theirs.tree))
     assert (ours.head is None) == (theirs.head is None)
     jax.tree.map(np.testing.assert_array_equal, ours.head, theirs.head)
@@ -160,8 +158,6 @@ def test_the_authors_layout_and_back(plain, ctc, tmp_path):
     wavlm_jax.save_microsoft(plain, tmp_path / "wavlm.pt", compared=False)
     assert compare.compare(tmp_path / "wavlm.pt")["max_error"] < 1e-4
     back = wavlm_jax.load(tmp_path / "wavlm.pt")
-    import jax
-
     jax.tree.map(np.testing.assert_array_equal, back.params, plain.params)
     jax.tree.map(np.testing.assert_array_equal, back.weights.head, plain.weights.head)
     with pytest.raises(ValueError, match="no place for the head of a WavLMForCTC"):
@@ -179,26 +175,24 @@ def test_an_export_that_is_not_exact_is_not_left_behind(plain, tmp_path, monkeyp
     monkeypatch.setattr(huggingface, "config_json", wrong)
     # our own reading of the folder would follow the wrong config too, so the reference is the model that was meant
     monkeypatch.setattr(export, "compare_models", lambda path: compare_with(path, plain))
-    with pytest.raises(NotProvedError, match=r"max error against transformers is .*, expected at most 0.0001"):
+    with pytest.raises(export.NotProvedError, match=r"max error against transformers is .*, expected at most 0.0001"):
         wavlm_jax.save_huggingface(plain, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 def compare_with(path: Path, meant) -> tuple[float, str]:
-    from wavlm_jax.export import check_error
-
     theirs = compare._load_folder(path)
     waveform = waveforms((7000,))
     states = compare._run(theirs, waveform, None).last_hidden_state.numpy()
     found = compare.error(np.asarray(meant(waveform).last_hidden_state), states)
-    check_error(found, path)
+    export.check_error(found, path)
     return found, "what was meant"
 
 
 def test_a_proof_that_cannot_run_leaves_nothing(plain, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "check_file", lambda *_: (_ for _ in ()).throw(NotProvedError("broken disk")))
+    monkeypatch.setattr(export, "check_file", lambda *_: (_ for _ in ()).throw(export.NotProvedError("broken disk")))
     for save, name in ((wavlm_jax.save_huggingface, "out"), (wavlm_jax.save_microsoft, "out.pt")):
-        with pytest.raises(NotProvedError, match="broken disk"):
+        with pytest.raises(export.NotProvedError, match="broken disk"):
             save(plain, tmp_path / name)
     assert not list(tmp_path.iterdir())
 

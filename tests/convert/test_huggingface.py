@@ -11,7 +11,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from tests.support.torch_twins import small_config, torch_model, waveforms
-from wavlm_jax.convert import huggingface
+from wavlm_jax.convert.huggingface import export_huggingface, import_huggingface
 from wavlm_jax.convert.state_dict import ConversionError, to_torch
 from wavlm_jax.files import DamagedFile
 from wavlm_jax.model.wavlm import WavLM, parameter_shapes
@@ -25,12 +25,8 @@ CONFIGS = {
 }
 
 
-def import_huggingface(folder):
-    return huggingface.import_huggingface(folder)
-
-
-def export_huggingface(config, params, folder, **parts):
-    huggingface.export_huggingface(Weights(config, params, None, **parts), folder)
+def export(config, params, folder):
+    export_huggingface(Weights(config, params, None), folder)
 
 
 @pytest.fixture(params=CONFIGS)
@@ -56,7 +52,7 @@ def load_strictly(folder, config):
 def test_our_folder_loads_in_transformers_and_gives_the_same_hidden_states(config, tmp_path):
     model = WavLM(config)
     params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 400), np.float32))["params"]
-    export_huggingface(config, params, tmp_path)
+    export(config, params, tmp_path)
     theirs = load_strictly(tmp_path, config)
     waveform = waveforms((8000,))
     with torch.no_grad():
@@ -70,7 +66,7 @@ def test_our_folder_loads_in_transformers_and_gives_the_same_hidden_states(confi
 
 def test_round_trip_keeps_every_bit(folder, tmp_path):
     read = import_huggingface(folder)
-    export_huggingface(read.config, read.params, tmp_path / "ours")
+    export(read.config, read.params, tmp_path / "ours")
     before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "ours" / "model.safetensors")
     assert before.keys() == after.keys()
     for name, tensor in before.items():
@@ -110,7 +106,7 @@ def test_model_that_never_masks_has_no_mask_vector(tmp_path):
     torch_model(config).save_pretrained(tmp_path / "theirs")
     assert "masked_spec_embed" not in load_file(tmp_path / "theirs" / "model.safetensors")
     read = import_huggingface(tmp_path / "theirs")
-    export_huggingface(read.config, read.params, tmp_path / "ours")
+    export(read.config, read.params, tmp_path / "ours")
     load_strictly(tmp_path / "ours", config)
 
 
@@ -192,7 +188,7 @@ def test_folder_without_weights_says_what_it_has(folder):
 def test_parameters_of_another_config_are_not_exported(tmp_path):
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), parameter_shapes(CONFIGS["base"]))
     with pytest.raises(ConversionError, match="missing"):
-        export_huggingface(CONFIGS["large"], params, tmp_path)
+        export(CONFIGS["large"], params, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
