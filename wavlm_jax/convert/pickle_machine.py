@@ -9,7 +9,7 @@ object that is made costs at least one opcode, so memory stays within a small mu
 import pickletools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from io import BufferedIOBase, BufferedReader
+from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +86,11 @@ class KnownNames:
         return any(name == known or (known.endswith(".") and name.startswith(known)) for known in self.inert)
 
 
-def read_pickle(file: BufferedIOBase, known: KnownNames, path: Path) -> Any:
+def read_pickle(file: BoundedReader | BytesIO, known: KnownNames, path: Path) -> Any:
     """The value of the pickle that begins at the file's position; the file is then left right behind it.
 
     Args:
-        file: a `BoundedReader`, or a `BytesIO` with the pickle out of an archive.
+        file: a file, or the bytes of an archive's member.
         known: what may be named.
         path: the file's name, for messages.
 

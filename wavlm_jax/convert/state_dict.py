@@ -244,17 +244,16 @@ def read_head(tensors: Tensors, width: int, path: Path) -> dict[str, Any]:
         ConversionError: shapes that do not belong together or to the encoder, or numbers that are not finite.
 
     """
-    weight, bias, labels = (tensor.shape for tensor in tensors.values())
-    if len(weight) != 2 or (weight[1], bias, labels[1:]) != (width, weight[:1], weight[:1]):  # noqa: PLR2004
+    shapes = [tensor.shape for tensor in tensors.values()]
+    final_dim = shapes[0][:1]
+    if (shapes[0], shapes[1], shapes[2][1:]) != ((*final_dim, width), final_dim, final_dim):
         parts = ", ".join(f"{name} {tensor.shape}" for name, tensor in tensors.items())
         raise ConversionError(
             f"{path}: the parts of the pre-training head do not fit an encoder of width {width}: {parts}"
         )
-    kernel, bias, embeddings = (read_float32(name, tensor, path) for name, tensor in tensors.items())
-    return {
-        "final_proj": {"kernel": np.ascontiguousarray(kernel.T), "bias": bias},
-        "label_embeddings": embeddings,
-    }
+    weight, bias, labels = (read_float32(name, tensor, path) for name, tensor in tensors.items())
+    projection = {"kernel": np.ascontiguousarray(weight.T), "bias": bias}
+    return {"final_proj": projection, "label_embeddings": labels}
 
 
 def head_tensors(head: Params, width: int, path: Path) -> dict[str, np.ndarray]:

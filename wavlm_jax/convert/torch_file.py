@@ -15,7 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from io import BufferedIOBase, BytesIO, FileIO
+from io import BytesIO, FileIO
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -369,7 +369,7 @@ class _PickleReader:
         self.path = path
         self.storages: dict[str, TorchStorage] = {}
 
-    def read(self, file: BufferedIOBase) -> Any:
+    def read(self, file: BoundedReader | BytesIO) -> Any:
         known = KnownNames(calls=_CALLS, names=_NAMES, inert=_INERT, persistent=self.storage)
         return read_pickle(file, known, self.path)
 
