@@ -27,7 +27,7 @@ from wavlm_jax.config import Compute, WavLMConfig
 from wavlm_jax.data.batches import BatchSettings, describe
 from wavlm_jax.data.corpus import Corpus, DataSettings, open_corpora
 from wavlm_jax.data.loader import CropStream, Host, LoaderSettings, PaddedStream, SpecStream, spec_stream
-from wavlm_jax.loading import Load, fitting_weights, load_weights, shapes_of
+from wavlm_jax.loading import fitting_weights, load_weights, shapes_of
 from wavlm_jax.model.attention import current_device
 from wavlm_jax.model.attention import describe as describe_attention
 from wavlm_jax.settings import SettingsError, read_sections, refuse_unknown_sections
@@ -139,7 +139,7 @@ def head_warmup(settings: InitSettings) -> dict[str, Freeze]:
     return {"head_warmup": Freeze(pattern="^wavlm/", updates=settings.head_warmup_steps, unless_given="^head/")}
 
 
-def initial_params(settings: InitSettings, model: WavLMConfig, fresh: Params, load: Load) -> Params:
+def initial_params(settings: InitSettings, model: WavLMConfig, fresh: Params) -> Params:
     """`fresh` itself, or the same tree with what `init.path` holds.
 
     The body has to fit in every shape and compute the same function. The head is taken where it is there and has as
@@ -152,7 +152,7 @@ def initial_params(settings: InitSettings, model: WavLMConfig, fresh: Params, lo
     """
     if settings.path is None:
         return fresh
-    weights = fitting_weights(settings.path, settings.step, model, fresh["wavlm"], load)
+    weights = fitting_weights(settings.path, settings.step, model, fresh["wavlm"])
     return {"wavlm": weights.params, "head": _fitting_head(weights.head, fresh["head"])}
 
 
@@ -271,7 +271,7 @@ def _assemble(
         init=_initialiser(predictor, settings),
         loss=MaskedPredictionLoss(predictor, settings.mixing),
         stream=stream,
-        initial_params=lambda fresh: initial_params(settings.init, settings.model, fresh, load_weights),
+        initial_params=lambda fresh: initial_params(settings.init, settings.model, fresh),
         row_group=settings.mixing.group,
         freeze=head_warmup(settings.init),
         fingerprints=fingerprints,

@@ -1,4 +1,4 @@
-"""The CTC task end to end: it learns ten utterances by heart, counts each once, and drops what cannot be learned."""
+"""The CTC task end to end; its loss against torch's on every small size; errors in jit against jiwer's."""
 
 import contextlib
 import io
@@ -8,18 +8,35 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import jiwer
 import numpy as np
 import pytest
 import soundfile
+import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import wavlm_jax
 from configs.finetune import ctc as recipes
+from tests.support.head_twins import small_head, torch_head
 from tests.support.tones import ONE, make_corpus, one_device, ten_texts, tiny_ctc, train
+from tests.support.torch_twins import attention_mask, small_config, waveforms
 from wavlm_jax.__main__ import main
 from wavlm_jax.config import HeadConfig
+from wavlm_jax.model.heads import WavLMForCTC
 from wavlm_jax.settings import SettingsError, read, read_sections
 from wavlm_jax.tasks import ctc
+from wavlm_jax.tasks.ctc import (
+    Sequences,
+    ctc_loss,
+    decode_greedily,
+    edit_distance,
+    has_alignment,
+    single_delimiters,
+    word_hashes,
+)
+from wavlm_jax.text.decoding import decode
 from wavlm_jax.text.vocabulary import Vocabulary
 from wavlm_jax.training.checkpoint import load_params
 from wavlm_jax.training.optim import Group, check_groups
@@ -219,3 +236,175 @@ def test_wrong_configs_get_an_answer(root, folders):
         ctc.build({**config, "labels": {}}, ONE)
     with pytest.raises(ValueError, match=r"ctc\.py:base_5h: no such preset"):
         recipes.get_config("base_5h")
+
+
+# The loss
+
+LONGEST = 20
+NUM_TOKENS = 5
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_ctc_loss_is_that_of_transformers_class(reduction):
+    lengths = (9000, 7000)
+    model = torch_head(WavLMForCTC, small_config(), small_head(ctc_loss_reduction=reduction))
+    labels = np.array([[3, 3, 1, 7, 2], [5, 1, -100, -100, -100]])
+    mask = attention_mask(lengths, 9000).long()
+    with torch.no_grad():
+        given = model(torch.tensor(waveforms(lengths)), attention_mask=mask, labels=torch.tensor(labels))
+    frames, counts = model._get_feat_extract_output_lengths(torch.tensor(lengths)).numpy(), np.array([5, 2])
+    loss = ctc_loss(jnp.array(given.logits), jnp.array(frames), jnp.array(labels), jnp.array(counts), 0)
+    expected = loss.sum() if reduction == "sum" else (loss / counts).mean()
+    np.testing.assert_allclose(expected, given.loss.item(), rtol=1e-5)
+
+
+def torch_loss(logits, num_frames, labels, num_labels, blank, dtype=torch.float64):
+    """torch's loss and its gradient, in double precision."""
+    given = torch.tensor(logits, dtype=dtype, requires_grad=True)
+    loss = torch.nn.functional.ctc_loss(
+        torch.log_softmax(given, dim=-1).transpose(0, 1),
+        torch.tensor(labels),
+        torch.tensor(num_frames),
+        torch.tensor(num_labels),
+        blank=blank,
+        reduction="none",
+        zero_infinity=True,
+    )
+    loss.sum().backward()
+    return loss.detach().numpy(), given.grad.numpy()
+
+
+def our_loss(logits, num_frames, labels, num_labels, blank):
+    def total(logits):
+        loss = ctc_loss(logits, jnp.array(num_frames), jnp.array(labels), jnp.array(num_labels), blank)
+        return loss.sum(), loss
+
+    gradient, loss = jax.jit(jax.grad(total, has_aux=True))(jnp.array(logits, jnp.float32))
+    return np.asarray(loss), np.asarray(gradient)
+
+
+@pytest.mark.parametrize("blank", [0, 3])
+def test_every_size_equals_torch(blank):
+    """All T and L from 0 to 20, three texts each: random, of one character repeated, of two in turn."""
+    generator = np.random.default_rng(blank)
+    sizes = np.array([(t, n) for t in range(LONGEST + 1) for n in range(LONGEST + 1) for _ in range(3)])
+    letters = np.array([letter for letter in range(NUM_TOKENS) if letter != blank])
+    labels = letters[generator.integers(0, len(letters), (len(sizes), LONGEST))]
+    labels[1::3] = labels[1::3, :1]
+    labels[2::3, ::2], labels[2::3, 1::2] = letters[0], letters[1]
+    logits = (2 * generator.standard_normal((len(sizes), LONGEST, NUM_TOKENS))).astype(np.float32)
+    loss, gradient = our_loss(logits, sizes[:, 0], labels, sizes[:, 1], blank)
+    expected, slope = torch_loss(logits, sizes[:, 0], labels, sizes[:, 1], blank)
+    np.testing.assert_allclose(loss, expected, atol=1e-5, rtol=1e-6)
+    np.testing.assert_allclose(gradient, slope, atol=1e-5, rtol=0)
+    assert (loss >= 0).all()
+    fits = np.asarray(has_alignment(jnp.array(sizes[:, 0]), jnp.array(labels), jnp.array(sizes[:, 1])))
+    np.testing.assert_array_equal(fits, (expected > 0) | (sizes[:, 1] == 0) & (expected == 0))
+
+
+def test_never_negative_nor_nan_when_the_text_is_certain_or_impossible():
+    """optax#1771: a loss near 0 must not round below; a text against all odds must not overflow."""
+    frames, texts = 200, np.tile(np.array([[1, 2, 3, 1, 2, 3, 4, 4]]), (3, 1))
+    path = np.repeat(np.array([1, 2, 3, 1, 2, 3, 4, 0, 4, 0]), 20)
+    logits = np.zeros((3, frames, NUM_TOKENS), np.float32)
+    logits[0, np.arange(frames), path] = 30.0
+    logits[1, np.arange(frames), path] = 300.0
+    logits[2, :, 0] = 500.0
+    counts = np.full(3, frames), np.full(3, 8)
+    loss, gradient = our_loss(logits, counts[0], texts, counts[1], 0)
+    assert np.isfinite(gradient).all()
+    assert (loss >= 0).all()
+    expected, slope = torch_loss(logits, counts[0], texts, counts[1], 0)
+    np.testing.assert_allclose(loss, expected, atol=1e-4, rtol=1e-5)
+    np.testing.assert_allclose(gradient, slope, atol=1e-4)
+
+
+def test_long_rows_stay_near_double_precision():
+    """30 s of audio and a long text in float32."""
+    generator = np.random.default_rng(1)
+    logits = generator.standard_normal((2, 1500, 32)).astype(np.float32)
+    labels = generator.integers(1, 32, (2, 400))
+    counts = np.array([1500, 900]), np.array([400, 380])
+    loss, gradient = our_loss(logits, counts[0], labels, counts[1], 0)
+    expected, slope = torch_loss(logits, counts[0], labels, counts[1], 0)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    np.testing.assert_allclose(gradient, slope, atol=3e-5)
+
+
+def test_what_is_behind_the_end_of_a_row_does_not_matter():
+    generator = np.random.default_rng(2)
+    logits = generator.standard_normal((2, 12, NUM_TOKENS)).astype(np.float32)
+    logits[1] = logits[0]
+    logits[1, 7:] = 50 * generator.standard_normal((5, NUM_TOKENS))
+    labels = np.array([[1, 2, 2, 0, 0], [1, 2, 2, 3, 4]])
+    loss, gradient = our_loss(logits, np.array([7, 7]), labels, np.array([3, 3]), 0)
+    assert loss[0] == loss[1]
+    np.testing.assert_array_equal(gradient[0, :7], gradient[1, :7])
+    np.testing.assert_array_equal(gradient[:, 7:], 0)
+
+
+# Errors of greedy decoding
+
+TOKENS = Vocabulary(tokens=("<pad>", "|", "A", "B", "C"), unknown=None, begin=None, end=None)
+MOST = 24
+
+
+def levenshtein(found, wanted):
+    """The textbook's table."""
+    table = np.zeros((len(found) + 1, len(wanted) + 1), int)
+    table[:, 0], table[0] = np.arange(len(found) + 1), np.arange(len(wanted) + 1)
+    for i, a in enumerate(found, 1):
+        for j, b in enumerate(wanted, 1):
+            table[i, j] = min(table[i - 1, j] + 1, table[i, j - 1] + 1, table[i - 1, j - 1] + (a != b))
+    return table[-1, -1]
+
+
+@jax.jit
+def errors(ids, num_frames, wanted, num_wanted):
+    """(characters wrong, words wrong, words found, text found, its length) of frames read greedily."""
+    logits = jax.nn.one_hot(ids, len(TOKENS))
+    found = single_delimiters(decode_greedily(logits, num_frames, TOKENS.blank_id), TOKENS.delimiter_id)
+    right = Sequences(wanted, num_wanted)
+    found_words, right_words = word_hashes(found, TOKENS.delimiter_id), word_hashes(right, TOKENS.delimiter_id)
+    wrong = edit_distance(found, right), edit_distance(found_words, right_words)
+    return (*wrong, right_words.length, found.values, found.length)
+
+
+TEXT = st.lists(st.text("ABC", min_size=1, max_size=4), min_size=1, max_size=4).map(" ".join)
+
+
+@given(st.lists(st.integers(0, 4), max_size=MOST), TEXT)
+@settings(max_examples=150, deadline=None)
+def test_errors_are_those_of_the_decoded_text(frames, text):
+    """Frames of any kind: doubled letters, blanks between them, delimiters at the ends and side by side."""
+    labels = TOKENS.encode(text)
+    ids = np.pad(frames, (0, MOST - len(frames)), constant_values=3).astype(np.int32)[None]
+    wanted = np.pad(labels, (0, MOST - len(labels)), constant_values=2)[None]
+    given_to = jnp.array(ids), jnp.array([len(frames)]), jnp.array(wanted), jnp.array([len(labels)])
+    characters, wrong_words, num_words, found, length = jax.device_get(errors(*given_to))
+    read = " ".join(decode(np.array(frames, np.int32), TOKENS).text.split())
+    assert TOKENS.spell(found[0, : length[0]]) == read
+    assert characters[0] == levenshtein(read, text)
+    assert wrong_words[0] == levenshtein(read.split(), text.split())
+    assert num_words[0] == len(text.split())
+
+
+def test_error_rates_are_jiwer_s():
+    """A corpus of texts at once: sums of edits over sums of lengths."""
+    generator = np.random.default_rng(0)
+    texts = [" ".join("".join(generator.choice(list("ABC"), 3)) for _ in range(4)) for _ in range(30)]
+    labels = np.stack([TOKENS.encode(text) for text in texts])
+    frames = np.repeat(labels, 2, axis=1)
+    frames[:, 1::2] = TOKENS.blank_id
+    noise = generator.random(frames.shape) < 0.2
+    frames[noise] = generator.integers(0, 5, int(noise.sum()))
+    counts = jnp.full(30, frames.shape[1]), jnp.full(30, labels.shape[1])
+    found = errors(jnp.array(frames), counts[0], jnp.array(labels), counts[1])
+    read = [" ".join(decode(row, TOKENS).text.split()) for row in frames]
+    assert float(found[0].sum() / labels.size) == pytest.approx(jiwer.cer(texts, read))
+    assert float(found[1].sum() / found[2].sum()) == pytest.approx(jiwer.wer(texts, read))
+
+
+def test_a_language_without_delimiter_is_left_alone():
+    text = Sequences(jnp.array([[1, 1, 2]]), jnp.array([3]))
+    assert single_delimiters(text, None) is text

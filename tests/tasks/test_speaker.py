@@ -1,31 +1,38 @@
-"""Speaker tasks end to end: ten utterances by heart, trials scored in the evaluation, embeddings exported."""
+"""Speaker tasks end to end: ten utterances by heart, trials scored in the evaluation, embeddings exported; margins."""
 
 import json
+import math
 from itertools import combinations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
 import torch
 import transformers
 from sklearn.metrics import roc_curve
+from transformers.models.wavlm.modeling_wavlm import AMSoftmaxLoss
 
 import wavlm_jax
 from configs.finetune import speaker_ecapa, speaker_xvector
+from tests.support.head_twins import head_twins, small_head
 from tests.support.tones import ONE, assert_outlined, make_corpus, ten_texts, tiny_speakers, train
-from tests.support.torch_twins import waveforms
+from tests.support.torch_twins import attention_mask, small_config, waveforms
 from tests.support.trials import trial_list
 from wavlm_jax.__main__ import main
 from wavlm_jax.audio.recordings import pad
 from wavlm_jax.convert.state_dict import ConversionError
 from wavlm_jax.data.corpus import Corpus
+from wavlm_jax.model.heads import WavLMForXVector, unit_length
 from wavlm_jax.settings import SettingsError, read_sections
 from wavlm_jax.tasks import speaker
-from wavlm_jax.tasks.speaker import VerificationScores, place_trials
+from wavlm_jax.tasks.speaker import MarginSettings, VerificationScores, margin_loss, place_trials
 from wavlm_jax.text.records import Trial
 from wavlm_jax.training.checkpoint import load_params
 from wavlm_jax.training.start import RunSettings
+
+pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")  # transformers' own call
 
 RECIPES = {"speaker_xvector": speaker_xvector, "speaker_ecapa": speaker_ecapa}
 
@@ -192,3 +199,56 @@ def test_every_preset_can_be_read(recipe):
     found = read_sections(config, speaker.SpeakerSettings)
     assert found.init.head == preset.endswith(("joint", "large_margin"))
     assert found.margin.kind == ("angular" if module is speaker_ecapa else "additive")
+
+
+ADDITIVE = MarginSettings(kind="additive", scale=30.0, margin=0.4)
+
+
+def test_the_loss_of_an_x_vector_is_that_of_transformers_class():
+    """From our own model's outputs: the cosines with its speaker vectors."""
+    twin = head_twins(WavLMForXVector, small_config(), small_head())
+    labels, lengths = np.array([4, 1]), (9000, 7000)
+    waveform, mask = waveforms(lengths), attention_mask(lengths, 9000).long()
+    with torch.no_grad():
+        given = twin.torch(torch.tensor(waveform), attention_mask=mask, labels=torch.tensor(labels))
+    output = jax.jit(twin.model.apply)({"params": twin.params}, jnp.array(waveform), jnp.array(lengths))
+    np.testing.assert_allclose(
+        margin_loss(output.cosines, jnp.array(labels), ADDITIVE).mean(), given.loss.item(), atol=1e-4
+    )
+
+
+def test_additive_margin_is_transformers_s():
+    torch.manual_seed(0)
+    reference = AMSoftmaxLoss(8, 5)
+    embeddings, labels = torch.randn(7, 8, requires_grad=True), torch.arange(7) % 5
+    expected = reference(embeddings, labels)
+    expected.backward()
+
+    def loss(embeddings):
+        weight = jnp.array(reference.weight.detach().numpy())
+        cosines = unit_length(embeddings, axis=1) @ unit_length(weight, axis=0)
+        return margin_loss(cosines, jnp.array(labels.numpy()), ADDITIVE).mean()
+
+    value, gradient = jax.value_and_grad(loss)(jnp.array(embeddings.detach().numpy()))
+    np.testing.assert_allclose(value, expected.item(), rtol=1e-5)
+    np.testing.assert_allclose(gradient, embeddings.grad.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("margin", [0.2, 0.5])
+def test_angular_margin_turns_the_angle(margin):
+    """Against arccos and cos in double precision, with the usual continuation behind pi."""
+    cosines = np.random.default_rng(1).uniform(-0.999, 0.999, (40, 6)).astype(np.float32)
+    cosines[:6, 0] = [-0.999, -0.99, -0.95, 0.0, 0.5, 0.999]
+    labels = np.arange(40) % 6
+    labels[:6] = 0
+    angles = np.arccos(cosines.astype(np.float64))[np.arange(40), labels] + margin
+    reduced = np.where(angles < math.pi, np.cos(angles), np.cos(angles - margin) - margin * math.sin(margin))
+    logits = 30.0 * cosines.astype(np.float64)
+    logits[np.arange(40), labels] = 30.0 * reduced
+    expected = torch.nn.functional.cross_entropy(torch.tensor(logits), torch.tensor(labels), reduction="none")
+    settings = MarginSettings(kind="angular", scale=30.0, margin=margin)
+    found = margin_loss(jnp.array(cosines), jnp.array(labels), settings)
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-3)
+    ends = jnp.array([[1.0, -1.0], [-1.0, 1.0]])
+    slope = jax.grad(lambda c: margin_loss(c, jnp.array([0, 0]), settings).sum())(ends)
+    assert np.isfinite(slope).all()

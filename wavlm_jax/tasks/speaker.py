@@ -1,53 +1,190 @@
-"""Trial lists at evaluation time: which utterances a list compares, and how well embeddings tell speakers apart.
+"""Speaker embeddings by a margin loss over the training speakers: x-vectors (FACTS B4) and ECAPA-TDNN (FACTS D4).
 
-Speaker embeddings by a margin loss over the training speakers: x-vectors (FACTS B4) and ECAPA-TDNN (FACTS D4).
+In this order: the task and its loss; trial lists, by which an evaluation says how well embeddings tell speakers apart.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int64
 
 from wavlm_jax.data.augment import Augment
-from wavlm_jax.data.corpus import Corpora, Corpus, open_corpora
-from wavlm_jax.loading import load_weights
+from wavlm_jax.data.corpus import Corpora, Corpus
 from wavlm_jax.metrics import equal_error_rate, minimum_detection_cost
 from wavlm_jax.model.ecapa import AVERAGES
-from wavlm_jax.model.heads import Headed, HeadKind, XVectorOutput, head_of_task
+from wavlm_jax.model.heads import Headed, XVectorOutput
 from wavlm_jax.settings import SettingsError
 from wavlm_jax.shapes import Batch, Params, StepKey
+from wavlm_jax.tasks import common
 from wavlm_jax.tasks.classification import ClassesBySpeed, ClassNumber, TargetSettings, describe, training_classes
 from wavlm_jax.tasks.common import (
-    Margin,
+    ClassScores,
+    Labels,
     Parts,
     Split,
     TaskSettings,
-    arguments,
-    assemble,
     class_sums,
-    head_config,
-    margin_loss,
-    outlined,
-    read_task,
+    cross_entropy,
+    forward,
+    head_model,
 )
 from wavlm_jax.text.records import Trial, read_trials
-from wavlm_jax.training.optim import Freeze
 from wavlm_jax.training.task import LossSums, Task, Topology
 
+Margin: TypeAlias = Literal["additive", "angular"]
+
 _NAMED = 5
+"""Recordings that a message names."""
 _LEAST_LENGTH = 1e-12
+"""Of an embedding, before it is divided by its length."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarginSettings:
+    """The config section `margin`."""
+
+    kind: Margin
+    """"additive": AM-softmax. "angular": AAM-softmax, also called ArcFace."""
+    scale: float
+    """Of all cosines (30)."""
+    margin: float
+    """In cosine (0.4) or radians (0.2; 0.4 or 0.5 in the large-margin stage)."""
+
+    def __post_init__(self) -> None:
+        if self.scale <= 0 or not 0 <= self.margin < 1:
+            raise ValueError(f"scale {self.scale}, margin {self.margin}: expected more than 0, and 0 to below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeakerSettings(TaskSettings):
+    """All sections that this task reads."""
+
+    target: TargetSettings
+    margin: MarginSettings
+    trials: tuple[str, ...]
+    """Trial lists (`1|0 path path` or Kaldi's); each is scored on the evaluation split that has all its recordings."""
+
+
+def build(config: Mapping[str, Any], topology: Topology) -> Task:
+    """The task of a speaker config, of x-vectors or ECAPA-TDNN by `config.task`. Speakers and trials are looked at.
+
+    Raises:
+        SettingsError: as `common.build`; trials of recordings that are not there.
+
+    """
+    return common.build(config, topology, SpeakerSettings, _parts)
+
+
+def outline(config: Mapping[str, Any], topology: Topology) -> Task:
+    """The same task without corpora and trials, with `PLANNED_CLASSES` speakers; see `common.outline`."""
+    return common.outline(config, topology, SpeakerSettings, _parts)
+
+
+def _parts(settings: SpeakerSettings, corpora: Corpora, _topology: Topology) -> Parts:
+    classes = training_classes(settings.target, corpora.get("train"))
+    speeds = _classes_by_speed(settings, len(classes.names))
+    names = classes.names if speeds is None else speeds.names(classes.names)
+    model = head_model(settings, num_labels=len(names))
+    splits, lines = {}, []
+    for name, corpus in corpora.items():
+        numbers, train = classes.numbers(corpus), name == "train"
+        chosen = (numbers >= 0).nonzero()[0] if train else None
+        splits[name] = Split(corpus, chosen, ClassNumber(numbers, speeds if train else None))
+        if train:
+            lines.append(describe(corpus, classes, name))
+    return Parts(
+        model=model,
+        loss=SpeakerLoss(model, settings.margin),
+        splits=splits,
+        label_shapes=ClassNumber.shapes,
+        lines=lines,
+        classes=names,
+        fingerprints={"classes": classes.fingerprint},
+        score=VerificationScores(place_trials(settings.trials, corpora) if corpora else {}),
+        crop=settings.target.shown == "crops",
+        speeds_are_classes=speeds is not None,
+    )
+
+
+def _classes_by_speed(settings: SpeakerSettings, num_classes: int) -> ClassesBySpeed | None:
+    if not settings.augmentation.speed_makes_speakers:
+        return None
+    if settings.target.shown != "crops":
+        raise SettingsError(
+            "config.augmentation.speed_makes_speakers: found True with target.shown 'utterances', expected 'crops': a "
+            "whole utterance keeps its speed where its bucket is too small for a slower one"
+        )
+    return ClassesBySpeed(Augment(settings.augmentation), num_classes)
+
+
+@dataclass(frozen=True)
+class SpeakerLoss:
+    """The loss of a batch: a pure function of (params, batch, key), the same on any number of devices.
+
+    Batch norms of an ECAPA-TDNN normalise over a micro-batch, all its devices together.
+    """
+
+    model: Headed
+    margin: MarginSettings
+
+    def __call__(self, params: Params, batch: Batch, key: StepKey | None) -> LossSums:
+        """Sums over utterances of training speakers; in evaluation the embeddings of all.
+
+        Args:
+            params: of `model`.
+            batch: as for `common.forward`, and `labels` (rows,), -1 for unknown speakers, `id`, `weight`.
+            key: of the step; None: evaluation.
+
+        """
+        output: XVectorOutput
+        output, state = forward(self.model, params, batch, key, mutable=[] if key is None else [AVERAGES])
+        labels = batch["labels"]
+        counts = (batch["weight"] > 0) & (labels >= 0)
+        sums = class_sums(margin_loss(output.cosines, labels, self.margin), output.cosines, labels, counts)
+        if key is None:
+            return replace(sums, answers={"id": batch["id"], "embedding": output.embeddings})
+        return replace(sums, averages=_by_path(state[AVERAGES]) if AVERAGES in state else {})
+
+
+def margin_loss(cosines: ClassScores, labels: Labels, settings: MarginSettings) -> Float[jax.Array, "rows"]:
+    """Cross entropy of scaled cosines, the one of the right speaker made smaller first (FACTS B4, D4).
+
+    Args:
+        cosines: of each row's embedding with every speaker's vector, in [-1, 1].
+        labels: speakers.
+        settings: "additive": cos - margin. "angular": cos(angle + margin); beyond pi, where that would rise again,
+            cos - margin * sin(margin).
+
+    """
+    margin = settings.margin
+    own = jax.nn.one_hot(labels, cosines.shape[1], dtype=jnp.bool_)
+    if settings.kind == "additive":
+        reduced = cosines - margin
+    else:
+        sines = jnp.sqrt(jnp.maximum(1 - jnp.square(cosines), 1e-9))  # the slope at 0 and pi is infinite
+        turned = cosines * math.cos(margin) - sines * math.sin(margin)
+        reduced = jnp.where(cosines > math.cos(math.pi - margin), turned, cosines - margin * math.sin(margin))
+    return cross_entropy(settings.scale * jnp.where(own, reduced, cosines), labels)
+
+
+def _by_path(averages: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Path of a parameter -> (sum, count)."""
+    pairs = jax.tree_util.tree_leaves_with_path(averages, is_leaf=lambda value: isinstance(value, tuple))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): pair for path, pair in pairs}
 
 
 class TrialPairs(NamedTuple):
-    """A list, its recordings as numbers of utterances of one corpus."""
+    """A trial list with its recordings as numbers of utterances of one corpus."""
 
     name: str
-    """The file's, without ending."""
+    """The file's name, without ending."""
     left: Int64[np.ndarray, "trials"]
     right: Int64[np.ndarray, "trials"]
     same: Bool[np.ndarray, "trials"]
@@ -55,7 +192,7 @@ class TrialPairs(NamedTuple):
 
 @dataclass(frozen=True)
 class VerificationScores:
-    """What an evaluation says about trials."""
+    """Scores of an evaluation's embeddings: how well their cosines tell one speaker from two."""
 
     trials: Mapping[str, Sequence[TrialPairs]]
     """Split -> its lists."""
@@ -94,7 +231,10 @@ def place_trials(paths: Sequence[str], corpora: Mapping[str, Corpus]) -> dict[st
             raise SettingsError(f"config.trials: every trial of {path} is of {kind}, expected some of both kinds")
         split = min(known, key=lambda split: len(_missing(trials, known[split])), default=None)
         if split is None or (missing := _missing(trials, known[split])):
-            found = "there is no evaluation split" if split is None else f"{split}, the nearest, lacks {_some(missing)}"
+            found = "there is no evaluation split"
+            if split is not None:
+                more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+                found = f"{split}, the nearest, lacks {', '.join(missing[:_NAMED])}{more}"
             raise SettingsError(
                 f"config.trials: no folder of config.data.evaluation has all recordings of {path}: {found}; a "
                 "recording is called by its utterance id or its path in the manifest, and is a whole utterance"
@@ -141,152 +281,3 @@ def _names(corpus: Corpus) -> dict[str, int]:
 
 def _missing(trials: Sequence[Trial], names: Mapping[str, int]) -> list[str]:
     return sorted({name for trial in trials for name in (trial.left, trial.right) if name not in names})
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
-
-
-@dataclass(frozen=True, kw_only=True)
-class MarginSettings:
-    """The config section `margin`."""
-
-    kind: Margin
-    """"additive": AM-softmax. "angular": AAM-softmax, or ArcFace."""
-    scale: float
-    """Of all cosines (30)."""
-    margin: float
-    """In cosine (0.4) or radians (0.2; 0.4 or 0.5 in the large-margin stage)."""
-
-    def __post_init__(self) -> None:
-        if self.scale <= 0 or not 0 <= self.margin < 1:
-            raise ValueError(f"scale {self.scale}, margin {self.margin}: expected more than 0, and 0 to below 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpeakerSettings(TaskSettings):
-    """The sections of the config that belong to this task."""
-
-    target: TargetSettings
-    margin: MarginSettings
-    trials: tuple[str, ...]
-    """Trial lists (`1|0 path path` or Kaldi's); each is scored on the evaluation split that has all its recordings."""
-
-
-def build(config: Mapping[str, Any], topology: Topology) -> Task:
-    """The task of a speaker config, for the head that `model.heads.HEADS` has for it.
-
-    Speakers and trials are looked at before anything is compiled.
-
-    Args:
-        config: resolved, as JSON values.
-        topology: the devices that share the rows of a batch.
-
-    Raises:
-        SettingsError: a section or key that is missing, unknown or mistyped; trials of recordings that are not there.
-        FileNotFoundError: a corpus that is not there.
-
-    """
-    settings = read_task(config, SpeakerSettings)
-    return _assembled(settings, open_corpora(settings.data), topology, head_of_task(config["task"]))
-
-
-def outline(config: Mapping[str, Any], topology: Topology) -> Task:
-    """The same task without corpora and trials, for `wavlm_jax.plan`, with `targets.PLANNED_CLASSES` speakers.
-
-    Raises:
-        SettingsError: as `build`.
-        ValueError: batches that cannot be cut.
-
-    """
-    settings = read_task(config, SpeakerSettings)
-    planned = _assembled(settings, {}, topology, head_of_task(config["task"]))
-    return outlined(planned, settings, ClassNumber.shapes, topology)
-
-
-def _assembled(settings: SpeakerSettings, corpora: Corpora, topology: Topology, kind: HeadKind) -> Task:
-    classes = training_classes(settings.target, corpora.get("train"))
-    speeds = _classes_by_speed(settings, len(classes.names))
-    names = classes.names if speeds is None else speeds.names(classes.names)
-    head = head_config(settings.head, num_labels=len(names))
-    model = kind.module(settings.model, head, settings.compute)
-    numbers = {name: classes.numbers(corpus) for name, corpus in corpora.items()}
-    splits = {name: Split(corpus, None, ClassNumber(numbers[name])) for name, corpus in corpora.items()}
-    if corpora:
-        taken = (numbers["train"] >= 0).nonzero()[0]
-        splits["train"] = Split(corpora["train"], taken, ClassNumber(numbers["train"], speeds))
-        if topology.process_index == 0:
-            print(describe(corpora["train"], classes, "train"), flush=True)
-    parts = Parts(
-        model=model,
-        head=head,
-        loss=SpeakerLoss(model, settings.margin),
-        splits=splits,
-        resolved={"classes": list(names)},
-        fingerprints={"classes": classes.fingerprint},
-        crop=settings.target.shown == "crops",
-        names=names,
-        speeds_are_classes=speeds is not None,
-        score=VerificationScores(place_trials(settings.trials, corpora) if corpora else {}),
-        freeze=_frozen_statistics(kind),
-    )
-    return assemble(settings, parts, topology, load_weights)
-
-
-def _frozen_statistics(kind: HeadKind) -> dict[str, Freeze]:
-    """Running statistics of batch norms are not learned: the step sets them from `LossSums.averages`."""
-    if kind.running_statistics is None:
-        return {}
-    return {"running statistics": Freeze(pattern=kind.running_statistics, updates=None)}
-
-
-def _classes_by_speed(settings: SpeakerSettings, num_classes: int) -> ClassesBySpeed | None:
-    if not settings.augmentation.speed_makes_speakers:
-        return None
-    if settings.target.shown != "crops":
-        raise SettingsError(
-            "config.augmentation.speed_makes_speakers: found True with target.shown 'utterances', expected 'crops': a "
-            "whole utterance keeps its speed where its bucket is too small for a slower one"
-        )
-    return ClassesBySpeed(Augment(settings.augmentation), num_classes)
-
-
-@dataclass(frozen=True)
-class SpeakerLoss:
-    """The loss of a batch: a pure function of (params, batch, key), the same on any number of devices.
-
-    Batch norms of an ECAPA-TDNN normalise over a micro-batch, all its devices together.
-    """
-
-    model: Headed
-    margin: MarginSettings
-
-    def __call__(self, params: Params, batch: Batch, key: StepKey | None) -> LossSums:
-        """Sums over utterances of training speakers; in evaluation the embeddings of all.
-
-        Args:
-            params: of `model`.
-            batch: as for `forward.arguments`, and `labels` (rows,), -1 for strangers, `id`, `weight`.
-            key: of the step; None: evaluation.
-
-        """
-        output: XVectorOutput
-        given = arguments(self.model.config, batch, key)
-        applied: Any = self.model.apply({"params": params}, *given, mutable=[] if key is None else [AVERAGES])
-        output, state = applied
-        labels = batch["labels"]
-        counts = (batch["weight"] > 0) & (labels >= 0)
-        margin = self.margin
-        losses = margin_loss(output.cosines, labels, margin.kind, scale=margin.scale, margin=margin.margin)
-        sums = class_sums(losses, output.cosines, labels, counts)
-        answers = {} if key is not None else {"id": batch["id"], "embedding": output.embeddings}
-        averages = _by_path(state[AVERAGES]) if AVERAGES in state else {}
-        metrics = {"accuracy": (sums.right, sums.rows)}
-        return LossSums(sums.loss, sums.rows, metrics, averages=averages, answers=answers)
-
-
-def _by_path(averages: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Path of a parameter -> (sum, count)."""
-    pairs = jax.tree_util.tree_leaves_with_path(averages, is_leaf=lambda value: isinstance(value, tuple))
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): pair for path, pair in pairs}

@@ -1,6 +1,7 @@
 """The diarisation task end to end: ten clips by heart, frames where the turns are, errors as pyannote counts them."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from hypothesis import strategies as st
 
 from configs.finetune import frame_classification as recipes
 from configs.finetune import superb_sd
+from tests.support.head_twins import small_head, torch_head
 from tests.support.tones import ONE, assert_outlined, make_corpus, tiny, train
+from tests.support.torch_twins import attention_mask, small_config, waveforms
 from wavlm_jax.__main__ import main
 from wavlm_jax.data.__main__ import main as data_main
 from wavlm_jax.data.corpus import TURNS, Corpus, attach_turns
@@ -24,11 +27,22 @@ from wavlm_jax.loading import load_weights
 from wavlm_jax.metrics import diarization_error
 from wavlm_jax.model.heads import FrameOutput, WavLMForAudioFrameClassification
 from wavlm_jax.settings import SettingsError, read_sections
-from wavlm_jax.tasks import diarization as frame_classification
-from wavlm_jax.tasks.diarization import ActivityLabels, Recorded, activity_errors, crops_an_epoch, frames_of, recorded
+from wavlm_jax.tasks import diarization
+from wavlm_jax.tasks.diarization import (
+    ActivityLabels,
+    CorpusTurns,
+    activity_errors,
+    crops_per_epoch,
+    first_speaker_cross_entropy,
+    frames_of,
+    permutation_invariant_loss,
+    read_turns,
+)
 from wavlm_jax.text.records import Region, Turn, read_rttm, write_rttm
 from wavlm_jax.training.checkpoint import load_params
 from wavlm_jax.training.start import RunSettings
+
+pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")  # transformers' own call
 
 FRAMES = 64
 SAMPLES = 320 * FRAMES + 80
@@ -104,11 +118,11 @@ def tiny_frames(folders, **changes) -> dict:
 
 @pytest.fixture(scope="module")
 def run(root, folders):
-    return root / "run", train(frame_classification.build, tiny_frames(folders), root / "run")
+    return root / "run", train(diarization.build, tiny_frames(folders), root / "run")
 
 
 def test_it_can_be_planned_without_its_data(folders):
-    assert_outlined(frame_classification.outline, frame_classification.build, tiny_frames(folders))
+    assert_outlined(diarization.outline, diarization.build, tiny_frames(folders))
 
 
 def test_ten_clips_are_learned_by_heart(run):
@@ -151,12 +165,12 @@ def test_a_frame_is_active_when_its_middle_is(start, length):
 spans = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 90), st.integers(1, 40)), min_size=1, max_size=12)
 
 
-def a_recording(turns_in_frames) -> tuple[Recorded, list[Turn]]:
+def a_recording(turns_in_frames) -> tuple[CorpusTurns, list[Turn]]:
     found = [Turn("r", 0.02 * start, 0.02 * length, f"s{who}") for who, start, length in turns_in_frames]
     ordered = sorted(found)
     names = list(dict.fromkeys(turn.speaker for turn in ordered))
     rows = [(*frames_of(turn), names.index(turn.speaker)) for turn in ordered]
-    return Recorded(np.array([0, len(rows)]), *np.array(rows, np.int32).T), ordered
+    return CorpusTurns(np.array([0, len(rows)]), *np.array(rows, np.int32).T), ordered
 
 
 @given(spans, st.integers(0, 60), st.integers(10, 50))
@@ -207,8 +221,8 @@ def test_speakers_without_room_are_missed():
 def test_a_crop_of_a_long_recording_has_the_labels_of_its_time(root, folders):
     """Training cuts anywhere on the grid: the loudness of each frame is that of its labels."""
     long = make_meetings(root, "long", [[(0, 10, 120), (1, 200, 330)]], samples=320 * 400 + 80)
-    assert list(crops_an_epoch(np.array([SAMPLES - 1, SAMPLES, 2 * SAMPLES]), FRAMES)) == [1, 1, 2]
-    task = frame_classification.build(tiny_frames({**folders, "train": long}), ONE)
+    assert list(crops_per_epoch(np.array([SAMPLES - 1, SAMPLES, 2 * SAMPLES]), FRAMES)) == [1, 1, 2]
+    task = diarization.build(tiny_frames({**folders, "train": long}), ONE)
     stream, heard = task.stream("train"), set()
     for _, (_, batch) in zip(range(4), stream.batches(), strict=False):
         for row in range(len(batch["id"])):
@@ -234,7 +248,7 @@ def test_evaluation_does_not_depend_on_padding_and_is_cut_nowhere(folders):
     narrow = tiny_frames(
         folders, model={"num_hidden_layers": 1}, batch={"seconds_per_update": 4.0}, data={"evaluation_buckets": (80,)}
     )
-    first, second = (totals(frame_classification.build(config, ONE)) for config in (wide, narrow))
+    first, second = (totals(diarization.build(config, ONE)) for config in (wide, narrow))
     np.testing.assert_allclose(second.loss, first.loss, rtol=1e-5)
     assert first.count == second.count == 10 * FRAMES * 3
     spoken = sum(end - start for number in range(10) for _, start, end in conversation(number))
@@ -244,7 +258,7 @@ def test_evaluation_does_not_depend_on_padding_and_is_cut_nowhere(folders):
 
 def waves_and_sums(config, split):
     """The one batch of a split, and what the task's loss makes of scores that are waves."""
-    task = frame_classification.build(config, ONE)
+    task = diarization.build(config, ONE)
     [(_, batch)] = task.stream(split).batches()
     batch = {name: jnp.asarray(array) for name, array in batch.items()}
     loss = dataclasses.replace(task.loss, model=Waves(task.loss.model.config, task.loss.model.head))
@@ -273,24 +287,24 @@ def test_transformers_loss_is_there_where_asked_for(folders):
 def test_every_recipe_can_be_read(config):
     values = json.loads(config.to_json())
     read_sections(values, RunSettings)
-    assert read_sections(values, frame_classification.FrameClassificationSettings).objective.compat == "exact"
+    assert read_sections(values, diarization.FrameClassificationSettings).objective.compat == "exact"
 
 
 def test_wrong_uses_get_an_answer(root, folders, capsys):
     with pytest.raises(SettingsError, match=r"config\.head\.num_labels: found 7 speakers, expected 6 or fewer"):
-        frame_classification.build(tiny_frames(folders, head={"num_labels": 7}), ONE)
+        diarization.build(tiny_frames(folders, head={"num_labels": 7}), ONE)
     with pytest.raises(SettingsError, match=r"config\.model\.conv_kernel"):
-        frame_classification.build(tiny_frames(folders, model={"conv_kernel": (10, 3, 3, 3, 3, 2, 3)}), ONE)
+        diarization.build(tiny_frames(folders, model={"conv_kernel": (10, 3, 3, 3, 3, 2, 3)}), ONE)
     with pytest.raises(SettingsError, match=r"config\.augmentation\.speeds.*its labels belong to frames"):
-        frame_classification.build(tiny_frames(folders, augmentation={"speeds": (0.9, 1.0, 1.1)}), ONE)
+        diarization.build(tiny_frames(folders, augmentation={"speeds": (0.9, 1.0, 1.1)}), ONE)
     with pytest.raises(ValueError, match=r"frame_classification\.py:large: no such preset"):
         recipes.get_config("large")
     silent = make_corpus(root, "silent", [("AB", 0, "AB")])
     with pytest.raises(FileNotFoundError, match=r"turns\.rttm: no such file.*--rttm"):
-        frame_classification.build(tiny_frames({**folders, "train": silent}), ONE)
+        diarization.build(tiny_frames({**folders, "train": silent}), ONE)
     (silent / TURNS).write_text("")
     with pytest.raises(SettingsError, match="has no turn of any recording"):
-        recorded(Corpus.open(silent))
+        read_turns(Corpus.open(silent))
     same = str(root / "same")
     for text, message in (
         ("SPEAKER other 1 0 1 <NA> <NA> A <NA> <NA>\n", "the turns are of other, the recordings are called same0"),
@@ -302,3 +316,42 @@ def test_wrong_uses_get_an_answer(root, folders, capsys):
         assert data_main(words) == 1
         assert message in capsys.readouterr().err
     assert attach_turns(Corpus.open(folders["same"]), read_rttm(root / "same.rttm")) == 10
+
+
+def test_frame_loss_is_that_of_transformers_class_where_asked_for():
+    model = torch_head(WavLMForAudioFrameClassification, small_config(), small_head())
+    targets = (np.random.default_rng(0).random((2, 27, 5)) < 0.3).astype(np.float32)
+    lengths = (9000, 7000)
+    mask = attention_mask(lengths, 9000).long()
+    with torch.no_grad():
+        given = model(torch.tensor(waveforms(lengths)), attention_mask=mask, labels=torch.tensor(targets))
+    found = first_speaker_cross_entropy(jnp.array(given.logits), jnp.array(targets))
+    np.testing.assert_allclose(found.sum() / (2 * 27), given.loss.item(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("speakers", [1, 2, 4])
+def test_speakers_in_any_order_take_the_best_of_all_orders(speakers):
+    generator = np.random.default_rng(speakers)
+    logits = (4 * generator.standard_normal((5, 30, speakers))).astype(np.float32)
+    targets = (generator.random((5, 30, speakers)) < 0.4).astype(np.float32)
+    mask = np.arange(30)[None] < np.array([30, 20, 11, 1, 0])[:, None]
+    found = permutation_invariant_loss(jnp.array(logits), jnp.array(targets), jnp.array(mask))
+    for row in range(5):
+        each = {}
+        for order in itertools.permutations(range(speakers)):
+            given, wanted = torch.tensor(logits[row][mask[row]]), torch.tensor(targets[row][mask[row]][:, list(order)])
+            each[order] = torch.nn.functional.binary_cross_entropy_with_logits(given, wanted, reduction="sum").item()
+        np.testing.assert_allclose(found.loss[row], min(each.values()), atol=1e-3, rtol=1e-5)
+        np.testing.assert_allclose(each[tuple(np.asarray(found.order[row]).tolist())], min(each.values()), rtol=1e-5)
+
+
+def test_swapping_the_speakers_changes_nothing_and_too_many_are_refused():
+    generator = np.random.default_rng(0)
+    logits = jnp.array(generator.standard_normal((2, 9, 3)), jnp.float32)
+    targets = jnp.array(generator.random((2, 9, 3)) < 0.5, jnp.float32)
+    mask = jnp.ones((2, 9), bool)
+    straight = permutation_invariant_loss(logits, targets, mask).loss
+    swapped = permutation_invariant_loss(logits, targets[:, :, jnp.array([2, 0, 1])], mask).loss
+    np.testing.assert_allclose(straight, swapped, rtol=1e-6)
+    with pytest.raises(ValueError, match="found 7, expected 6 or fewer"):
+        permutation_invariant_loss(jnp.zeros((1, 2, 7)), jnp.zeros((1, 2, 7)), mask[:1, :2])
