@@ -9,11 +9,9 @@ the whole file within a second is still the right one (its "place"), which is wh
 """
 
 import argparse
-import dataclasses
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +20,10 @@ import soundfile
 
 from wavlm_jax.audio.recordings import ChunkSettings, open_recordings
 from wavlm_jax.config import WavLMConfig
-from wavlm_jax.inference.running import RunSettings, by_recording
-from wavlm_jax.loading import load_weights
-from wavlm_jax.model.wavlm import WavLM
+from wavlm_jax.inference.running import InferenceSettings, by_recording, model_for
+from wavlm_jax.loading import load
+from wavlm_jax.model.wavlm import WavLM, WavLMOutput
+from wavlm_jax.weights import Model, Weights, ready
 
 OVERLAPS = (0.0, 1.0, 2.0, 4.0, 6.0)
 NEAR = 50
@@ -32,28 +31,27 @@ NEAR = 50
 
 
 def main() -> None:
-    """Print one JSON line an overlap."""
+    """Prints one JSON line per overlap."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--audio", type=Path)
     parser.add_argument("--seconds", type=float, default=45.0)
     parser.add_argument("--chunk-seconds", type=float, default=15.0)
     options = parser.parse_args()
-    config, params = _model(options.model)
+    model = _model(options.model)
     with tempfile.TemporaryDirectory() as folder:
         path = options.audio or _noise(Path(folder) / "noise.wav", options.seconds)
-        whole = _states(config, params, path, ChunkSettings(seconds=1e5, overlap_seconds=0.0))
+        whole = _states(model, path, ChunkSettings(seconds=1e5, overlap_seconds=0.0))
         for overlap in OVERLAPS:
-            cut = _states(config, params, path, ChunkSettings(seconds=options.chunk_seconds, overlap_seconds=overlap))
+            cut = _states(model, path, ChunkSettings(seconds=options.chunk_seconds, overlap_seconds=overlap))
             print(json.dumps({"bench": "long_audio", "overlap_s": overlap, **_compared(whole, cut)}), flush=True)
 
 
-def _model(folder: Path | None) -> tuple[WavLMConfig, Any]:
-    if folder is None:
-        config = WavLMConfig.base(num_hidden_layers=4)
-        return config, WavLM(config).init(jax.random.key(0), jnp.zeros((1, 400)))["params"]
-    weights = load_weights(folder)
-    return dataclasses.replace(weights.config, padding="exact"), weights.params
+def _model(folder: Path | None) -> Model:
+    if folder is not None:
+        return model_for(load(folder), "features")
+    config = WavLMConfig.base(num_hidden_layers=4)
+    return ready(Weights(config, WavLM(config).init(jax.random.key(0), jnp.zeros((1, 400)))["params"], None))
 
 
 def _noise(path: Path, seconds: float) -> Path:
@@ -64,13 +62,14 @@ def _noise(path: Path, seconds: float) -> Path:
     return path
 
 
-def _states(config: WavLMConfig, params: Any, path: Path, chunks: ChunkSettings) -> np.ndarray:
-    model = WavLM(config)
-    compute = jax.jit(lambda inputs: model.apply({"params": params}, *inputs).last_hidden_state)
-    settings = RunSettings(chunks=chunks, batch_seconds=1.0)
-    found = by_recording(open_recordings([path]), compute, config, settings, lambda _: None, framewise=True)
-    ((_, results),) = found
+def _states(model: Model, path: Path, chunks: ChunkSettings) -> np.ndarray:
+    settings = InferenceSettings(chunks=chunks, batch_seconds=1.0)
+    [(_, results)] = by_recording(model, _last_hidden_state, open_recordings([path]), settings, framewise=True)
     return np.concatenate([result.values for result in results])
+
+
+def _last_hidden_state(output: WavLMOutput) -> jax.Array:
+    return output.last_hidden_state
 
 
 def _compared(whole: np.ndarray, cut: np.ndarray) -> dict[str, float]:

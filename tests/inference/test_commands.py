@@ -7,10 +7,8 @@ import re
 import signal
 import subprocess
 import sys
-from functools import partial
+from dataclasses import replace
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
@@ -18,41 +16,31 @@ import torch
 import transformers
 
 import wavlm_jax
+from tests.support.inference_models import TOKENS, weights_of
 from wavlm_jax.__main__ import main
-from wavlm_jax.config import HeadConfig, TaskHead, WavLMConfig
 from wavlm_jax.convert.huggingface import export_huggingface
 from wavlm_jax.inference import commands
-from wavlm_jax.inference.running import RunSettings
-from wavlm_jax.model.heads import module_of
+from wavlm_jax.inference.running import InferenceSettings
 from wavlm_jax.text.records import read_rttm, write_rttm
-from wavlm_jax.text.vocabulary import Vocabulary, write_vocabulary
-from wavlm_jax.weights import Weights
+from wavlm_jax.text.vocabulary import write_vocabulary
 
-CONFIG = WavLMConfig.tiny(num_hidden_layers=1)
-HEAD = HeadConfig(vocab_size=5, num_labels=3, classifier_proj_size=8, xvector_output_dim=8, tdnn_dim=(8,) * 5)
 KINDS = {
     "ctc": "WavLMForCTC",
     "speakers": "WavLMForXVector",
     "classes": "WavLMForSequenceClassification",
     "turns": "WavLMForAudioFrameClassification",
 }
-TOKENS = Vocabulary(tokens=("<pad>", "|", "A", "B", "C"), unknown=None, begin=None, end=None)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("commands")
     for name, kind in KINDS.items():
-        module = module_of(CONFIG, kind, HEAD)
-        params = jax.device_get(module.init(jax.random.key(1), jnp.zeros((1, 16_000)))["params"])
-        encoder = params.pop("wavlm")
-        louder = 500 if name == "ctc" else 30  # random weights say nearly the same of everything
-        params = jax.tree.map(partial(np.multiply, np.float32(louder)), params)
         labels = ("cat", "dog", "owl") if name == "classes" else None
-        task = TaskHead(kind, HEAD, params, labels)
-        export_huggingface(Weights(CONFIG, encoder, None, task), folder / name)
+        weights = weights_of(kind, 500 if name == "ctc" else 30, labels=labels)
+        export_huggingface(weights, folder / name)
     write_vocabulary(TOKENS, folder / "ctc")
-    export_huggingface(Weights(CONFIG, encoder, None), folder / "encoder")
+    export_huggingface(replace(weights, task=None), folder / "encoder")
     random = np.random.default_rng(0)
     soundfile.write(folder / "a.wav", random.normal(size=9_000) * 0.1, 16_000)
     soundfile.write(folder / "b.wav", random.normal(size=12_000) * np.linspace(0, 0.2, 12_000), 16_000)
@@ -268,6 +256,6 @@ def test_python_says_what_the_command_line_says(folder, capsys):
     slow = folder / "slow.wav"
     with pytest.raises(ValueError, match=r"found 8000 Hz.*resampling=True"):
         wavlm_jax.classify(classes, [slow])
-    assert wavlm_jax.classify(classes, [slow], RunSettings(resampling=True))[0][0].label in ("cat", "dog", "owl")
+    assert wavlm_jax.classify(classes, [slow], InferenceSettings(resampling=True))[0][0].label in ("cat", "dog", "owl")
     with pytest.raises(ValueError, match="a WavLMForCTC, which does transcribe, align; expected a WavLMForXVector"):
         wavlm_jax.embed(ctc, [file])

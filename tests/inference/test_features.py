@@ -14,7 +14,7 @@ from wavlm_jax.__main__ import main
 from wavlm_jax.audio.recordings import ChunkSettings, normalize, open_recordings
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.convert.huggingface import export_huggingface
-from wavlm_jax.inference.running import RunSettings, frames_of, jobs_of, run
+from wavlm_jax.inference.running import InferenceSettings, frames_of, jobs_of, run
 from wavlm_jax.model.wavlm import WavLM
 from wavlm_jax.weights import Weights
 
@@ -51,7 +51,7 @@ def test_frames_of_pieces_are_those_of_the_file_by_index(folder, batch_seconds):
     """With a function that looks at the samples of each frame alone, cut and whole agree exactly."""
     plain = WavLMConfig.tiny()
     recordings = open_recordings([folder / f"{name}.wav" for name in LENGTHS])
-    how = RunSettings(chunks=ChunkSettings(seconds=1.3, overlap_seconds=0.4), batch_seconds=batch_seconds)
+    how = InferenceSettings(chunks=ChunkSettings(seconds=1.3, overlap_seconds=0.4), batch_seconds=batch_seconds)
 
     def frames(wave):
         return np.lib.stride_tricks.sliding_window_view(wave, 400, axis=-1)[..., ::320, :]

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,13 @@ from tests.support.every_path import SPECIAL, TINY, best_by_text, log_probs_of, 
 from tests.support.language_models import CHARACTERS, WORDS, log10_prob, write_models
 from wavlm_jax.audio.recordings import open_recordings
 from wavlm_jax.config import HeadConfig, WavLMConfig
-from wavlm_jax.inference.recognition import Recognizer, transcribe
-from wavlm_jax.inference.running import RunSettings
-from wavlm_jax.model.heads import CTCOutput
+from wavlm_jax.inference.recognition import transcribe
+from wavlm_jax.inference.running import InferenceSettings
+from wavlm_jax.model.heads import CTCOutput, WavLMForCTC
 from wavlm_jax.text.beam import BeamSearch, BeamSettings, DecoderError, read_lexicon, words_of_arpa
 from wavlm_jax.text.decoding import decode
-from wavlm_jax.text.vocabulary import VocabularyError
+from wavlm_jax.text.vocabulary import VocabularyError, files_of_record
+from wavlm_jax.weights import Model, Origin, Weights
 
 WIDE = BeamSettings(beam=10_000, threshold=1e9, lm_weight=0.0)
 
@@ -159,14 +160,14 @@ def test_a_model_with_other_outputs_is_refused():
         BeamSearch(TINY)(log_probs_of(0, 5, tokens=5))
 
 
-class Says:
+class Says(WavLMForCTC):
     """A CTC model that says A where a sample is loud, and nothing elsewhere."""
 
-    config = WavLMConfig.tiny()
-    head = HeadConfig(vocab_size=4)
+    def setup(self) -> None:
+        pass
 
-    def apply(self, variables, waveform, num_samples):
-        del variables
+    def __call__(self, waveform, num_samples=None, masks=None, keys=None) -> CTCOutput:
+        del masks, keys
         frames = (waveform.shape[1] - 80) // 320
         loud = waveform[:, 160 : 160 + 320 * frames : 320] > 0.1
         heard = jnp.where(loud, 2, TINY.blank_id)
@@ -178,10 +179,15 @@ class Says:
 def test_recordings_are_searched_as_they_are_read(tmp_path, models):
     samples = np.repeat([0, 0.5, 0.5, 0, 0.5, 0, 0, 0], 320)
     soundfile.write(tmp_path / "a.wav", np.concatenate([samples, np.zeros(80)]), 16_000)
-    recordings, recognizer = open_recordings([tmp_path / "a.wav"]), Recognizer(Says(), {}, TINY)
-    (greedy,) = transcribe(recognizer, recordings, RunSettings())
-    assert greedy.transcript.text == "AA"
-    assert transcribe(recognizer, recordings, RunSettings(), BeamSearch(TINY, BeamSettings(beam=1))) == [greedy]
+    config, origin = WavLMConfig.tiny(), Origin(files=files_of_record(asdict(TINY)))
+    says = Model(config, {}, Says(config, HeadConfig(vocab_size=4)), Weights(config, {}, None, origin=origin))
+
+    def heard(search=None):
+        [(_, found)] = transcribe(says, open_recordings([tmp_path / "a.wav"]), InferenceSettings(), search)
+        return found
+
+    assert heard().transcript.text == "AA"
+    assert heard(BeamSearch(TINY, BeamSettings(beam=1))) == heard()
     lexicon = lexicon_of(models["words.arpa"])
     search = BeamSearch(TINY, WIDE, models["words.arpa"], lexicon)
-    assert transcribe(recognizer, recordings, RunSettings(), search)[0].transcript.text in lexicon
+    assert heard(search).transcript.text in lexicon

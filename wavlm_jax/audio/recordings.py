@@ -209,7 +209,8 @@ def _opened(name: str, path: Path, resampling: bool, geometry: Geometry) -> Reco
     elif resampling:
         num_samples = len(_resampled(path))
     else:
-        expected = f"expected {SAMPLE_RATE} Hz; resample it, or ask for it (--resample, RunSettings(resampling=True))"
+        asked = "--resample, InferenceSettings(resampling=True)"
+        expected = f"expected {SAMPLE_RATE} Hz; resample it, or ask for it ({asked})"
         raise AudioFault("wrong_rate", f"found {rate} Hz, {expected}")
     if num_samples < geometry.receptive_field:
         raise AudioFault("too_short", f"{num_samples} samples, expected at least {geometry.receptive_field} (25 ms)")

@@ -1,46 +1,34 @@
-"""What all commands share: options, files from the command line or stdin, the device, progress, and messages.
+"""The commands of `python -m wavlm_jax`: options, files in, records out.
 
-`python -m wavlm_jax transcribe|align|embed|verify|classify`: options, files in, records out.
-
-`python -m wavlm_jax diarize`: turns as RTTM, and their errors against a reference.
-
-`python -m wavlm_jax features`: hidden states to npy shards.
+A command is a row of `COMMANDS`: its help, its options and the function that does it. What all share stands first:
+options, device, files, progress, and what happens to answers when the work is stopped.
 """
 
 import argparse
-import dataclasses
 import json
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
+import wavlm_jax.files
 from wavlm_jax.audio.recordings import ChunkSettings, Recording, open_recordings
-from wavlm_jax.config import WavLMConfig
-from wavlm_jax.files import write_text as write_file
 from wavlm_jax.inference import recognition
-from wavlm_jax.inference.diarization import TurnSettings, diarize, pieces_of
+from wavlm_jax.inference.diarization import TurnSettings, diarize, error_table, pieces_of
 from wavlm_jax.inference.features import FeatureSettings, write_features
-from wavlm_jax.inference.recognition import Heard, Recognizer
-from wavlm_jax.inference.running import (
-    AnyAnswer,
-    RunSettings,
-    UsageError,
-    geometry_of,
-    labels_of,
-    open_model,
-    vocabulary_of,
-)
-from wavlm_jax.inference.utterances import Answer, Embedding, classify, embed, scores
-from wavlm_jax.metrics import diarization_error, equal_error_rate, minimum_detection_cost, one_speaker, one_voice
+from wavlm_jax.inference.running import InferenceSettings, UsageError, geometry_of, model_for, vocabulary_of
+from wavlm_jax.inference.utterances import Answer, Embedding, classify, embed
+from wavlm_jax.loading import load
+from wavlm_jax.metrics import equal_error_rate, minimum_detection_cost
 from wavlm_jax.shapes import SAMPLE_RATE
 from wavlm_jax.text.beam import BeamSearch, BeamSettings, read_lexicon
 from wavlm_jax.text.records import (
@@ -55,20 +43,34 @@ from wavlm_jax.text.records import (
     trial_files,
     write_rttm,
 )
+from wavlm_jax.weights import Model
 
-FROM_STDIN = "-"
+Options = argparse.Namespace
+T = TypeVar("T")
+_FROM_STDIN = "-"
+_FORMATS = {"json": recognition.as_json, "ctm": recognition.as_ctm, "tsv": recognition.as_tsv}
 
 
-_LENGTHS = ("30", "a fifth of a piece")
+@dataclass(frozen=True)
+class Command:
+    """A command of `python -m wavlm_jax`."""
+
+    help: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[Options], None]
+    """Raises ValueError or OSError, with a message, for whatever cannot be done."""
 
 
-def add_shared(
+# What all commands share
+
+
+def _add_shared(
     parser: argparse.ArgumentParser,
     files: str = "audio files; - reads their names from stdin",
-    lengths: tuple[str, str] = _LENGTHS,
+    chunk: str = "30",
+    overlap: str = "a fifth of a piece",
 ) -> None:
-    """The options of every command; `lengths` says what pieces and overlap are without the options for them."""
-    running = RunSettings()
+    """The options of every command; `chunk` and `overlap` are the defaults of the lengths, in words."""
     add = parser.add_argument
     add("files", nargs="+", metavar="FILES", help=files)
     add("--model", type=Path, required=True, help="folder of the model: a run of ours or a Hugging Face folder")
@@ -76,66 +78,61 @@ def add_shared(
     add("--out", type=_writable, help="where to write; stdout if not given")
     add("--device", choices=("cpu", "gpu", "tpu"), help="where to compute; the fastest there is if not given")
     add("--resample", action="store_true", help="take files at other rates than 16 kHz")
-    add("--batch-seconds", type=float, default=running.batch_seconds, help="most audio in a batch (default: 60)")
-    add("--chunk-seconds", type=float, help=f"longer files are cut into pieces (default: {lengths[0]})")
-    add("--overlap-seconds", type=float, help=f"of two pieces (default: {lengths[1]})")
+    add("--batch-seconds", type=float, default=60.0, help="most audio in a batch (default: 60)")
+    add("--chunk-seconds", type=float, help=f"longer files are cut into pieces (default: {chunk})")
+    add("--overlap-seconds", type=float, help=f"of two pieces (default: {overlap})")
     add("--quiet", action="store_true", help="no progress bar")
 
 
 def _writable(text: str) -> Path:
-    """A path whose folder is there: what is computed for hours is not lost for a slip of the pen."""
+    """A path whose folder is there: a slip of the pen is found before hours of computing."""
     path = Path(text)
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{path.parent}: no such folder; make it first")
     return path
 
 
-def choose_device(options: argparse.Namespace) -> None:
-    """Compute on the device that was asked for, or not at all.
+def _open(
+    options: Options, command: str, paths: Sequence[Path] | None = None
+) -> tuple[Model, list[Recording], InferenceSettings]:
+    """The model, the recordings (`paths`, or those of the command line), and how they are cut and batched.
 
     Raises:
-        UsageError: there is none of that kind.
+        UsageError: no such device, another kind of model, lengths that cannot be.
+        RecordingError: files that cannot be used.
 
     """
-    if options.device is None:
-        return
-    jax.config.update("jax_platforms", {"gpu": "cuda"}.get(options.device, options.device))
-    try:
-        jax.devices()
-    except (RuntimeError, AssertionError) as error:  # JAX only asserts where no plugin for the device is installed
-        reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
-        raise UsageError(
-            f"--device {options.device}: JAX finds none{reason}; is JAX's package for it installed?"
-        ) from error
-
-
-def run_settings(options: argparse.Namespace, chunks: ChunkSettings | None = None) -> RunSettings:
-    """Batches and chunks as asked for; where nothing is, pieces of `chunks`, and its share of a piece as overlap.
-
-    Raises:
-        ValueError: lengths that cannot be.
-
-    """
-    chunks = ChunkSettings() if chunks is None else chunks
+    if options.device is not None:
+        _choose_device(options.device)
+    model = model_for(load(options.model, step=options.step), command)
+    chunks = pieces_of(model.weights.origin.trained_seconds) if command == "diarize" else ChunkSettings()
     length, overlap = options.chunk_seconds, options.overlap_seconds
     length = chunks.seconds if length is None else length
     overlap = chunks.overlap_seconds * length / chunks.seconds if overlap is None else overlap
     chunks = ChunkSettings(seconds=length, overlap_seconds=overlap)
     if not options.batch_seconds > 0:
         raise UsageError(f"--batch-seconds: found {options.batch_seconds}, expected more than 0")
-    return RunSettings(chunks=chunks, batch_seconds=options.batch_seconds, resampling=options.resample)
+    settings = InferenceSettings(chunks=chunks, batch_seconds=options.batch_seconds, resampling=options.resample)
+    paths = _paths_of(options.files) if paths is None else paths
+    recordings = open_recordings(paths, resampling=options.resample, geometry=geometry_of(model.config))
+    return model, recordings, settings
 
 
-def paths_of(words: Sequence[str]) -> list[Path]:
-    """The files that are named; `-` stands for those on stdin, one a line.
+def _choose_device(name: str) -> None:
+    """Computes on the device that was asked for, or not at all."""
+    jax.config.update("jax_platforms", {"gpu": "cuda"}.get(name, name))
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX only asserts where no plugin for the device is installed
+        reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        raise UsageError(f"--device {name}: JAX finds none{reason}; is JAX's package for it installed?") from error
 
-    Raises:
-        UsageError: stdin names none.
 
-    """
+def _paths_of(words: Sequence[str]) -> list[Path]:
+    """The files that are named; `-` stands for those on stdin, one per line."""
     paths: list[Path] = []
     for word in words:
-        if word == FROM_STDIN:
+        if word == _FROM_STDIN:
             named = [Path(line.rstrip("\r\n")) for line in sys.stdin if line.strip()]
             if not named:
                 raise UsageError("-: stdin has no file name, expected one a line")
@@ -145,44 +142,36 @@ def paths_of(words: Sequence[str]) -> list[Path]:
     return paths
 
 
-def recordings_of(
-    options: argparse.Namespace, config: WavLMConfig, paths: Sequence[Path] | None = None
-) -> list[Recording]:
-    """The recordings that a command works on with a model: those of its command line, or `paths`.
-
-    Raises:
-        RecordingError: files that cannot be used.
-
-    """
-    paths = paths_of(options.files) if paths is None else paths
-    return open_recordings(paths, resampling=options.resample, geometry=geometry_of(config))
-
-
-def progress_bar(recordings: Sequence[Recording], options: argparse.Namespace) -> Callable[[int], Any]:
-    """A function that is told how many samples were done."""
+def progress_bar(recordings: Sequence[Recording], options: Options) -> Callable[[int], Any]:
+    """A function to call with the number of samples that were done."""
     total = sum(recording.num_samples for recording in recordings) / SAMPLE_RATE
     hidden = options.quiet or not sys.stderr.isatty()
     bar = tqdm(total=round(total, 1), unit="s", unit_scale=True, disable=hidden, desc="audio")
     return lambda samples: bar.update(samples / SAMPLE_RATE)
 
 
-@contextmanager
-def kept_if_stopped(
-    recordings: Sequence[Recording], text_of: Callable[[dict[Recording, AnyAnswer]], str], options: argparse.Namespace
-) -> Iterator[dict[Recording, AnyAnswer]]:
-    """A dict to fill with answers as they come. Whatever stops the work, those that are there go to OUT.partial."""
-    done: dict[Recording, AnyAnswer] = {}
+def _collect(
+    answers: Iterable[tuple[Recording, T]],
+    recordings: Sequence[Recording],
+    as_text: Callable[[Mapping[Recording, T]], str],
+    options: Options,
+) -> dict[Recording, T]:
+    """The answers in the order of the recordings. Whatever stops the work, those that are there go to OUT.partial."""
+    done: dict[Recording, T] = {}
+    progress = progress_bar(recordings, options)
     try:
         with _ended_by_sigterm():
-            yield done
+            for recording, answer in answers:
+                done[recording] = answer
+                progress(recording.num_samples)
     except BaseException:  # a damaged file, no memory, Ctrl-C, SIGTERM
         if done:
-            text = text_of({recording: done[recording] for recording in recordings if recording in done})
             partial = None if options.out is None else options.out.with_name(options.out.name + ".partial")
-            _write(text, partial)
+            _write(as_text({recording: done[recording] for recording in recordings if recording in done}), partial)
             place = "above" if partial is None else f"in {partial}"
             print(f"stopped; answers of {len(done)} of {len(recordings)} recordings are {place}", file=sys.stderr)
         raise
+    return {recording: done[recording] for recording in recordings}
 
 
 @contextmanager
@@ -190,7 +179,7 @@ def _ended_by_sigterm() -> Iterator[None]:
     """SIGTERM ends the work as an exception; outside the main thread Python allows no handlers."""
 
     def end(number: int, _frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)  # as shells tell it
+        raise SystemExit(128 + number)  # as shells report it
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -202,87 +191,41 @@ def _ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def write_text(text: str, options: argparse.Namespace) -> None:
-    """Results to the file that was named, replaced at once, or to stdout."""
-    _write(text, options.out)
-
-
 def _write(text: str, path: Path | None) -> None:
+    """To the file, replaced at once, or to stdout."""
     if path is None:
         sys.stdout.write(text)
     else:
-        write_file(path, text)
+        wavlm_jax.files.write_text(path, text)
 
 
-_FORMATS = {"json": recognition.as_json, "ctm": recognition.as_ctm, "tsv": recognition.as_tsv}
+def _json_lines(records: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
-def add_transcribe(parser: argparse.ArgumentParser) -> None:
-    """Options of `transcribe`."""
+# transcribe, align
+
+
+def _transcribe_options(parser: argparse.ArgumentParser) -> None:
     defaults = BeamSettings()
-    add_shared(parser)
+    _add_shared(parser)
     add = parser.add_argument
-    add("--format", choices=tuple(_FORMATS), default="json", help="json: a line a file, with times (default)")
+    add("--format", choices=tuple(_FORMATS), default="json", help="json: one line per file, with times (default)")
     add("--lm", type=Path, help="n-gram model (ARPA or KenLM): of characters, or of words with --lexicon")
-    add("--lexicon", type=Path, help="words that can be heard, one a line, with or without spelling")
+    add("--lexicon", type=Path, help="words that can be heard, one per line, with or without spelling")
     add("--beam", type=int, help="beam search of this width, without a language model too")
     add("--lm-weight", type=float, help=f"with --lm; default: {defaults.lm_weight}")
     add("--word-score", type=float, help=f"with --lexicon; default: {defaults.word_score}")
     add("--lm-unknown", choices=("refuse", "allow"), default="refuse", help="tokens or words that the model lacks")
-    parser.set_defaults(command=_transcribe)
 
 
-def add_align(parser: argparse.ArgumentParser) -> None:
-    """Options of `align`."""
-    add_shared(parser)
-    parser.add_argument("--format", choices=("json", "ctm"), default="json")
-    given = parser.add_mutually_exclusive_group(required=True)
-    given.add_argument("--text", help="what is said in the one file")
-    given.add_argument("--texts", type=Path, help="a line a file: its name as in FILES or without ending, tab, text")
-    parser.set_defaults(command=_align)
+def _transcribe(options: Options) -> None:
+    model, recordings, settings = _open(options, "transcribe")
+    answers = recognition.transcribe(model, recordings, settings, _search(options, model))
+    _write_transcripts(answers, recordings, options)
 
 
-def add_embed(parser: argparse.ArgumentParser) -> None:
-    """Options of `embed`."""
-    add_shared(parser)
-    parser.set_defaults(command=_embed)
-
-
-def add_verify(parser: argparse.ArgumentParser) -> None:
-    """Options of `verify`."""
-    add_shared(parser, files="two audio files, or one trial list (`1|0 path path` a line)")
-    parser.add_argument("--root", type=Path, default=Path(), help="folder that the list's paths are relative to")
-    parser.set_defaults(command=_verify)
-
-
-def add_classify(parser: argparse.ArgumentParser) -> None:
-    """Options of `classify`."""
-    add_shared(parser)
-    parser.add_argument("--top", type=int, default=5, help="classes to print (default: 5)")
-    parser.set_defaults(command=_classify)
-
-
-def _transcribe(options: argparse.Namespace) -> None:
-    choose_device(options)
-    running, recognizer = run_settings(options), _recognizer(options)
-    search = _search(options, recognizer)
-    recordings = recordings_of(options, recognizer.module.config)
-    bar = progress_bar(recordings, options)
-    with kept_if_stopped(recordings, _written(options), options) as done:
-        heard = recognition.transcribe(recognizer, recordings, running, search, bar, done)
-    write_text(_FORMATS[options.format](heard), options)
-
-
-def _written(options: argparse.Namespace) -> Callable[[Mapping[Recording, Heard]], str]:
-    return lambda found: _FORMATS[options.format](found.values())
-
-
-def _recognizer(options: argparse.Namespace) -> Recognizer:
-    opened = open_model(options, "transcribe")
-    return Recognizer(opened.module, opened.params, vocabulary_of(opened))
-
-
-def _search(options: argparse.Namespace, recognizer: Recognizer) -> BeamSearch | None:
+def _search(options: Options, model: Model) -> BeamSearch | None:
     for name, needed in (("lm_weight", "lm"), ("word_score", "lexicon")):
         if getattr(options, name) is not None and getattr(options, needed) is None:
             raise UsageError(f"--{name.replace('_', '-')}: found without --{needed}, where it counts nothing")
@@ -290,23 +233,28 @@ def _search(options: argparse.Namespace, recognizer: Recognizer) -> BeamSearch |
         return None
     numbers = {name: getattr(options, name) for name in ("beam", "lm_weight", "word_score")}
     given = {name: value for name, value in numbers.items() if value is not None}
-    settings = BeamSettings(lm_unknown=options.lm_unknown, **given)
-    lexicon = None if options.lexicon is None else read_lexicon(options.lexicon, recognizer.vocabulary)
-    return BeamSearch(recognizer.vocabulary, settings, options.lm, lexicon)
+    vocabulary, settings = vocabulary_of(model), BeamSettings(lm_unknown=options.lm_unknown, **given)
+    lexicon = None if options.lexicon is None else read_lexicon(options.lexicon, vocabulary)
+    return BeamSearch(vocabulary, settings, options.lm, lexicon)
 
 
-def _align(options: argparse.Namespace) -> None:
-    choose_device(options)
-    running, recognizer = run_settings(options), _recognizer(options)
-    recordings = recordings_of(options, recognizer.module.config)
-    texts = _texts(options, recordings)
-    bar = progress_bar(recordings, options)
-    with kept_if_stopped(recordings, _written(options), options) as done:
-        heard = recognition.align_texts(recognizer, texts, running, bar, done)
-    write_text(_FORMATS[options.format](heard), options)
+def _align_options(parser: argparse.ArgumentParser) -> None:
+    _add_shared(parser)
+    parser.add_argument("--format", choices=("json", "ctm"), default="json")
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--text", help="what is said in the one file")
+    given.add_argument(
+        "--texts", type=Path, help="one line per file: its name as in FILES or without ending, tab, text"
+    )
 
 
-def _texts(options: argparse.Namespace, recordings: list[Recording]) -> dict[Recording, str]:
+def _align(options: Options) -> None:
+    model, recordings, settings = _open(options, "align")
+    answers = recognition.align_texts(model, _texts(options, recordings), settings)
+    _write_transcripts(answers, recordings, options)
+
+
+def _texts(options: Options, recordings: Sequence[Recording]) -> dict[Recording, str]:
     if options.text is not None:
         if len(recordings) != 1:
             raise UsageError(f"--text: is of one file, found {len(recordings)}; give --texts")
@@ -328,31 +276,67 @@ def _texts(options: argparse.Namespace, recordings: list[Recording]) -> dict[Rec
     return texts
 
 
-def _embed(options: argparse.Namespace) -> None:
-    choose_device(options)
-    running, opened = run_settings(options), open_model(options, "embed")
-    recordings = recordings_of(options, opened.module.config)
-    bar = progress_bar(recordings, options)
-    with kept_if_stopped(recordings, _embeddings, options) as done:
-        found = embed(opened.module, opened.params, recordings, running, bar, done)
+def _write_transcripts(
+    answers: Iterator[tuple[Recording, recognition.TranscribedRecording]],
+    recordings: Sequence[Recording],
+    options: Options,
+) -> None:
+    def as_text(found: Mapping[Recording, recognition.TranscribedRecording]) -> str:
+        return _FORMATS[options.format](found.values())
+
+    _write(as_text(_collect(answers, recordings, as_text, options)), options.out)
+
+
+# embed, verify
+
+
+def _embed(options: Options) -> None:
+    model, recordings, settings = _open(options, "embed")
+    found = _collect(embed(model, recordings, settings), recordings, _as_embeddings, options)
     if options.out is not None and options.out.suffix == ".npy":
         np.save(options.out, np.stack(list(found.values())))
         options.out.with_suffix(".json").write_text(json.dumps([str(one.path) for one in found], indent=1) + "\n")
         return
-    write_text(_embeddings(found), options)
+    _write(_as_embeddings(found), options.out)
 
 
-def _embeddings(found: Mapping[Recording, Embedding]) -> str:
+def _as_embeddings(found: Mapping[Recording, Embedding]) -> str:
     return _json_lines(
         {"name": one.name, "path": str(one.path), "embedding": value.tolist()} for one, value in found.items()
     )
 
 
-def _json_lines(lines: Iterable[dict[str, Any]]) -> str:
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+def _verify_options(parser: argparse.ArgumentParser) -> None:
+    _add_shared(parser, files="two audio files, or one trial list (one trial per line: `1|0 path path`)")
+    parser.add_argument("--root", type=Path, default=Path(), help="folder that the list's paths are relative to")
 
 
-def _trials_alone(path: Path) -> list[Trial]:
+def _verify(options: Options) -> None:
+    files = [str(path) for path in _paths_of(options.files)]
+    pair = 2
+    if len(files) not in (1, pair):
+        raise UsageError(f"FILES: found {len(files)}, expected two recordings or one trial list")
+    trials = _only_trials(Path(files[0])) if len(files) == 1 else []
+    paths = trial_files(trials, options.root) if trials else {name: Path(name) for name in files}
+    model, recordings, settings = _open(options, "verify", list(dict.fromkeys(paths.values())))
+    found = _collect(embed(model, recordings, settings), recordings, _as_embeddings, options)
+    by_path = {recording.path: value for recording, value in found.items()}
+    if not trials:
+        left, right = (by_path[Path(name)] for name in files)
+        _write(f"{float(left @ right):.6f}\t{files[0]}\t{files[1]}\n", options.out)
+        return
+    scores = np.array([float(by_path[paths[trial.left]] @ by_path[paths[trial.right]]) for trial in trials])
+    lines = zip(scores, trials, strict=True)
+    _write("".join(f"{v:.6f}\t{int(t.same)}\t{t.left}\t{t.right}\n" for v, t in lines), options.out)
+    same = np.array([trial.same for trial in trials])
+    if 0 < same.sum() < len(same):
+        equal, cost = equal_error_rate(scores, same), minimum_detection_cost(scores, same)
+        print(f"EER {100 * equal.rate:.2f} % at {equal.threshold:.4f}, minDCF(0.01) {cost:.4f}", file=sys.stderr)
+    else:
+        print(f"no error rate: all {len(same)} trials are of one kind", file=sys.stderr)
+
+
+def _only_trials(path: Path) -> list[Trial]:
     """The trials of the only file that was named."""
     try:
         return read_trials(path)
@@ -360,44 +344,20 @@ def _trials_alone(path: Path) -> list[Trial]:
         raise RecordError(f"{error}; one file is taken for a trial list, to compare recordings name two") from error
 
 
-def _verify(options: argparse.Namespace) -> None:
-    choose_device(options)
-    files = [str(path) for path in paths_of(options.files)]
-    pair = 2
-    if len(files) not in (1, pair):
-        raise UsageError(f"FILES: found {len(files)}, expected two recordings or one trial list")
-    running, opened = run_settings(options), open_model(options, "embed")
-    trials = _trials_alone(Path(files[0])) if len(files) == 1 else []
-    paths = trial_files(trials, options.root) if trials else {name: Path(name) for name in files}
-    recordings = recordings_of(options, opened.module.config, list(dict.fromkeys(paths.values())))
-    bar = progress_bar(recordings, options)
-    with kept_if_stopped(recordings, _embeddings, options) as done:
-        found = embed(opened.module, opened.params, recordings, running, bar, done)
-    by_path = {recording.path: value for recording, value in found.items()}
-    if not trials:
-        left, right = (by_path[Path(name)] for name in files)
-        write_text(f"{float(left @ right):.6f}\t{files[0]}\t{files[1]}\n", options)
-        return
-    values = scores(trials, {name: by_path[path] for name, path in paths.items()})
-    lines = zip(values, trials, strict=True)
-    write_text("".join(f"{v:.6f}\t{int(t.same)}\t{t.left}\t{t.right}\n" for v, t in lines), options)
-    same = np.array([trial.same for trial in trials])
-    if 0 < same.sum() < len(same):
-        equal, cost = equal_error_rate(values, same), minimum_detection_cost(values, same)
-        print(f"EER {100 * equal.rate:.2f} % at {equal.threshold:.4f}, minDCF(0.01) {cost:.4f}", file=sys.stderr)
-    else:
-        print(f"no error rate: all {len(same)} trials are of one kind", file=sys.stderr)
+# classify
 
 
-def _classify(options: argparse.Namespace) -> None:
+def _classify_options(parser: argparse.ArgumentParser) -> None:
+    _add_shared(parser)
+    parser.add_argument("--top", type=int, default=5, help="classes to print (default: 5)")
+
+
+def _classify(options: Options) -> None:
     if options.top < 1:
         raise UsageError(f"--top: found {options.top}, expected 1 or more")
-    choose_device(options)
-    running, opened = run_settings(options), open_model(options, "classify")
-    recordings = recordings_of(options, opened.module.config)
-    bar = progress_bar(recordings, options)
+    model, recordings, settings = _open(options, "classify")
 
-    def written(found: Mapping[Recording, list[Answer]]) -> str:
+    def as_text(found: Mapping[Recording, list[Answer]]) -> str:
         return _json_lines(
             {
                 "name": recording.name,
@@ -408,18 +368,15 @@ def _classify(options: argparse.Namespace) -> None:
             for recording, answers in found.items()
         )
 
-    with kept_if_stopped(recordings, written, options) as done:
-        found = classify(opened.module, opened.params, recordings, labels_of(opened), running, bar, done)
-    write_text(written(found), options)
+    _write(as_text(_collect(classify(model, recordings, settings), recordings, as_text, options)), options.out)
 
 
-_COLUMNS = ("speech s", "missed", "false alarm", "confusion", "DER", "one speaker", "one voice")
+# diarize
 
 
-def add_diarize(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
+def _diarize_options(parser: argparse.ArgumentParser) -> None:
     turns = TurnSettings()
-    add_shared(parser, lengths=("as long as the rows it was trained on, 30 if unknown", "half a piece"))
+    _add_shared(parser, chunk="as long as the rows it was trained on, 30 if unknown", overlap="half a piece")
     add = parser.add_argument
     add("--threshold", type=float, default=turns.threshold, help=f"default: {turns.threshold}")
     add(
@@ -430,37 +387,32 @@ def add_diarize(parser: argparse.ArgumentParser) -> None:
     add("--uem", type=Path, help="what is scored (default: whole files); with --reference")
     add("--collar", type=float, default=0.0, help="seconds left out on each side of a boundary of the reference")
     add("--score-windows", type=float, metavar="SECONDS", help="a second table: each window with its own best speakers")
-    parser.set_defaults(command=_diarize)
 
 
-def _diarize(options: argparse.Namespace) -> None:
+def _diarize(options: Options) -> None:
     if options.reference is None and (options.uem is not None or options.score_windows is not None):
         raise UsageError("--uem, --score-windows: say how to score; --reference, with what, is missing")
     if not options.collar >= 0 or (options.score_windows is not None and not options.score_windows > 0):
         given = f"{options.collar}, {options.score_windows}"
         raise UsageError(f"--collar, --score-windows: found {given}, expected 0 or more, more than 0")
-    settings = TurnSettings(
+    turn_settings = TurnSettings(
         threshold=options.threshold, fill_seconds=options.fill_seconds, least_seconds=options.least_seconds
     )
-    choose_device(options)
-    opened = open_model(options, "diarize")
-    running = run_settings(options, pieces_of(opened.weights.origin.trained_seconds))
-    recordings = recordings_of(options, opened.module.config)
-    truth, regions = _reference(options, {recording.name: recording.seconds for recording in recordings})
-    bar = progress_bar(recordings, options)
-    with kept_if_stopped(recordings, _as_rttm, options) as done:
-        found = diarize(opened.module, opened.params, recordings, running, settings, bar, done)
-    write_text(_as_rttm(found), options)
-    if truth:
-        heard = [turn for turns in found.values() for turn in turns]
-        print(report(truth, heard, regions, options.collar, options.score_windows), file=sys.stderr)
+    model, recordings, settings = _open(options, "diarize")
+    reference, regions = _reference(options, {recording.name: recording.seconds for recording in recordings})
+    found = _collect(diarize(model, recordings, settings, turn_settings), recordings, _as_rttm, options)
+    _write(_as_rttm(found), options.out)
+    if reference:
+        everything = [turn for turns in found.values() for turn in turns]
+        table = error_table(reference, everything, regions, options.collar, options.score_windows)
+        print(table, file=sys.stderr)
 
 
 def _as_rttm(found: Mapping[Any, list[Turn]]) -> str:
     return "".join(map(write_rttm, found.values()))
 
 
-def _reference(options: argparse.Namespace, seconds: Mapping[str, float]) -> tuple[dict[str, list[Turn]], list[Region]]:
+def _reference(options: Options, seconds: Mapping[str, float]) -> tuple[dict[str, list[Turn]], list[Region]]:
     """The turns of each file of `--reference`, and what is scored, both of the recordings that have `seconds` only."""
     if options.reference is None:
         return {}, []
@@ -472,68 +424,19 @@ def _reference(options: argparse.Namespace, seconds: Mapping[str, float]) -> tup
                 f"{options.uem}: has no region of any of the files; its first column is a name without ending"
             )
     names = {region.recording for region in regions}
-    truth = {str(file): [turn for turn in read_rttm(file) if turn.recording in names] for file in options.reference}
-    if silent := sorted(names - {turn.recording for turns in truth.values() for turn in turns}):
+    turns = {str(file): [turn for turn in read_rttm(file) if turn.recording in names] for file in options.reference}
+    if silent := sorted(names - {turn.recording for found in turns.values() for turn in found}):
         raise UsageError(
             f"--reference: has no turn of {silent[0]}; its second column is the file's name without ending"
         )
-    return truth, regions
+    return turns, regions
 
 
-def report(
-    truth: dict[str, list[Turn]],
-    heard: Sequence[Turn],
-    regions: Sequence[Region],
-    collar: float = 0.0,
-    window: float | None = None,
-) -> str:
-    """Tables of errors in per cent of the speech: of each recording, of those of each reference file, and of all.
-
-    The last two columns are the rates of the two answers that know no speaker: one speaker all the time, and one
-    wherever somebody speaks (which only the truth can tell).
-
-    Args:
-        truth: reference file -> its turns.
-        heard: what was found.
-        regions: what is scored.
-        collar: see `diarization_error`.
-        window: seconds; a second table, see `diarization_error`.
-
-    """
-    groups = {name: {name} for name in dict.fromkeys(region.recording for region in regions)}
-    if len(truth) > 1:
-        groups |= {Path(file).name: {turn.recording for turn in turns} for file, turns in truth.items() if turns}
-    groups["all"] = {region.recording for region in regions}
-    everything = [turn for turns in truth.values() for turn in turns]
-    tables = []
-    for length in (None,) if window is None else (None, window):
-        title = "recordings" if length is None else f"windows of {length} s"
-        lines: list[tuple[str, ...]] = [(title, *_COLUMNS)]
-        for group, names in groups.items():
-            wanted, found = ([turn for turn in turns if turn.recording in names] for turns in (everything, heard))
-            scored = [region for region in regions if region.recording in names]
-            errors, *trivial = (
-                diarization_error(wanted, answer, scored, collar=collar, window=length)
-                for answer in (found, one_speaker(scored), one_voice(wanted))
-            )
-            parts = (errors.missed, errors.false_alarm, errors.confusion)
-            shares = [part / max(errors.total, 1e-9) for part in parts] + [one.rate for one in (errors, *trivial)]
-            lines.append((group, f"{errors.total:.1f}", *(f"{100 * share:.2f}" for share in shares)))
-        tables.append(_aligned(lines))
-    return "\n\n".join(tables)
+# features
 
 
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
-    first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
-    return "\n".join(
-        "  ".join([line[0].ljust(first), *(cell.rjust(width) for cell, width in zip(line[1:], others, strict=True))])
-        for line in lines
-    )
-
-
-def add_features(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
-    add_shared(parser)
+def _features_options(parser: argparse.ArgumentParser) -> None:
+    _add_shared(parser)
     parser.add_argument(
         "--layer",
         required=True,
@@ -541,28 +444,6 @@ def add_features(parser: argparse.ArgumentParser) -> None:
         help="0: the input of the first Transformer layer; l: the raw output of layer l; all: every one, on axis 1",
     )
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of the files")
-    parser.set_defaults(command=features)
-
-
-def features(options: argparse.Namespace) -> None:
-    """Write the shards.
-
-    Raises:
-        ValueError: whatever cannot be done, with what to do instead.
-
-    """
-    if options.out is None:
-        raise UsageError("--out: missing; expected a folder for the features")
-    choose_device(options)
-    running = run_settings(options)
-    weights = options.load(options.model, options.step)
-    config = dataclasses.replace(weights.config, padding="exact")
-    recordings = recordings_of(options, config)
-    settings = FeatureSettings(layer=options.layer, dtype=options.dtype)
-    bar = progress_bar(recordings, options)
-    shards = write_features(recordings, config, weights.params, options.out, settings, running, bar)
-    frames = sum(sum(shard.frames) for shard in shards)
-    print(f"{options.out}: {len(recordings)} recordings, {frames} frames in {len(shards)} shards", file=sys.stderr)
 
 
 def _layer(text: str) -> int | Literal["all"]:
@@ -572,3 +453,25 @@ def _layer(text: str) -> int | Literal["all"]:
         return int(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"found {text!r}, expected a number or all") from error
+
+
+def _features(options: Options) -> None:
+    if options.out is None:
+        raise UsageError("--out: missing; expected a folder for the features")
+    model, recordings, running = _open(options, "features")
+    settings = FeatureSettings(layer=options.layer, dtype=options.dtype)
+    progress = progress_bar(recordings, options)
+    shards = write_features(recordings, model, options.out, settings, running, progress)
+    frames = sum(sum(shard.frames) for shard in shards)
+    print(f"{options.out}: {len(recordings)} recordings, {frames} frames in {len(shards)} shards", file=sys.stderr)
+
+
+COMMANDS = {
+    "transcribe": Command("what is said, with the times of words", _transcribe_options, _transcribe),
+    "align": Command("when the words of a given text are said", _align_options, _align),
+    "embed": Command("speaker embeddings", _add_shared, _embed),
+    "verify": Command("whether two recordings are of one speaker; a whole trial list", _verify_options, _verify),
+    "diarize": Command("who speaks when, as RTTM", _diarize_options, _diarize),
+    "classify": Command("which class a recording belongs to", _classify_options, _classify),
+    "features": Command("hidden states of one layer or all, to npy shards", _features_options, _features),
+}

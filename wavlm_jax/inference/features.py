@@ -1,4 +1,4 @@
-"""Hidden states of recordings as npy shards on disk: streamed, resumable, with an index.
+"""Hidden states of recordings as npy shards on disk: written piece by piece, resumable, with an index.
 
 Layer 0 is the input of the first Transformer layer, layer l the raw output of layer l: transformers' `hidden_states`
 (FACTS A10); the final norm of Large is in none of them. Frame i of a recording sees samples 320 i ... 320 i + 399.
@@ -9,6 +9,7 @@ each shard `features-00000.json` with the recordings in it and their frames.
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,10 +19,11 @@ import numpy as np
 from wavlm_jax.audio.recordings import Inputs, Recording
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.files import read_json, write_json
-from wavlm_jax.inference.running import RunSettings, frames_of, geometry_of, jobs_of, run
+from wavlm_jax.inference.running import Compute, InferenceSettings, frames_of, geometry_of, jobs_of, run
 from wavlm_jax.model.wavlm import WavLM, WavLMOutput
 from wavlm_jax.settings import SettingsError
-from wavlm_jax.shapes import Params
+from wavlm_jax.shapes import SAMPLE_RATE, Params
+from wavlm_jax.weights import Model
 
 HEADER = "features.json"
 
@@ -40,12 +42,25 @@ class FeatureSettings:
     """A shard is closed when it has this many frames (an hour); a recording is never split."""
 
 
-class Shard(NamedTuple):
+class FeatureShard(NamedTuple):
     """Recordings that share a file."""
 
     number: int
     recordings: tuple[Recording, ...]
     frames: tuple[int, ...]
+
+    @property
+    def starts(self) -> list[int]:
+        """The first row of each recording."""
+        return [0, *np.cumsum(self.frames[:-1]).tolist()]
+
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        """What its index says."""
+        return [
+            {"name": recording.name, "path": str(recording.path), "start": start, "frames": frames}
+            for recording, start, frames in zip(self.recordings, self.starts, self.frames, strict=True)
+        ]
 
     def path(self, folder: Path, suffix: str) -> Path:
         """Its array (.npy) or its index (.json)."""
@@ -54,85 +69,74 @@ class Shard(NamedTuple):
 
 def write_features(
     recordings: Sequence[Recording],
-    config: WavLMConfig,
-    params: Params,
+    model: Model,
     folder: Path,
     settings: FeatureSettings,
-    running: RunSettings,
+    running: InferenceSettings,
     progress: Callable[[int], Any] = lambda _: None,
-) -> list[Shard]:
+) -> list[FeatureShard]:
     """Write the hidden states of `recordings`; shards that are there already are left alone.
 
     Args:
         recordings: in the order of the shards.
-        config: of the model.
-        params: of `WavLM`.
+        model: an encoder without a head.
         folder: made if it does not exist.
         settings: which layers.
-        running: batches and chunks.
-        progress: told how many samples were just done.
+        running: pieces and batches.
+        progress: called with the number of samples that were just done.
 
     Raises:
         FeatureError: no such layer, or the folder holds features of other recordings, models or settings.
         AudioFault: a file that cannot be read to its end; what was finished stays.
 
     """
+    config = model.config
     layers = _layers(settings.layer, config)
     folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder, _header(recordings, config, params, settings, running))
+    _claim(folder, _header(recordings, model, settings, running))
     shards = list(_shards(recordings, config, settings.shard_frames))
-    compute = _hidden_states(config, params, layers)
+    compute = partial(_hidden_states, model.module, layers, model.params)
     for shard in shards:
         if shard.path(folder, ".json").exists():
             progress(sum(recording.num_samples for recording in shard.recordings))
             continue
         shape = (sum(shard.frames), *(() if settings.layer != "all" else (len(layers),)), config.hidden_size)
-        _write_shard(shard, folder, np.dtype(settings.dtype), shape, (compute, config, running), progress)
+        temporary = shard.path(folder, ".npy.tmp")
+        array = np.lib.format.open_memmap(temporary, "w+", np.dtype(settings.dtype), shape)
+        _fill(array, shard, compute, config, running, progress)
+        del array
+        temporary.replace(shard.path(folder, ".npy"))
+        write_json(shard.path(folder, ".json"), shard.entries)
     return shards
 
 
-def _write_shard(
-    shard: Shard,
-    folder: Path,
-    dtype: np.dtype[Any],
-    shape: tuple[int, ...],
-    how: tuple[Callable[[Inputs], Any], WavLMConfig, RunSettings],
+def _fill(
+    array: np.memmap[Any, Any],
+    shard: FeatureShard,
+    compute: Compute,
+    config: WavLMConfig,
+    running: InferenceSettings,
     progress: Callable[[int], Any],
 ) -> None:
-    compute, config, running = how
-    starts = dict(zip(shard.recordings, np.cumsum([0, *shard.frames]).tolist(), strict=False))
-    temporary = shard.path(folder, ".npy.tmp")
-    array = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
+    """Writes the frames of a shard, short recordings first, each piece to the disk as it comes."""
+    starts = dict(zip(shard.recordings, shard.starts, strict=True))
     by_length = sorted(shard.recordings, key=lambda recording: recording.num_samples)
     for (recording, piece), values in run(jobs_of(by_length, config, running), compute, config, running):
         start = starts[recording]
-        array[start + piece.keep_from : start + piece.keep_to] = values.reshape(len(values), *shape[1:])
+        array[start + piece.keep_from : start + piece.keep_to] = values.reshape(len(values), *array.shape[1:])
         array.flush()
         progress((piece.keep_to - piece.keep_from) * geometry_of(config).hop)
-    del array
-    temporary.replace(shard.path(folder, ".npy"))
-    index = [
-        {"name": recording.name, "path": str(recording.path), "start": starts[recording], "frames": frames}
-        for recording, frames in zip(shard.recordings, shard.frames, strict=True)
-    ]
-    write_json(shard.path(folder, ".json"), index)
 
 
-def _hidden_states(config: WavLMConfig, params: Params, layers: Sequence[int]) -> Callable[[Inputs], Any]:
+@partial(jax.jit, static_argnums=(0, 1))
+def _hidden_states(module: WavLM, layers: tuple[int, ...], params: Params, inputs: Inputs) -> Any:
     """(rows, frames, layers, width) of a batch; only the layers that are wanted leave the device."""
-    model = WavLM(config)
-
-    @jax.jit
-    def states(params: Params, inputs: Inputs) -> Any:
-        output: WavLMOutput
-        applied: Any = model.apply({"params": params}, *inputs, output_hidden_states=True)
-        output = applied
-        if output.hidden_states is None:
-            raise FeatureError("the hidden states were asked for")
-        return output.hidden_states[np.array(layers)].transpose(1, 2, 0, 3)
-
-    on_device = jax.tree.map(jax.device_put, dict(params))
-    return lambda inputs: states(on_device, inputs)
+    output: WavLMOutput
+    applied: Any = module.apply({"params": params}, *inputs, output_hidden_states=True)
+    output = applied
+    if output.hidden_states is None:
+        raise FeatureError("the hidden states were asked for")
+    return output.hidden_states[np.array(layers)].transpose(1, 2, 0, 3)
 
 
 def _layers(layer: int | Literal["all"], config: WavLMConfig) -> tuple[int, ...]:
@@ -144,28 +148,24 @@ def _layers(layer: int | Literal["all"], config: WavLMConfig) -> tuple[int, ...]
     return (layer,)
 
 
-def _shards(recordings: Sequence[Recording], config: WavLMConfig, most: int) -> Iterator[Shard]:
+def _shards(recordings: Sequence[Recording], config: WavLMConfig, most: int) -> Iterator[FeatureShard]:
     number, taken, frames = 0, list[Recording](), list[int]()
     for recording in recordings:
         taken.append(recording)
         frames.append(frames_of(recording, config))
         if sum(frames) >= most:
-            yield Shard(number, tuple(taken), tuple(frames))
+            yield FeatureShard(number, tuple(taken), tuple(frames))
             number, taken, frames = number + 1, [], []
     if taken:
-        yield Shard(number, tuple(taken), tuple(frames))
+        yield FeatureShard(number, tuple(taken), tuple(frames))
 
 
 def _header(
-    recordings: Sequence[Recording],
-    config: WavLMConfig,
-    params: Params,
-    settings: FeatureSettings,
-    running: RunSettings,
+    recordings: Sequence[Recording], model: Model, settings: FeatureSettings, running: InferenceSettings
 ) -> dict[str, Any]:
     """Everything that the numbers depend on, and how to read them."""
-    weights = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(dict(params)):
+    geometry, weights = geometry_of(model.config), hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(dict(model.params)):
         weights.update(jax.tree_util.keystr(path).encode())
         weights.update(np.ascontiguousarray(leaf).tobytes())
     files = hashlib.sha256()
@@ -174,14 +174,14 @@ def _header(
     return {
         "layer": settings.layer,
         "layers": "0 is the input of the first Transformer layer, l the raw output of layer l",
-        "hop_samples": geometry_of(config).hop,
-        "window_samples": geometry_of(config).receptive_field,
-        "sample_rate": 16_000,
+        "hop_samples": geometry.hop,
+        "window_samples": geometry.receptive_field,
+        "sample_rate": SAMPLE_RATE,
         "dtype": settings.dtype,
         "shard_frames": settings.shard_frames,
         "chunk_seconds": running.chunks.seconds,
         "overlap_seconds": running.chunks.overlap_seconds,
-        "model": repr(config),
+        "model": repr(model.config),
         "weights": weights.hexdigest(),
         "recordings": len(recordings),
         "files": files.hexdigest(),

@@ -1,67 +1,72 @@
-"""From a folder to a model that does what a command asks for, or a message that says what it does instead.
+"""Models on recordings of any length: cut into pieces, computed in batches of few static shapes, answers by recording.
 
-A compiled function over pieces of recordings: batches of one static shape, results in pieces again.
-
-Rows are padded to a few widths and batches to a few numbers of rows, so a run compiles a few programmes; with
-`padding="exact"` no result depends on what it was batched with.
+Rows are padded to a few widths and batches to a few numbers of rows, so that a run compiles a few programs. With
+`padding="exact"` no answer depends on what its recording was batched with.
 """
 
-import argparse
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
 
-from wavlm_jax.audio.recordings import ChunkSettings, Inputs, Piece, Recording, Samples, Statistics, cut, normalize, pad
+from wavlm_jax.audio.recordings import ChunkSettings, Inputs, Piece, Recording, Samples, cut, normalize, pad
 from wavlm_jax.config import WavLMConfig
-from wavlm_jax.model.heads import HEADS, module_of
+from wavlm_jax.model.heads import HEADS
 from wavlm_jax.shapes import SAMPLE_RATE, Geometry, Params, num_frames, samples_for
 from wavlm_jax.text.vocabulary import VOCABULARY, Vocabulary, parse_vocabulary
-from wavlm_jax.weights import Weights
+from wavlm_jax.weights import Model, ready
+
+Compute: TypeAlias = Callable[[Inputs], Any]
+"""A batch -> a tree of arrays whose first axis is rows and whose second axis is frames."""
+ENCODER_COMMANDS = ("features",)
+"""Commands that need no head."""
+_WIDTH_STEP = 1.25
+"""From one width of rows to the next: on average a tenth of a row is padding."""
+_SMALLEST_WIDTH = 50
+"""Frames."""
 
 
-class Opened(NamedTuple):
-    """A model with a head, on the device."""
-
-    module: Any
-    params: Params
-    weights: Weights
+class UsageError(ValueError):
+    """A command, or a function of `inference.api`, that cannot be done with what it was given."""
 
 
-def open_model(options: argparse.Namespace, command: str) -> Opened:
-    """The model of `--model`, for a command of `python -m wavlm_jax`.
+@dataclass(frozen=True, kw_only=True)
+class InferenceSettings:
+    """How recordings are read, cut and batched."""
 
-    Raises:
-        UsageError: see `opened`.
-        ValueError: see `loading.load_weights`, which the command line hands down (`options.load`).
+    chunks: ChunkSettings = field(default_factory=ChunkSettings)
+    batch_seconds: float = 60.0
+    """Most audio in a batch, padding included: bounds the memory."""
+    resampling: bool = False
+    """Whether files at other rates than 16 kHz are taken; they are held in memory whole."""
 
-    """
-    return opened(options.load(options.model, options.step), command)
 
-
-def opened(weights: Weights, command: str) -> Opened:
-    """The model of these weights, which has a head for `command`; padding never changes its answers.
+def model_for(model: Model, command: str) -> Model:
+    """`model` as a command of `python -m wavlm_jax` wants it: with the right head, and padding that changes no answer.
 
     Raises:
         UsageError: it has another head, or none.
 
     """
-    task, where = weights.task, weights.origin.path
-    expected = " or a ".join(kind for kind, row in HEADS.items() if command in row.commands)
-    if task is None:
-        raise UsageError(f"{where}: an encoder without a head, which does `features`; expected a {expected}")
-    if command not in (does := HEADS[task.kind].commands):
-        raise UsageError(f"{where}: a {task.kind}, which does {', '.join(does) or 'none'}; expected a {expected}")
-    config = dataclasses.replace(weights.config, padding="exact")
-    params = jax.tree.map(jax.device_put, dict(weights.tree))
-    return Opened(module_of(config, task.kind, task.config), params, weights)
+    weights, path = model.current, model.weights.origin.path
+    if command in ENCODER_COMMANDS:
+        weights = replace(weights, task=None)
+    else:
+        expected = " or a ".join(kind for kind, row in HEADS.items() if command in row.commands)
+        if weights.task is None:
+            raise UsageError(f"{path}: an encoder without a head, which does `features`; expected a {expected}")
+        kind, does = weights.task.kind, HEADS[weights.task.kind].commands
+        if command not in does:
+            raise UsageError(f"{path}: a {kind}, which does {', '.join(does) or 'none'}; expected a {expected}")
+    return ready(replace(weights, config=replace(weights.config, padding="exact")))
 
 
-def labels_of(model: Opened) -> tuple[str, ...]:
+def labels_of(model: Model) -> tuple[str, ...]:
     """The names of a classifier's classes; numbers where nobody named them."""
     task = model.weights.task
     if task is None or task.labels is None:
@@ -69,8 +74,8 @@ def labels_of(model: Opened) -> tuple[str, ...]:
     return task.labels
 
 
-def vocabulary_of(model: Opened) -> Vocabulary:
-    """What a CTC model speaks.
+def vocabulary_of(model: Model) -> Vocabulary:
+    """The vocabulary of a CTC model.
 
     Raises:
         UsageError: there is none.
@@ -82,41 +87,14 @@ def vocabulary_of(model: Opened) -> Vocabulary:
     return parse_vocabulary(origin.files, Path(origin.path))
 
 
-AnyAnswer = TypeVar("AnyAnswer")
-"""What a command finds out of one recording."""
-Compute: TypeAlias = Callable[[Inputs], Any]
-"""A batch -> a tree of arrays whose first axis is rows and whose second axis is frames."""
+def geometry_of(config: WavLMConfig) -> Geometry:
+    """The frames of a model."""
+    return Geometry(config.conv_kernel, config.conv_stride)
 
 
-@runtime_checkable
-class Applied(Protocol):
-    """A Flax model of any kind, as far as whoever only runs it needs to know."""
-
-    config: WavLMConfig
-
-    def apply(self, variables: dict[str, Any], *args: Any) -> Any:
-        """What the model gives for these parameters and arguments."""
-        ...
-
-
-class UsageError(ValueError):
-    """A command line that cannot be done."""
-
-
-_STEP = 1.25
-"""From one width to the next: on average a tenth of a row is padding."""
-_SMALLEST = 50
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunSettings:
-    """How recordings are read and batched."""
-
-    chunks: ChunkSettings = field(default_factory=ChunkSettings)
-    batch_seconds: float = 60.0
-    """Most audio in a batch, padding included: what memory has to hold."""
-    resampling: bool = False
-    """Whether files at other rates than 16 kHz are taken; they are held in memory whole."""
+def frames_of(recording: Recording, config: WavLMConfig) -> int:
+    """Frames of the whole recording."""
+    return int(num_frames(recording.num_samples, geometry_of(config)))
 
 
 class Job(NamedTuple):
@@ -126,20 +104,15 @@ class Job(NamedTuple):
     piece: Piece
 
 
-class Result(NamedTuple):
-    """What the function gave for the frames that a piece keeps."""
+class PieceResult(NamedTuple):
+    """What was computed of one piece."""
 
     job: Job
     values: Any
-    """The tree of the function, this row, frames keep_from ... keep_to - 1 of the file on axis 0."""
+    """A tree of arrays: frames keep_from ... keep_to - 1 of the file on axis 0, or the whole row (see `run`)."""
 
 
-def geometry_of(config: WavLMConfig) -> Geometry:
-    """The frames of a model."""
-    return Geometry(config.conv_kernel, config.conv_stride)
-
-
-def jobs_of(recordings: Iterable[Recording], config: WavLMConfig, settings: RunSettings) -> Iterator[Job]:
+def jobs_of(recordings: Iterable[Recording], config: WavLMConfig, settings: InferenceSettings) -> Iterator[Job]:
     """The pieces of all recordings, in order."""
     for recording in recordings:
         for piece in cut(recording.num_samples, settings.chunks, geometry_of(config)):
@@ -147,12 +120,12 @@ def jobs_of(recordings: Iterable[Recording], config: WavLMConfig, settings: RunS
 
 
 def run(
-    jobs: Iterable[Job], compute: Compute, config: WavLMConfig, settings: RunSettings, *, framewise: bool = True
-) -> Iterator[Result]:
+    jobs: Iterable[Job], compute: Compute, config: WavLMConfig, settings: InferenceSettings, *, framewise: bool = True
+) -> Iterator[PieceResult]:
     """Results of `jobs` in their order, computed in batches of neighbours that have the same width.
 
     Args:
-        jobs: sort recordings by length before, and little is padded.
+        jobs: best sorted by the length of their recordings, so that little is padded.
         compute: compiled; called with (rows, samples) of few different shapes.
         config: of the model, for normalisation and frames.
         settings: of batches.
@@ -163,106 +136,67 @@ def run(
 
     """
     geometry = geometry_of(config)
-    statistics = _StatisticsOf(config)
-    batch: list[Job] = []
-    width = 0
+    statistics = lru_cache(maxsize=1)(Recording.statistics)  # once for all pieces of a recording
 
-    def computed(batch: list[Job], width: int) -> Any:
-        waves = [samples_of(job, config, statistics(job)) for job in batch]
-        rows = min(_rows(width, settings), 1 << (len(waves) - 1).bit_length())
-        waves += [np.zeros(0, np.float32)] * (rows - len(waves))
-        return jax.device_get(compute(pad(waves, width)))
+    def samples(job: Job) -> Samples:
+        recording, piece = job
+        wave = recording.read(piece.start_sample, piece.num_samples)
+        cut_up = config.do_normalize and piece.num_samples < recording.num_samples
+        return normalize(wave, config, statistics(recording) if cut_up else None)
 
-    for job in jobs:
-        fitting = _width(job.piece.num_samples, geometry)
-        if batch and (fitting != width or len(batch) == _rows(width, settings)):
-            yield from _results(batch, computed(batch, width), framewise)
-            batch = []
-        batch.append(job)
-        width = fitting
-    if batch:
-        yield from _results(batch, computed(batch, width), framewise)
-
-
-def by_recording(
-    recordings: Iterable[Recording],
-    compute: Compute,
-    config: WavLMConfig,
-    settings: RunSettings,
-    progress: Callable[[int], Any],
-    *,
-    framewise: bool,
-) -> Iterator[tuple[Recording, list[Result]]]:
-    """Each recording with the results of all its pieces in order, short recordings first (see `run`).
-
-    `progress` is told how many samples were just done.
-    """
-    parts: list[Result] = []
-    by_length = sorted(recordings, key=lambda recording: recording.num_samples)
-    for result in run(jobs_of(by_length, config, settings), compute, config, settings, framewise=framewise):
-        parts.append(result)
-        recording, piece = result.job
-        if piece.keep_to == frames_of(recording, config):
-            yield recording, parts
-            progress(recording.num_samples)
-            parts = []
-
-
-def in_order(
-    recordings: Iterable[Recording],
-    answers: Iterable[tuple[Recording, AnyAnswer]],
-    done: dict[Recording, AnyAnswer] | None,
-) -> dict[Recording, AnyAnswer]:
-    """The answers in the order of `recordings`; each is in `done` as soon as it is there, whatever happens later."""
-    found = {} if done is None else done
-    for recording, answer in answers:
-        found[recording] = answer
-    return {recording: found[recording] for recording in recordings}
-
-
-def samples_of(job: Job, config: WavLMConfig, of: Statistics | None) -> Samples:
-    """The samples of a piece, normalised by the whole recording where the model wants it."""
-    recording, piece = job
-    wave = recording.read(piece.start_sample, piece.num_samples)
-    return normalize(wave, config, of)
-
-
-class _StatisticsOf:
-    """Mean and variance of a whole recording, computed once for its pieces; None where nobody needs them."""
-
-    def __init__(self, config: WavLMConfig) -> None:
-        self.config = config
-        self._recording: Recording | None = None
-        self._last: Statistics | None = None
-
-    def __call__(self, job: Job) -> Statistics | None:
-        if not self.config.do_normalize or job.piece.num_samples == job.recording.num_samples:
-            return None
-        if self._recording != job.recording:
-            self._recording, self._last = job.recording, job.recording.statistics()
-        return self._last
-
-
-def _results(batch: list[Job], values: Any, framewise: bool) -> Iterator[Result]:
-    for row, job in enumerate(batch):
-        kept = slice(job.piece.keep_from - job.piece.first_frame, job.piece.keep_to - job.piece.first_frame)
-        yield Result(
-            job, jax.tree.map(lambda array, row=row, kept=kept: array[row][kept] if framewise else array[row], values)
-        )
+    for width, group in groupby(jobs, lambda job: _width(job.piece.num_samples, geometry)):
+        most = max(1, int(settings.batch_seconds * SAMPLE_RATE / width))
+        while batch := list(islice(group, most)):
+            waves = [samples(job) for job in batch]
+            rows = min(most, 1 << (len(waves) - 1).bit_length())
+            waves += [np.zeros(0, np.float32)] * (rows - len(waves))
+            values = jax.device_get(compute(pad(waves, width)))
+            for row, job in enumerate(batch):
+                first, keep_from, keep_to = job.piece.first_frame, job.piece.keep_from, job.piece.keep_to
+                kept = (row, slice(keep_from - first, keep_to - first)) if framewise else (row,)
+                yield PieceResult(job, jax.tree.map(lambda array, kept=kept: array[kept], values))
 
 
 def _width(num_samples: int, geometry: Geometry) -> int:
     """The samples of the row that holds a piece: the next of a few widths."""
-    frames = _SMALLEST
+    frames = _SMALLEST_WIDTH
     while samples_for(frames, geometry) < num_samples:
-        frames = max(frames + 1, round(frames * _STEP))
+        frames = max(frames + 1, round(frames * _WIDTH_STEP))
     return samples_for(frames, geometry)
 
 
-def _rows(width: int, settings: RunSettings) -> int:
-    return max(1, int(settings.batch_seconds * SAMPLE_RATE / width))
+def by_recording(
+    model: Model,
+    answer: Callable[[Any], Any],
+    recordings: Iterable[Recording],
+    settings: InferenceSettings,
+    *,
+    framewise: bool,
+) -> Iterator[tuple[Recording, list[PieceResult]]]:
+    """Each recording with the results of all its pieces in order; short recordings first.
+
+    Args:
+        model: of `model_for`.
+        answer: from the model's output to what leaves the device; compiled with it, so a function of a module.
+        recordings: of any length.
+        settings: of pieces and batches.
+        framewise: see `run`.
+
+    Raises:
+        AudioFault: a file that cannot be read to its end.
+
+    """
+    compute = partial(_answer, model.module, answer, model.params)
+    by_length = sorted(recordings, key=lambda recording: recording.num_samples)
+    parts: list[PieceResult] = []
+    for result in run(jobs_of(by_length, model.config, settings), compute, model.config, settings, framewise=framewise):
+        parts.append(result)
+        recording, piece = result.job
+        if piece.keep_to == frames_of(recording, model.config):
+            yield recording, parts
+            parts = []
 
 
-def frames_of(recording: Recording, config: WavLMConfig) -> int:
-    """Frames that the whole recording has."""
-    return int(num_frames(recording.num_samples, geometry_of(config)))
+@partial(jax.jit, static_argnums=(0, 1))
+def _answer(module: Any, answer: Callable[[Any], Any], params: Params, inputs: Inputs) -> Any:
+    return answer(module.apply({"params": params}, *inputs))

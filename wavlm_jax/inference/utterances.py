@@ -1,17 +1,16 @@
-"""One answer a recording: speaker embeddings and their scores, classes. Long files are averaged over their pieces."""
+"""One answer per recording: speaker embeddings, classes. Those of long files are averaged over their pieces."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
-from wavlm_jax.audio.recordings import Inputs, Recording
-from wavlm_jax.inference.running import Compute, RunSettings, by_recording, in_order
-from wavlm_jax.model.heads import ClassOutput, Headed, WavLMForSequenceClassification
-from wavlm_jax.shapes import Params
-from wavlm_jax.text.records import Trial
+from wavlm_jax.audio.recordings import Recording
+from wavlm_jax.inference.running import InferenceSettings, by_recording, labels_of
+from wavlm_jax.model.heads import ClassOutput, XVectorOutput
+from wavlm_jax.weights import Model
 
 Embedding = Float[np.ndarray, "embedding"]
 
@@ -24,87 +23,57 @@ class Answer(NamedTuple):
 
 
 def embed(
-    module: Headed,
-    params: Params,
-    recordings: Sequence[Recording],
-    running: RunSettings,
-    progress: Callable[[int], Any] = lambda _: None,
-    done: dict[Recording, Embedding] | None = None,
-) -> dict[Recording, Embedding]:
-    """The speaker embedding of each recording, of length 1: compare by dot product; `done` gets each as it comes.
+    model: Model, recordings: Sequence[Recording], settings: InferenceSettings
+) -> Iterator[tuple[Recording, Embedding]]:
+    """The speaker embedding of each recording, of length 1: compare by dot product. Short recordings come first.
 
     Raises:
         AudioFault: a file that cannot be read to its end.
 
     """
-
-    @jax.jit
-    def compute(inputs: Inputs) -> jax.Array:
-        output: Any = module.apply({"params": params}, *inputs)
-        return output.embeddings
-
-    return in_order(recordings, _averaged(module, compute, _unit, recordings, running, progress), done)
-
-
-def scores(trials: Sequence[Trial], embeddings: Mapping[str, Embedding]) -> Float[np.ndarray, "trials"]:
-    """Cosine of each trial's two recordings, by their names in the list."""
-    return np.array([float(embeddings[trial.left] @ embeddings[trial.right]) for trial in trials])
+    return _averaged(model, _embeddings, _unit, recordings, settings)
 
 
 def classify(
-    module: WavLMForSequenceClassification,
-    params: Params,
-    recordings: Sequence[Recording],
-    labels: Sequence[str],
-    running: RunSettings,
-    progress: Callable[[int], Any] = lambda _: None,
-    done: dict[Recording, list[Answer]] | None = None,
-) -> dict[Recording, list[Answer]]:
-    """The classes of each recording, the likeliest first.
-
-    Args:
-        module: of the model.
-        params: of the module.
-        recordings: of any length.
-        labels: the names of the classes.
-        running: batches and chunks.
-        progress: told how many samples were just done.
-        done: gets each answer as it comes, so that whoever interrupts this has those.
+    model: Model, recordings: Sequence[Recording], settings: InferenceSettings
+) -> Iterator[tuple[Recording, list[Answer]]]:
+    """The classes of each recording, the likeliest first. Short recordings come first.
 
     Raises:
-        ValueError: another number of labels than the model has classes.
+        ValueError: another number of class names than the model has classes.
         AudioFault: a file that cannot be read to its end.
 
     """
-    if len(labels) != module.head.num_labels:
-        raise ValueError(f"labels: found {len(labels)}, the model has {module.head.num_labels} classes")
-
-    @jax.jit
-    def compute(inputs: Inputs) -> jax.Array:
-        output: ClassOutput
-        applied: Any = module.apply({"params": params}, *inputs)
-        output = applied
-        return jax.nn.softmax(output.logits, axis=-1)
+    labels = labels_of(model)
+    if len(labels) != model.module.head.num_labels:
+        raise ValueError(f"labels: found {len(labels)}, the model has {model.module.head.num_labels} classes")
 
     def named(values: np.ndarray) -> list[Answer]:
         return [Answer(labels[number], float(values[number])) for number in np.argsort(-values, kind="stable")]
 
-    found = _averaged(module, compute, lambda values: values, recordings, running, progress)
-    return in_order(recordings, ((recording, named(values)) for recording, values in found), done)
+    found = _averaged(model, _class_probabilities, lambda values: values, recordings, settings)
+    return ((recording, named(values)) for recording, values in found)
+
+
+def _embeddings(output: XVectorOutput) -> jax.Array:
+    return output.embeddings
+
+
+def _class_probabilities(output: ClassOutput) -> jax.Array:
+    return jax.nn.softmax(output.logits, axis=-1)
 
 
 def _averaged(
-    module: Any,
-    compute: Compute,
-    shape: Callable[[np.ndarray], np.ndarray],
+    model: Model,
+    answer: Callable[[Any], jax.Array],
+    scaled: Callable[[np.ndarray], np.ndarray],
     recordings: Sequence[Recording],
-    running: RunSettings,
-    progress: Callable[[int], Any],
+    settings: InferenceSettings,
 ) -> Iterator[tuple[Recording, np.ndarray]]:
-    """Of each recording, the mean over its pieces, each weighted by the frames that it stands for."""
-    for recording, results in by_recording(recordings, compute, module.config, running, progress, framewise=False):
+    """Of each recording the mean over its pieces, each weighted by its frames; `scaled` before and after."""
+    for recording, results in by_recording(model, answer, recordings, settings, framewise=False):
         weights = [result.job.piece.keep_to - result.job.piece.keep_from for result in results]
-        yield recording, shape(np.average([shape(result.values) for result in results], axis=0, weights=weights))
+        yield recording, scaled(np.average([scaled(result.values) for result in results], axis=0, weights=weights))
 
 
 def _unit(vector: np.ndarray) -> np.ndarray:
