@@ -1,18 +1,19 @@
-"""One class an utterance (speaker, emotion, command, language): mean of the projected frames, cross entropy (FACTS B2).
+"""Sequence classification (speaker, emotion, command, language): mean of projected frames, cross entropy (FACTS B2).
 
 python -m wavlm_jax.data /data/manifest.tsv --out corpora/speakers/train      (columns id, path, speaker, text)
 python train.py --config configs/finetune/classification.py --workdir runs/speakers --config.init.path=runs/base
-Classes are the corpus's speakers; `--config.target.column=text` takes its texts (commands), and `--config.target.table`
-    names a file of lines `value TAB class` for everything else (gender by speaker, emotion by id).
+The classes are the corpus's speakers. `--config.target.column=text` takes its texts (commands); `--config.target.table`
+    names a file with lines `value TAB class` for everything else (gender by speaker, emotion by id).
 Presets: base, large, and `speakers`, which trains the demo's small model in minutes on two cores.
-Known: the head (Hugging Face). Not published, chosen here: all else; the frozen recipe of SUPERB is superb_sid.py.
-Expected: not measured at this size here; docs/results.md has what `speakers` reaches.
+Known: the head (Hugging Face). Not published, chosen here: all else; SUPERB's recipe is superb_sid.py.
+Expected: base and large are not measured here. `speakers`, 28 speakers, 300 updates from a pre-trained body: accuracy
+    0.93 to 0.98 in three seeds, from scratch 0.14 to 0.61 (docs/results.md, "Speaker classification").
 """
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from configs.finetune.sections import CONV_ENCODER, fine_tuning, small_speakers
+from configs.finetune.sections import CONV_ENCODER, check_preset, fine_tuning, small_speakers
 from configs.pretrain import base, large
 
 
@@ -35,8 +36,7 @@ def _full_size(preset: str) -> ConfigDict:
 
 
 def get_config(preset: str = "base") -> ConfigDict:
-    if preset not in ("base", "large", "speakers"):
-        raise ValueError(f"configs/finetune/classification.py:{preset}: no such preset; expected base, large, speakers")
+    check_preset(preset, ("base", "large", "speakers"), __file__)
     config = small_speakers((128, 256, 512)) if preset == "speakers" else _full_size(preset)
     config.task = "classification"
     config.target = ConfigDict({"column": "speaker", "table": placeholder(str), "shown": "crops"})

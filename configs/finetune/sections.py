@@ -1,5 +1,8 @@
 """What the fine-tuning configs share; no config itself."""
 
+from collections.abc import Iterable
+from pathlib import Path
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -36,6 +39,19 @@ def fine_tuning(config: ConfigDict) -> ConfigDict:
         }
     )
     return config
+
+
+def check_preset(preset: str, known: Iterable[str], file: str) -> None:
+    """Whether a config file (`__file__`) has this preset.
+
+    Raises:
+        ValueError: it has not; the message names those that it has.
+
+    """
+    names = list(known)
+    if preset not in names:
+        where = f"configs/finetune/{Path(file).name}:{preset}"
+        raise ValueError(f"{where}: no such preset; expected one of {', '.join(names)}")
 
 
 def without_noise(config: ConfigDict) -> None:

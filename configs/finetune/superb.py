@@ -1,13 +1,13 @@
 """From a task's config to SUPERB's form of it (FACTS D3, s3prl): frozen encoder, a learned average of its layers.
 
-No config itself; superb_asr.py, superb_sid.py, superb_asv.py, superb_ks.py and superb_er.py are. Presets of each: base,
-base_plus, large: the last hidden state of Large enters the average after the final norm, as in s3prl and so in the
-published numbers; large_raw: before it, as in transformers 5 (FACTS E7).
+No config itself; superb_asr.py, superb_sid.py, superb_asv.py, superb_ks.py and superb_er.py use it. Presets of each:
+base, base_plus, large, where the last hidden state of Large enters the average after the final norm, as in s3prl and so
+in the published numbers; large_raw: before the norm, as in transformers 5 (FACTS E7).
 """
 
 from ml_collections import ConfigDict
 
-from configs.finetune.sections import without_noise
+from configs.finetune.sections import check_preset, without_noise
 
 PRESETS = ("base", "base_plus", "large", "large_raw")
 
@@ -46,12 +46,6 @@ def superb(config: ConfigDict, preset: str, *, rows: int, row_seconds: float, up
 
 
 def size(preset: str, file: str) -> str:
-    """The task's own preset for a preset of SUPERB.
-
-    Raises:
-        ValueError: there is no such preset.
-
-    """
-    if preset not in PRESETS:
-        raise ValueError(f"configs/finetune/{file}:{preset}: no such preset; expected one of {', '.join(PRESETS)}")
+    """The preset of the task's own config for a preset of SUPERB; `file` is the config's `__file__`."""
+    check_preset(preset, PRESETS, file)
     return "large" if preset.startswith("large") else "base"

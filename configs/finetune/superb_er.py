@@ -2,8 +2,8 @@
 
 python train.py --config configs/finetune/superb_er.py --workdir runs/er --config.init.path=runs/base \
     --config.target.table=/data/IEMOCAP/emotions.tsv
-The table has a line `utterance id TAB emotion` for each utterance that takes part. Presets: see superb.py. Known from
-    s3prl: head, 4 utterances x 8, 30k updates, rate 1e-4 (tuned per model when published).
+The table has a line `utterance id TAB emotion` for each utterance that takes part. Presets: see superb.py.
+Known from s3prl: head, 4 x 8 utterances per update, 30k updates, rate 1e-4 (tuned per model when published).
 Expected: accuracy 65.9 % (Base), 70.0 % (Large) over five folds, by the authors' README; not measured here.
 """
 
@@ -14,7 +14,7 @@ from configs.finetune.superb import size, superb
 
 
 def get_config(preset: str = "base") -> ConfigDict:
-    config = classification.get_config(size(preset, "superb_er.py"))
+    config = classification.get_config(size(preset, __file__))
     config.data.train = "corpora/iemocap/fold1/train"
     config.data.evaluation = ("corpora/iemocap/fold1/valid", "corpora/iemocap/fold1/test")
     config.data.evaluation_buckets = (256, 512, 1024, 1792)

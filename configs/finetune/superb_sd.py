@@ -1,13 +1,13 @@
-"""SUPERB speaker diarisation: a frozen upstream, an average of its layers, one linear map (LibriMix).
+"""SUPERB speaker diarisation: LibriMix, frozen WavLM, an average of its layers, one linear map, error rate (FACTS D3).
 
 python -m wavlm_jax.data libri2mix/train --out corpora/libri2mix/train --rttm libri2mix/train.rttm
 python train.py --config configs/finetune/superb_sd.py --workdir runs/superb_sd --config.init.path=runs/base
-Known from s3prl's downstream/diarization: chunks of 40 s (2,000 frames), 32 of them an update, 30,000 updates of Adam
-    at 1e-4 (level), clip 1, two speakers in any order.
-Other than there: the head is the linear map of `WavLMForAudioFrameClassification` (as of Hugging Face's wavlm-*-sd
-    models), not an LSTM of 512, so figures are not those of the leaderboard.
-Large: --config.head.layer_sum_states=normed is s3prl's average.
-Chosen here: shorter chunks for shorter recordings, precision.
+Known from s3prl's downstream/diarization: chunks of 40 s (2,000 frames), 32 of them per update, 30,000 updates of Adam
+    at 1e-4 (constant), clip 1, two speakers in any order.
+Differs, so numbers are not SUPERB's: the head is the linear map of `WavLMForAudioFrameClassification` (as in Hugging
+    Face's wavlm-*-sd models), not an LSTM of 512.
+Large: --config.head.layer_sum_states=normed is s3prl's average. Chosen here: shorter chunks for shorter recordings,
+    precision.
 Expected: not measured here.
 """
 
