@@ -2,10 +2,10 @@
 
     python -m bench.long_audio [--model FOLDER --audio FILE] [--seconds S]
 
-Without a model and a file: random weights in the shape of Base with 4 layers, noise with the loudness of speech that
-comes and goes. The deviation of a frame is the distance of the two last layers' outputs over the length of the whole
-file's; the median and the worst frame are printed, and the share of frames whose nearest neighbour among the frames of
-the whole file within a second is still the right one (its "place"), which is what decoding lives on.
+Without a model and a file: random weights in the shape of Base with 4 layers, and noise whose loudness varies as that of
+speech does. The deviation of a frame is the distance between its last hidden states of the cut and of the whole file,
+relative to the length of the latter. Printed are the median and the largest deviation, and the share of frames whose
+nearest neighbour among the frames of the whole file within a second is still the right one, which decoding depends on.
 """
 
 import argparse

@@ -3,7 +3,7 @@
     python -m bench.speaker_baseline --train CORPUS --evaluation CORPUS --trials LIST [LIST ...]
 
 80 log-mel energies of Kaldi's filter bank (25 ms every 10 ms), averaged over the utterance, compared by cosine: as they
-are, and without the mean over the training corpus and divided by its deviation. One JSON line a list.
+are, and without the mean over the training corpus and divided by its deviation. One JSON line per list.
 """
 
 import argparse

@@ -1,9 +1,10 @@
-"""How much of a speaker is in the layers of a model that nobody trained on speakers: equal error rates, layer by layer.
+"""Equal error rate of every layer of a model that was not trained on speakers.
 
     python -m bench.speaker_layers MODEL --evaluation CORPUS --trials LIST
 
-Mean and deviation of every hidden state over the utterance, each feature normed over the utterances of the corpus (no
-speaker is told), compared by cosine; for MODEL, and for random weights of its shape. One JSON line a layer.
+The embedding is the mean and deviation of a hidden state over the utterance, each feature normalised over the
+utterances of the corpus (without knowing their speakers), compared by cosine; for MODEL, and for random weights of its
+shape. One JSON line per layer.
 """
 
 import argparse

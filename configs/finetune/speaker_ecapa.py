@@ -22,7 +22,7 @@ from configs.finetune.sections import CONV_ENCODER, check_preset, fine_tuning, w
 from configs.pretrain import base, large
 
 _BODY = {"body": {"pattern": "^wavlm/", "updates": None}}
-# updates, learning rate, margin, frames of a crop, what stands still
+# updates, learning rate, margin, frames of a crop, what is frozen
 _STAGES = {
     "frozen": (42_600, 1e-3, 0.2, 150, _BODY),
     "joint": (10_600, 2e-5, 0.2, 150, CONV_ENCODER),

@@ -21,9 +21,9 @@ def superb(config: ConfigDict, preset: str, *, rows: int, row_seconds: float, up
     Args:
         config: of the task.
         preset: one of `PRESETS`.
-        rows: utterances of an update.
+        rows: utterances per update.
         row_seconds: mean length of one, or of a crop.
-        updates: in all.
+        updates: number of them.
         rate: s3prl's own default.
 
     """

@@ -85,7 +85,7 @@ def _add_shared(
 
 
 def _writable(text: str) -> Path:
-    """A path whose folder is there: a slip of the pen is found before hours of computing."""
+    """A path whose folder exists: a typing error is found before hours of computing, not after."""
     path = Path(text)
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{path.parent}: no such folder; make it first")

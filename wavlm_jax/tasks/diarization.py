@@ -3,8 +3,8 @@
 In this order: turns as labels; the task and its loss; losses in the best order of speakers; diarisation errors. The
 last two run inside jit and are summed over rows, so they are exact over any number of devices and hosts.
 
-Frame i stands for samples 320 i up to 320 (i + 1), as in every time stamp of this library; whoever speaks at its middle
-speaks in it. So a boundary moves by half a frame at most, and turns that lie on the grid come out as they are.
+Frame i stands for samples 320 i up to 320 (i + 1), as in every time stamp of this library. A speaker speaks in a
+frame if they speak at its middle, so a boundary moves by half a frame at most.
 """
 
 import itertools
