@@ -2,8 +2,8 @@
 
     python -m bench.long_audio [--model FOLDER --audio FILE] [--seconds S]
 
-Without a model and a file: random weights in the shape of Base with 4 layers, and noise whose loudness varies as that of
-speech does. The deviation of a frame is the distance between its last hidden states of the cut and of the whole file,
+Without a model and a file: random weights in the shape of Base with 4 layers, and noise whose loudness varies like that
+of speech. The deviation of a frame is the distance between its last hidden states of the cut and of the whole file,
 relative to the length of the latter. Printed are the median and the largest deviation, and the share of frames whose
 nearest neighbour among the frames of the whole file within a second is still the right one, which decoding depends on.
 """
