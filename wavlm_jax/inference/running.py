@@ -6,7 +6,7 @@ Rows are padded to a few widths and batches to a few numbers of rows, so that a 
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -17,7 +17,7 @@ import numpy as np
 from wavlm_jax.audio.recordings import ChunkSettings, Inputs, Piece, Recording, Samples, cut, normalize, pad
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.model.heads import HEADS
-from wavlm_jax.shapes import SAMPLE_RATE, Geometry, Params, num_frames, samples_for
+from wavlm_jax.shapes import SAMPLE_RATE, Geometry, num_frames, samples_for
 from wavlm_jax.text.vocabulary import VOCABULARY, Vocabulary, parse_vocabulary
 from wavlm_jax.weights import Model, ready
 
@@ -177,7 +177,7 @@ def by_recording(
 
     Args:
         model: of `model_for`.
-        answer: from the model's output to what leaves the device; compiled with it, so a function of a module.
+        answer: from the model's output to what leaves the device; compiled with the model.
         recordings: of any length.
         settings: of pieces and batches.
         framewise: see `run`.
@@ -186,7 +186,7 @@ def by_recording(
         AudioFault: a file that cannot be read to its end.
 
     """
-    compute = partial(_answer, model.module, answer, model.params)
+    compute = jax.jit(lambda inputs: answer(model.module.apply({"params": model.params}, *inputs)))
     by_length = sorted(recordings, key=lambda recording: recording.num_samples)
     parts: list[PieceResult] = []
     for result in run(jobs_of(by_length, model.config, settings), compute, model.config, settings, framewise=framewise):
@@ -195,8 +195,3 @@ def by_recording(
         if piece.keep_to == frames_of(recording, model.config):
             yield recording, parts
             parts = []
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _answer(module: Any, answer: Callable[[Any], Any], params: Params, inputs: Inputs) -> Any:
-    return answer(module.apply({"params": params}, *inputs))
