@@ -27,7 +27,7 @@ from wavlm_jax.config import Compute, WavLMConfig
 from wavlm_jax.data.batches import BatchSettings, describe
 from wavlm_jax.data.corpus import Corpus, DataSettings, open_corpora
 from wavlm_jax.data.loader import CropStream, Host, LoaderSettings, PaddedStream, SpecStream, spec_stream
-from wavlm_jax.loading import fitting_weights, load_weights, shapes_of
+from wavlm_jax.loading import fitting_weights, shapes_of
 from wavlm_jax.model.attention import current_device
 from wavlm_jax.model.attention import describe as describe_attention
 from wavlm_jax.settings import SettingsError, read_sections, refuse_unknown_sections
