@@ -121,7 +121,7 @@ def import_huggingface(folder: Path) -> Weights:
 
 
 def _our_names(found: Mapping[str, StoredTensor], path: Path) -> dict[str, StoredTensor]:
-    """The tensors under the names of our walk: the encoder of a model with a head under `wavlm.`, alone under none."""
+    """The tensors under the names that `places` gives: the encoder's have the prefix `wavlm.` where there is a head."""
     prefix = next((p for p in _PREFIXES if any(name.startswith(p) for name in found)), "")
     if not prefix:
         return dict(found)
@@ -133,7 +133,11 @@ def _our_names(found: Mapping[str, StoredTensor], path: Path) -> dict[str, Store
 
 
 def _kind(names: Tensors, values: Mapping[str, Any], path: Path) -> str | None:
-    """Which class has tensors of these names; config.json's word counts where there are some of a head."""
+    """The class of the model; None: an encoder alone.
+
+    Where the tensors show that there is a head, the class that config.json names is taken, or else the one whose head
+    has tensors of these names.
+    """
     modules = {name.split(".")[0] for name in names}
     if ENCODER not in modules or modules == {ENCODER}:
         return None
@@ -144,7 +148,7 @@ def _kind(names: Tensors, values: Mapping[str, Any], path: Path) -> str | None:
 
 
 def _num_labels(kind: str | None, found: Tensors, path: Path) -> int | None:
-    """Classes, as the weights have them; None for CTC, whose characters are in the config."""
+    """Number of classes, from the shapes of the weights; None for CTC, whose characters are in the config."""
     if kind is None or HEADS[kind].size[0] != "num_labels":
         return None
     name = HEADS[kind].size[1].replace("/", ".")
@@ -213,7 +217,7 @@ def _typed(values: Mapping[str, Any], kind: type, path: Path) -> dict[str, Any]:
 
 
 def _check_counts(config: WavLMConfig, head: HeadConfig | None, num_tensors: int, path: Path) -> None:
-    """Nothing is laid out for more layers than there are tensors."""
+    """Refuses a config with more layers than there are tensors, before any memory is reserved."""
     counts = {"num_hidden_layers": config.num_hidden_layers, "conv_dim": len(config.conv_dim)}
     if head is not None:
         counts |= {"num_adapter_layers": head.num_adapter_layers * head.add_adapter, "tdnn_dim": len(head.tdnn_dim)}
@@ -292,7 +296,7 @@ def huggingface_tensors(weights: Weights) -> dict[str, np.ndarray]:
 
 
 def _check_place(kind: str | None, head: HeadConfig | None, config: WavLMConfig) -> None:
-    """Whether transformers has a class that computes this."""
+    """Refuses a model for which transformers has no class."""
     if kind is None or head is None:
         return
     row = HEADS[kind]

@@ -158,7 +158,7 @@ def _open_shards(index: Path, reader: Callable[[Path], dict[str, StoredTensor]])
 
 
 def is_hub_name(text: str) -> bool:
-    """Whether it can be "organisation/model", or that with "@revision" behind."""
+    """Whether it has the form "organisation/model" or "organisation/model@revision"."""
     return _HUB_NAME.fullmatch(text) is not None
 
 
@@ -169,7 +169,7 @@ def fetch(name: str) -> Path:
         name: "microsoft/wavlm-base-plus", or with a revision, "microsoft/wavlm-base-plus@main".
 
     Raises:
-        ValueError: not in the cache and not to be had; the message says why and what to do.
+        ValueError: neither in the cache nor on the hub; the message says why and what to do.
 
     """
     repository, _, revision = name.partition("@")
@@ -189,7 +189,7 @@ def fetch(name: str) -> Path:
 
 
 def _snapshot(repository: str, revision: str | None, *, local_files_only: bool) -> Path:
-    """The folder with all that is wanted of it.
+    """The folder with its small files and weights.
 
     Raises:
         FileNotFoundError: it has no weights.

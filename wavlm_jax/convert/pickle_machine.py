@@ -25,7 +25,7 @@ _PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
 
 class BoundedReader(BufferedReader):
-    """A file of which only small pieces are read at once: a string or a table that claims more is refused."""
+    """A file that refuses to read much at once: a claimed length costs no memory."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         """As `BufferedReader.read`.
@@ -45,7 +45,7 @@ class BoundedReader(BufferedReader):
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """The name of something importable, and nothing but the name."""
+    """The name of something importable; it is never imported."""
 
     name: str
 

@@ -118,7 +118,7 @@ def to_torch(params: Params, expected: Params | None = None) -> dict[str, np.nda
 
     Args:
         params: of an encoder or of a model with a head; arrays on any device.
-        expected: the tree as shapes, to compare with first; None: `params` are right.
+        expected: the tree as shapes, to compare `params` with first; None: no comparison.
 
     Raises:
         ConversionError: parameters missing, unknown, of another shape or not finite; they are named.
@@ -218,7 +218,7 @@ def read_float32(name: str, tensor: StoredTensor | np.ndarray, path: Path) -> np
 
 
 def rounded(name: str, tensor: np.ndarray, dtype: Precision) -> np.ndarray:
-    """The tensor in a precision, C-contiguous; one that is like that already is given back itself.
+    """The tensor in a precision, C-contiguous; without a copy where it has both already.
 
     Raises:
         ConversionError: numbers that are not finite in it; the tensor is named.
@@ -320,7 +320,7 @@ def old_name(name: str) -> str:
 
 
 def check_layers(num_layers: int, found: Tensors, path: Path) -> None:
-    """Compares the number of Transformer layers, before anything is laid out for as many as a config asks for.
+    """Compares the number of Transformer layers with the config's, before any memory is reserved for so many.
 
     Raises:
         ConversionError: the file has other layers than 0, 1, ... `num_layers - 1`.

@@ -98,7 +98,7 @@ class TorchStorage:
     """Where it lies: known when the whole pickle has been read."""
 
     def locate(self, extent: Extent) -> None:
-        """Says where the storage lies.
+        """Sets `extent`, after comparing it with the claimed size.
 
         Raises:
             HostileFile: there are other than the claimed bytes.
@@ -136,7 +136,7 @@ class TorchStorage:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LazyTensor:
-    """Shape and dtype now, numbers on demand."""
+    """A tensor of a torch file: shape and dtype now, its numbers when they are read."""
 
     storage: TorchStorage
     offset: int
