@@ -1,4 +1,4 @@
-"""Batches of a corpus, from any number on: the data position of a run is its step (DESIGN 4).
+"""Batches of a corpus, from any number on: the data position of a run is its step.
 
 A batch is a function of its number alone, so it does not matter which process makes it, or in what order: `BatchReader`
 takes the planned utterances of a batch (`data.batches`), crops or pads them, and replaces damaged ones. Grain calls it

@@ -20,8 +20,6 @@ from typing import Any, NamedTuple, TypeAlias
 from wavlm_jax.audio.wave import AudioFault, AudioSource
 
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".ogg", ".opus", ".oga", ".aif", ".aiff", ".au", ".sph", ".w64"})
-
-
 COLUMNS = {
     "id": ("id", "utterance_id", "utt_id", "segment_id", "audio_id"),
     "path": ("path", "file_name"),

@@ -135,7 +135,8 @@ def collapse_greedily(logits: Logits, num_frames: Int[Array, "rows"], blank_id: 
     real = place[None, :] < num_frames[:, None]
     best = jnp.where(real, logits.argmax(axis=2), blank_id)
     changes = best[:, 1:] != best[:, :-1]
-    first = real & (best != blank_id) & jnp.concatenate([jnp.ones((rows, 1), bool), changes], axis=1)
+    edge = jnp.ones((rows, 1), bool)
+    first = real & (best != blank_id) & jnp.concatenate([edge, changes], axis=1)
     count = first.sum(axis=1)
     kept = jnp.take_along_axis(best, jnp.argsort(~first, axis=1, stable=True), axis=1)
     return Collapsed(jnp.where(place[None, :] < count[:, None], kept, -1), count)
