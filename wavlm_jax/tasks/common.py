@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from wavlm_jax.config import Compute, HeadConfig, WavLMConfig
-from wavlm_jax.data.augment import AugmentationSettings, augment_for
+from wavlm_jax.data.augment import Augment, AugmentationSettings, augment_for
 from wavlm_jax.data.batches import BatchSettings
 from wavlm_jax.data.corpus import Corpora, Corpus, DataSettings, open_corpora
 from wavlm_jax.data.loader import Annotate, CropStream, Host, LoaderSettings, PaddedStream, spec_stream
@@ -311,7 +311,7 @@ def _initial_params(settings: TaskSettings, parts: Parts, fresh: Params) -> Para
     if init.path is None:
         return fresh
     weights = fitting_weights(init.path, init.step, settings.model, fresh["wavlm"])
-    head = {}
+    head: Params = {}
     if init.head:
         wanted = {name: part for name, part in fresh.items() if name not in ("wavlm", BRANCH)}
         head = _fitting_head(init.path, weights, wanted, parts)
@@ -368,7 +368,7 @@ def _batches(settings: TaskSettings, split: str) -> BatchSettings:
 
 
 def _streams(
-    settings: TaskSettings, parts: Parts, topology: Topology, augment: Any
+    settings: TaskSettings, parts: Parts, topology: Topology, augment: Augment | None
 ) -> Callable[[str], CropStream | PaddedStream]:
     described: set[str] = set()
 
@@ -377,7 +377,7 @@ def _streams(
             raise SettingsError(f"config.train.eval_splits: {name!r} is no folder of config.data.evaluation")
         corpus, chosen, annotate = parts.splits[name]
         train = name == "train"
-        given = {
+        given: dict[str, Any] = {
             "annotate": annotate,
             "chosen": chosen,
             "devices": topology.num_devices,
