@@ -134,9 +134,9 @@ def jax_side(config: Any) -> tuple[Step, dict[str, np.ndarray], Batch, dict[str,
     from pretrain.task import outline
     from wavlm_jax.convert.state_dict import to_torch
     from wavlm_jax.settings import read_sections
-    from wavlm_jax.training.sharding import RULES, WAVLM_AXES, by_rows, make_mesh
-    from wavlm_jax.training.start import RunSettings, lay_out, make_builder
-    from wavlm_jax.training.step import init_key, root_key, shard_state
+    from wavlm_jax.training.sharding import RULES, by_rows, make_mesh
+    from wavlm_jax.training.start import RunSettings, make_builder
+    from wavlm_jax.training.step import init_key
     from wavlm_jax.training.task import Topology
 
     values = json.loads(config.to_json())
@@ -146,16 +146,16 @@ def jax_side(config: Any) -> tuple[Step, dict[str, np.ndarray], Batch, dict[str,
     (spec,) = task.stream("train").specs
     batch, arrays = make_batch(spec, task.loss.predictor.num_clusters)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        layout = lay_out(task, settings, mesh, WAVLM_AXES)
-        traced = make_builder(task, settings, layout, root_key(settings.seed)).update(spec)
+        builder = make_builder(task, settings, mesh)
+        traced = builder.trace("train", spec)
         start = time.perf_counter()
         program = traced.lower().compile()
         compile_s = time.perf_counter() - start
-        places = jax.tree.map(lambda leaf: leaf.sharding, layout.abstract.params)
+        places = jax.tree.map(lambda leaf: leaf.sharding, builder.state.params)
         params = jax.jit(task.init, out_shardings=places)(init_key(settings.seed))
         weights = to_torch(params["wavlm"]) | {f"head.{n}": v for n, v in to_torch(params["head"]).items()}
         loss, model_flops = undisturbed(task.loss, params, batch)
-        state = shard_state(params, layout.optimizer, mesh)
+        state = builder.fresh(params)
     placed = {name: jax.device_put(array, by_rows(mesh)) for name, array in arrays.items()}
 
     def run() -> float:

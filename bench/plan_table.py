@@ -146,19 +146,17 @@ def traced_step(config: dict[str, Any], target: Any, split: str) -> tuple[Any, A
     from pretrain.task import outline
     from wavlm_jax.plan.program import held
     from wavlm_jax.settings import read_sections
-    from wavlm_jax.training.sharding import RULES, WAVLM_AXES, make_mesh, row_shards
-    from wavlm_jax.training.start import RunSettings, lay_out, make_builder
-    from wavlm_jax.training.step import root_key
+    from wavlm_jax.training.sharding import RULES, make_mesh, row_shards
+    from wavlm_jax.training.start import RunSettings, make_builder
     from wavlm_jax.training.task import Topology
 
     settings = read_sections(config, RunSettings)
     mesh = make_mesh(settings.mesh, target.devices)
     task = outline(config, Topology(row_shards(mesh), 0, target.num_processes))
     spec = max(task.stream(split).specs, key=lambda spec: spec.arrays["waveform"].shape[1])
-    key = root_key(settings.seed)
+    builder = make_builder(task, settings, mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        builder = make_builder(task, settings, lay_out(task, settings, mesh, WAVLM_AXES), key)
-        traced = builder.update(spec) if split == "train" else builder.evaluation(spec)
+        traced = builder.trace(split, spec)
     return traced, spec, mesh, held(builder.state)
 
 

@@ -136,6 +136,8 @@ def optim() -> ConfigDict:
     """Adam as fairseq has it (FACTS C6)."""
     return ConfigDict(
         {
+            "name": "adam",  # or one of optax: "adamw", "lion", ... (wavlm_jax/training/optim.py), with `arguments`
+            "arguments": {},
             "learning_rate": 5e-4,
             "schedule": "linear",
             "warmup_steps": 32_000,

@@ -22,9 +22,8 @@ from wavlm_jax.plan.program import Memory, loop_outputs, matrix_flops, program_t
 from wavlm_jax.plan.report import changed, find_cures
 from wavlm_jax.plan.targets import PlanTargetError, open_target
 from wavlm_jax.settings import read_sections
-from wavlm_jax.training.sharding import WAVLM_AXES, make_mesh
-from wavlm_jax.training.start import RunSettings, lay_out, make_builder
-from wavlm_jax.training.step import root_key
+from wavlm_jax.training.sharding import make_mesh
+from wavlm_jax.training.start import RunSettings, make_builder
 from wavlm_jax.training.task import Topology
 
 ROOT = Path(__file__).parents[2]
@@ -40,8 +39,7 @@ def trace(config, split):
     task = outline(values, Topology.of(mesh))
     spec = task.stream(split).specs[-1]
     with jax.set_mesh(mesh):
-        builder = make_builder(task, settings, lay_out(task, settings, mesh, WAVLM_AXES), root_key(0))
-        traced = builder.update(spec) if split == "train" else builder.evaluation(spec)
+        traced = make_builder(task, settings, mesh).trace(split, spec)
     return traced, spec.arrays["labels"].shape
 
 

@@ -169,6 +169,8 @@ def make_settings(
             compilation_cache=None,
         ),
         optim=OptimSettings(
+            name="adam",
+            arguments={},
             learning_rate=1e-2,
             schedule="linear",
             warmup_steps=3,

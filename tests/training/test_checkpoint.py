@@ -21,31 +21,22 @@ from wavlm_jax.training import checkpoint as stored
 from wavlm_jax.training import storage as disk
 from wavlm_jax.training.checkpoint import CheckpointError, Checkpoints, CheckpointSettings, RunRecord
 from wavlm_jax.training.hosts import resident
-from wavlm_jax.training.optim import adam
 from wavlm_jax.training.sharding import MeshSettings, make_mesh
-from wavlm_jax.training.start import Layout, plan_layout
-from wavlm_jax.training.step import TrainState, init_key, shard_state
+from wavlm_jax.training.start import make_builder
+from wavlm_jax.training.step import Builder, TrainState, init_key
 from wavlm_jax.training.storage import Files, Folder, open_storage
 
 RECORD = RunRecord(run_id="abc", config={"optim": {"learning_rate": 1.0}}, fingerprints={"corpus": "1f"})
 
 
-def layout(fsdp: int = 1, task=None) -> Layout:
+def layout(fsdp: int = 1, task=None) -> Builder:
     chosen = make_mesh(MeshSettings.anywhere(data=-1, fsdp=fsdp, tensor=1))
-    return plan_layout(
-        task or toy_task.make_task(),
-        adam(lambda _: 0.1, toy_task.make_settings().optim.adam, {}),
-        chosen,
-        toy_task.TABLE,
-        0,
-        {},
-    )
+    return make_builder(task or toy_task.make_task(), toy_task.make_settings(), chosen, toy_task.TABLE)
 
 
-def state_of(plan: Layout, seed: int = 0):
-    places = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract.params)
-    params = jax.jit(toy_task.init, out_shardings=places)(init_key(seed))
-    return shard_state(params, plan.optimizer, plan.mesh)
+def state_of(plan: Builder, seed: int = 0):
+    places = jax.tree.map(lambda leaf: leaf.sharding, plan.state.params)
+    return plan.fresh(jax.jit(toy_task.init, out_shardings=places)(init_key(seed)))
 
 
 def keeper(workdir: Path, keep_last: int = 3, keep_every: int | None = None) -> Checkpoints:
@@ -54,12 +45,12 @@ def keeper(workdir: Path, keep_last: int = 3, keep_every: int | None = None) -> 
 
 
 @pytest.fixture(scope="module")
-def plan() -> Layout:
+def plan() -> Builder:
     return layout()
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory, plan: Layout) -> Path:
+def two(tmp_path_factory, plan: Builder) -> Path:
     """A workdir with checkpoints of steps 1 and 2, of different parameters."""
     workdir = tmp_path_factory.mktemp("run")
     checkpoints = keeper(workdir)
@@ -81,19 +72,19 @@ def same(one, other) -> bool:
 
 
 @pytest.mark.parametrize("fsdp", [1, 8])
-def test_restores_the_same_bits_on_another_mesh(two: Path, plan: Layout, fsdp: int) -> None:
+def test_restores_the_same_bits_on_another_mesh(two: Path, plan: Builder, fsdp: int) -> None:
     checkpoints = keeper(two)
     found = checkpoints.latest()
     assert (found.step, found.run_id, found.elapsed) == (2, "abc", 1.5)
     assert found.config == RECORD.config
     assert found.versions["jax"] == jax.__version__
     target = layout(fsdp)
-    state = checkpoints.restore(found, target.abstract)
+    state = checkpoints.restore(found, target.state)
     assert same(state, state_of(plan, 2))
-    assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, target.abstract)
+    assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, target.state)
 
 
-def test_parameters_load_on_the_host(two: Path, plan: Layout) -> None:
+def test_parameters_load_on_the_host(two: Path, plan: Builder) -> None:
     config, params = stored.load_params(two)
     assert config == RECORD.config
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params))
@@ -103,7 +94,7 @@ def test_parameters_load_on_the_host(two: Path, plan: Layout) -> None:
         stored.load_params(two, 7)
 
 
-def test_the_state_may_be_overwritten_as_soon_as_save_returns(tmp_path: Path, plan: Layout) -> None:
+def test_the_state_may_be_overwritten_as_soon_as_save_returns(tmp_path: Path, plan: Builder) -> None:
     checkpoints = keeper(tmp_path)
     clobber = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 + 7, tree), donate_argnums=0)
     for step in range(1, 4):
@@ -115,7 +106,7 @@ def test_the_state_may_be_overwritten_as_soon_as_save_returns(tmp_path: Path, pl
         assert same(stored.load_params(tmp_path, step)[1], state_of(plan, step).params)
 
 
-def test_retention(tmp_path: Path, plan: Layout) -> None:
+def test_retention(tmp_path: Path, plan: Builder) -> None:
     checkpoints = keeper(tmp_path, keep_last=2, keep_every=4)
     for step in range(1, 8):
         checkpoints.save(state_of(plan), step, RECORD, 0.0)
@@ -178,7 +169,7 @@ def test_with_no_valid_checkpoint_it_stops_and_never_starts_over(workdir: Path) 
         stored.load_params(workdir)
 
 
-def test_a_refused_step_is_written_again_and_does_not_push_good_ones_out(workdir: Path, plan: Layout) -> None:
+def test_a_refused_step_is_written_again_and_does_not_push_good_ones_out(workdir: Path, plan: Builder) -> None:
     (workdir / "checkpoints" / "2" / "commit_success.txt").unlink()
     checkpoints = keeper(workdir, keep_last=2)
     assert checkpoints.latest().step == 1
@@ -245,10 +236,10 @@ def test_another_architecture_is_refused_with_the_difference(two: Path, monkeypa
     monkeypatch.setattr(toy_task, "TABLE", (*toy_task.TABLE, (r"front/kernel2", (None, "embed"))))
     checkpoints = keeper(two)
     with pytest.raises(CheckpointError, match=f"(?s)is not a checkpoint of this config.*{message}"):
-        checkpoints.restore(checkpoints.latest(), layout(task=_changed_task(change)).abstract)
+        checkpoints.restore(checkpoints.latest(), layout(task=_changed_task(change)).state)
 
 
-def test_a_failed_save_is_reported_once_and_leaves_the_others(workdir: Path, plan: Layout, monkeypatch) -> None:
+def test_a_failed_save_is_reported_once_and_leaves_the_others(workdir: Path, plan: Builder, monkeypatch) -> None:
     checkpoints = keeper(workdir)
 
     def fail(_: Files) -> None:
@@ -269,7 +260,7 @@ def test_a_failed_save_is_reported_once_and_leaves_the_others(workdir: Path, pla
 # Orbax leaves coroutines of its aborted writers to the garbage collector, which complains about them.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("limit", [0, 64, 300, 600])
-def test_a_file_size_limit_in_the_middle_of_a_save_is_survived(workdir: Path, plan: Layout, limit: int) -> None:
+def test_a_file_size_limit_in_the_middle_of_a_save_is_survived(workdir: Path, plan: Builder, limit: int) -> None:
     """The real thing: the kernel refuses bytes, whoever writes them."""
     import signal
 

@@ -9,36 +9,44 @@ import numpy as np
 import optax
 import pytest
 import torch
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh
 
 from tests.support import toy_task
 from wavlm_jax.settings import SettingsError, read
-from wavlm_jax.training import checkpoint as stored
-from wavlm_jax.training import loop
-from wavlm_jax.training import step as compilation
+from wavlm_jax.training import checkpoint, loop
 from wavlm_jax.training.optim import (
     AdamSettings,
     Freeze,
-    adam,
-    check_rules,
+    Optimizer,
+    check_freeze,
     clip,
-    hold_for_ever,
-    joined,
-    without_frozen,
+    first_thaws,
+    make_optimizer,
+    stop_gradients,
+    zero_frozen,
 )
 from wavlm_jax.training.sharding import MESH_AXES
+from wavlm_jax.training.step import init_key, use_cache
 from wavlm_jax.training.workdir import Workdir
 
 TORCHS = AdamSettings(b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.01, eps_added_to="corrected", no_decay=None)
+
+
+def optimizer_of(rules: dict[str, Freeze]) -> Optimizer:
+    changes = {"schedule": "constant", "warmup_steps": 0, "learning_rate": 1e-2, "freeze": rules, "adam": TORCHS}
+    return make_optimizer(dataclasses.replace(toy_task.make_settings().optim, **changes), 12)
+
+
 NAMES = ("body/kernel", "body/bias", "head/kernel")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _compile_once(tmp_path_factory):
-    compilation.use_cache(tmp_path_factory.mktemp("programs"))
+    use_cache(tmp_path_factory.mktemp("programs"))
     yield
     jax.config.update("jax_compilation_cache_dir", None)
-    compilation.compilation_cache.reset_cache()
+    compilation_cache.reset_cache()
 
 
 @pytest.mark.parametrize("until", [0, 3, None])
@@ -47,7 +55,7 @@ def test_training_is_that_of_torch_where_the_body_has_no_gradient_at_first(until
     start = {"body": np.linspace(-1, 1, 5, dtype=np.float32), "head": np.linspace(2, 1, 4, dtype=np.float32)}
     weights = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in start.items()}
     reference = torch.optim.AdamW(weights.values(), lr=1e-2, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01)
-    optimizer = adam(lambda _: 1e-2, TORCHS, rules)
+    optimizer, thaws = optimizer_of(rules), jax.tree.map(jnp.int32, first_thaws(rules))
     params = {name: {"w": jnp.asarray(value)} for name, value in start.items()}
     state = optimizer.init(params)
     random = np.random.default_rng(0)
@@ -58,23 +66,28 @@ def test_training_is_that_of_torch_where_the_body_has_no_gradient_at_first(until
             weight.grad = torch.tensor(grads[name]) if name in moving else None
         norm = torch.nn.utils.clip_grad_norm_([weights[name] for name in moving], 1.0)
         reference.step()
-        ours = without_frozen({n: {"w": jnp.asarray(g)} for n, g in grads.items()}, rules, state.thaws, state.updates)
+        done = jnp.int32(step)
+        ours = zero_frozen({n: {"w": jnp.asarray(g)} for n, g in grads.items()}, rules, thaws, done)
         np.testing.assert_allclose(optax.tree.norm(ours), norm, rtol=1e-6)
-        updates, state = optimizer.update(clip(ours, optax.tree.norm(ours), 1.0), state, params)
+        updates, state = optimizer.update(clip(ours, optax.tree.norm(ours), 1.0), state, params, done, thaws)
         params = optax.apply_updates(params, updates)
         for name, weight in weights.items():
             np.testing.assert_allclose(params[name]["w"], weight.detach().numpy(), atol=2e-6)
         if "body" not in moving:
             assert np.asarray(params["body"]["w"]).tobytes() == start["body"].tobytes()
-            assert not np.asarray(state.mu["body"]["w"]).any()
+            assert not np.asarray(state["mu"]["body"]["w"]).any()
 
 
 def test_a_frozen_negative_zero_keeps_its_sign() -> None:
     rules = {"w": Freeze(pattern="w", updates=9), "never": Freeze(pattern="v", updates=None)}
     params = {"w": jnp.full(2, -0.0), "v": jnp.full(2, -0.0), "u": jnp.ones(2)}
-    optimizer = adam(lambda _: 1e-2, TORCHS, rules)
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    moved = jax.jit(lambda: optax.apply_updates(params, optimizer.update(zeros, optimizer.init(params), params)[0]))()
+    optimizer, zeros = optimizer_of(rules), jax.tree.map(jnp.zeros_like, params)
+
+    def update():
+        changes, _ = optimizer.update(zeros, optimizer.init(params), params, jnp.int32(0), {"w": jnp.int32(9)})
+        return optax.apply_updates(params, changes)
+
+    moved = jax.jit(update)()
     assert np.signbit(moved["w"]).all()
     assert np.signbit(moved["v"]).all()
 
@@ -84,7 +97,7 @@ def test_nothing_is_differentiated_for_what_never_moves() -> None:
 
     def gradient_program(rules):
         def loss(params):
-            held = hold_for_ever(params, rules)
+            held = stop_gradients(params, rules)
             return jnp.sum(jnp.tanh(held["body"]) * held["head"])
 
         return [equation.primitive.name for equation in jax.make_jaxpr(jax.grad(loss))(params).eqns]
@@ -101,7 +114,7 @@ def run(workdir: Path, rules: dict[str, Freeze], num_steps: int, task=None, tabl
     settings = dataclasses.replace(settings, optim=optim, train=train)
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     loop.run(task or toy_task.make_task(), settings, mesh, Workdir.at(workdir), config={}, table=table)
-    return {step: stored.load_params(workdir, step)[1] for step in stored.steps(workdir)}
+    return {step: checkpoint.load_params(workdir, step)[1] for step in checkpoint.steps(workdir)}
 
 
 RULES = {"front": Freeze(pattern="^front/", updates=6), "down": Freeze(pattern="layers/down", updates=None)}
@@ -109,8 +122,6 @@ RULES = {"front": Freeze(pattern="^front/", updates=6), "down": Freeze(pattern="
 
 @pytest.fixture(scope="module")
 def start() -> dict:
-    from wavlm_jax.training.step import init_key
-
     return jax.device_get(jax.jit(toy_task.init)(init_key(3)))
 
 
@@ -145,13 +156,14 @@ def test_the_body_waits_for_a_fresh_head_only(tmp_path, start, given) -> None:
 
 
 def test_entries_that_mean_nothing_are_refused() -> None:
-    check_rules({"a": Freeze(pattern="bias$", updates=None)}, NAMES)
+    check_freeze({"a": Freeze(pattern="bias$", updates=None)}, NAMES)
     with pytest.raises(ValueError, match=r"optim\.freeze\.a: no parameter's path contains 'embed'.*body/kernel"):
-        check_rules({"a": Freeze(pattern="embed", updates=1)}, NAMES)
+        check_freeze({"a": Freeze(pattern="embed", updates=1)}, NAMES)
     with pytest.raises(ValueError, match="nothing is left to train"):
-        check_rules({"a": Freeze(pattern="body", updates=None), "b": Freeze(pattern="head", updates=None)}, NAMES)
+        check_freeze({"a": Freeze(pattern="body", updates=None), "b": Freeze(pattern="head", updates=None)}, NAMES)
+    settings = dataclasses.replace(toy_task.make_settings().optim, freeze={"a": Freeze(pattern="x", updates=1)})
     with pytest.raises(ValueError, match=r"optim\.freeze\.a: the task has an entry of this name"):
-        joined({"a": Freeze(pattern="x", updates=1)}, {"a": Freeze(pattern="y", updates=1)})
+        make_optimizer(settings, 12, {"a": Freeze(pattern="y", updates=1)})
     with pytest.raises(SettingsError, match=r"config\.optim\.freeze: updates: found -1"):
         read({"pattern": "x", "updates": -1}, Freeze, "optim.freeze")
     with pytest.raises(SettingsError, match="no regular expression"):

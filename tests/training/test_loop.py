@@ -8,14 +8,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from tests.support import toy_task
 from wavlm_jax.training import checkpoint, loop
-from wavlm_jax.training import checkpoint as stored
-from wavlm_jax.training import step as compilation
 from wavlm_jax.training.checkpoint import CheckpointError
 from wavlm_jax.training.sharding import make_mesh
 from wavlm_jax.training.start import config_changes
+from wavlm_jax.training.step import use_cache
 from wavlm_jax.training.watchdog import Outcome, Status
 from wavlm_jax.training.workdir import Workdir
 
@@ -38,16 +38,16 @@ def lines(workdir: Path, name: str = "metrics.jsonl") -> list[dict]:
 
 
 def params_digest(workdir: Path) -> str:
-    return toy_task.digest(stored.load_params(workdir)[1])
+    return toy_task.digest(checkpoint.load_params(workdir)[1])
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _compile_once(tmp_path_factory):
     """The programs of these runs are the same ones: each is compiled by the first test that needs it."""
-    compilation.use_cache(tmp_path_factory.mktemp("programs"))
+    use_cache(tmp_path_factory.mktemp("programs"))
     yield
     jax.config.update("jax_compilation_cache_dir", None)
-    compilation.compilation_cache.reset_cache()
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_it_learns_and_logs_every_step_once(oracle: Path) -> None:
     assert train[1]["learning_rate"] == pytest.approx(0.01 / 3)
     evaluations = [line["loss"] for line in found if line["kind"] == "eval/valid"]
     assert evaluations[-1] < evaluations[0]
-    assert stored.steps(oracle) == [8, 12]
+    assert checkpoint.steps(oracle) == [8, 12]
     assert "592 parameters" in (oracle / "parameters.txt").read_text()
 
 
@@ -101,7 +101,7 @@ def test_a_request_to_stop_saves_at_the_boundary_and_the_next_call_goes_on_to_th
         patch.setattr(loop._Session, "update", update)
         outcome = run(tmp_path)
     assert (outcome.status, outcome.step, int(outcome.status)) == (Status.PREEMPTED, stop, 75)
-    assert stored.steps(tmp_path)[-1] == stop
+    assert checkpoint.steps(tmp_path)[-1] == stop
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert run(tmp_path).status is Status.FINISHED
     assert params_digest(tmp_path) == params_digest(oracle)
@@ -115,7 +115,7 @@ def test_a_stop_between_checkpoint_and_evaluation_loses_no_evaluation(tmp_path: 
         patch.setattr(loop._Session, "evaluate", lambda _: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(tmp_path, every=5)
-    assert stored.steps(tmp_path) == [5]
+    assert checkpoint.steps(tmp_path) == [5]
     run(tmp_path, every=5)
     assert [line["step"] for line in lines(tmp_path) if line["kind"] == "eval/valid"] == [5, 10, 12]
 
@@ -129,7 +129,7 @@ def test_a_stop_in_an_evaluation_stops_at_once_and_evaluates_after_the_resume(or
     train, valid = toy_task.Stream(16), Signalling(16, 1, 3)
     outcome = run(tmp_path, toy_task.make_task(stream={"train": train, "valid": valid}.__getitem__))
     assert (outcome.status, outcome.step) == (Status.PREEMPTED, 5)
-    assert stored.steps(tmp_path) == [4, 5]
+    assert checkpoint.steps(tmp_path) == [4, 5]
     run(tmp_path)
     assert [line["step"] for line in lines(tmp_path) if line["kind"] == "eval/valid"] == [5, 10, 12]
     assert params_digest(tmp_path) == params_digest(oracle)
@@ -152,7 +152,7 @@ def test_one_bad_step_is_skipped_and_its_rows_are_named(tmp_path: Path) -> None:
     train = [line for line in lines(tmp_path) if line["kind"] == "train"]
     assert [line["skipped"] for line in train] == [0] * 4 + [1] * 8
     assert "loss" not in train[4]
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(stored.load_params(tmp_path)[1]))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(checkpoint.load_params(tmp_path)[1]))
 
 
 def test_several_bad_steps_in_a_row_stop_the_run_with_the_last_good_state(tmp_path: Path) -> None:
@@ -161,14 +161,14 @@ def test_several_bad_steps_in_a_row_stop_the_run_with_the_last_good_state(tmp_pa
     assert (outcome.status, int(outcome.status)) == (Status.DIVERGED, 76)
     assert outcome.step in (8, 9)  # three bad steps, and the one that was under way
     assert [line["step"] for line in lines(tmp_path, "nonfinite.jsonl")][:3] == [6, 7, 8]
-    params = stored.load_params(tmp_path)[1]
+    params = checkpoint.load_params(tmp_path)[1]
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
-    found = stored.newest_valid(tmp_path)[0]
+    found = checkpoint.newest_valid(tmp_path)[0]
     assert found.step == outcome.step
     again = run(tmp_path, task, every=12)
     assert again.status is Status.DIVERGED
     assert outcome.step < again.step <= outcome.step + 2
-    assert toy_task.digest(stored.load_params(tmp_path)[1]) == toy_task.digest(params)
+    assert toy_task.digest(checkpoint.load_params(tmp_path)[1]) == toy_task.digest(params)
 
 
 def test_start_order_own_checkpoint_then_given_parameters_then_scratch(tmp_path: Path, capsys) -> None:
@@ -213,7 +213,7 @@ def test_a_failed_save_on_the_way_costs_that_checkpoint_only(oracle: Path, tmp_p
 
     monkeypatch.setattr(checkpoint, "describe_files", fail_at_8)
     assert run(tmp_path).status is Status.FINISHED
-    assert stored.steps(tmp_path) == [4, 12]
+    assert checkpoint.steps(tmp_path) == [4, 12]
     assert "warning: checkpoint 8 was not written" in capsys.readouterr().out
     assert params_digest(tmp_path) == params_digest(oracle)
 
@@ -236,7 +236,7 @@ def test_the_second_start_finds_its_programs(tmp_path: Path, monkeypatch, capsys
     assert "(0 of them found in the cache)" in capsys.readouterr().out
     run(tmp_path)
     assert "4 programs in" in capsys.readouterr().out
-    compilation.use_cache(Path(before))
+    use_cache(Path(before))
 
 
 def test_a_workdir_that_cannot_be_written_stops_before_anything_else(tmp_path: Path) -> None:

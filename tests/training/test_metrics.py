@@ -22,7 +22,7 @@ from wavlm_jax.training.metric_writers import (
     Totals,
     WandbSettings,
     for_json,
-    open_writers,
+    open_metrics,
 )
 from wavlm_jax.training.step import Report
 from wavlm_jax.training.task import LossSums
@@ -163,7 +163,7 @@ def settings(**changes) -> MetricsSettings:
 
 
 def open_all(workdir: Path, **changes) -> Metrics:
-    return Metrics(open_writers(settings(**changes), workdir, resume=0, num_steps=10, run_id="ab", config={"seed": 0}))
+    return open_metrics(settings(**changes), workdir, resume=0, num_steps=10, run_id="ab", config={"seed": 0})
 
 
 def test_a_tracker_that_is_not_installed_is_reported_and_left_out(tmp_path: Path, capsys, monkeypatch) -> None:
@@ -179,11 +179,9 @@ def test_a_tracker_that_is_not_installed_is_reported_and_left_out(tmp_path: Path
 def test_a_run_at_wandb_has_a_project(tmp_path: Path) -> None:
     """Without one, as the configs are, nothing is opened there; other settings without one are a mistake."""
     nothing = dict.fromkeys(("project", "entity", "name", "group", "mode"))
-    writers = open_writers(
-        settings(wandb=WandbSettings(**nothing)), tmp_path, resume=0, num_steps=1, run_id="ab", config={}
-    )
-    Metrics(writers).close()
-    assert list(writers) == ["metrics.jsonl"]
+    metrics = open_all(tmp_path, wandb=WandbSettings(**nothing))
+    metrics.close()
+    assert list(metrics._writers) == ["metrics.jsonl"]
     with pytest.raises(ValueError, match=r"project: found None beside \{'group': 'g'\}"):
         WandbSettings(**(nothing | {"group": "g"}))
 

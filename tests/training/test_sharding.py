@@ -11,7 +11,7 @@ from tests.support import toy_task
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.model.wavlm import WavLM
 from wavlm_jax.training import sharding
-from wavlm_jax.training.optim import adam
+from wavlm_jax.training.optim import make_optimizer
 from wavlm_jax.training.sharding import ENCODER_AXES, WAVLM_AXES, AxesTable, MeshSettings, make_mesh, path_name
 from wavlm_jax.training.step import abstract_state, init_key
 from wavlm_jax.training.task import Topology
@@ -93,13 +93,15 @@ def test_shards_thinner_than_a_tile_are_said_to_be() -> None:
 def test_optimizer_state_follows_its_parameter() -> None:
     params = jax.eval_shape(toy_task.init, init_key(0))
     shardings = sharding.parameter_shardings(params, toy_task.TABLE, mesh(fsdp=2, tensor=2))
-    optimizer = adam(lambda _: 0.1, toy_task.make_settings().optim.adam, {})
+    optimizer = make_optimizer(toy_task.make_settings().optim, 12)
     state = abstract_state(params, optimizer, shardings, mesh(fsdp=2, tensor=2))
     assert state.params["layers"]["up"].sharding.spec == PartitionSpec(None, "fsdp", "tensor")
-    for moments in (state.opt_state.mu, state.opt_state.nu):
+    for moments in (state.opt_state["mu"], state.opt_state["nu"]):
         assert jax.tree.map(lambda x: x.sharding, moments) == jax.tree.map(lambda x: x.sharding, state.params)
     with pytest.raises(ValueError, match="follows no parameter and is no scalar"):
-        sharding.tree_shardings({"stray": jnp.zeros(3)}, shardings, mesh())
+        sharding.state_shardings({"stray": jnp.zeros(3)}, params, shardings, mesh())
+    factored = sharding.state_shardings({"row": {"head": jnp.zeros(8)}}, params, shardings, mesh())
+    assert factored["row"]["head"].spec == PartitionSpec()
 
 
 def test_the_rules_move_activations_too() -> None:

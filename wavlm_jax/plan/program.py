@@ -30,8 +30,7 @@ from wavlm_jax.plan.cost import Collective, Module, collectives, memory_traffic
 from wavlm_jax.plan.targets import GIB, Target
 from wavlm_jax.settings import read_sections
 from wavlm_jax.training.sharding import RULES, WAVLM_AXES, AxesTable, make_mesh, row_shards
-from wavlm_jax.training.start import RunSettings, lay_out, make_builder
-from wavlm_jax.training.step import root_key
+from wavlm_jax.training.start import RunSettings, make_builder
 from wavlm_jax.training.task import BatchSpec, LabelStep, Task, Topology
 
 
@@ -368,17 +367,16 @@ def plan_run(
     settings = read_sections(dict(config), RunSettings)
     mesh = make_mesh(settings.mesh, target.devices)
     task = outline(config, Topology(row_shards(mesh), 0, target.num_processes))
-    key = root_key(settings.seed)  # here: on devices that are not there programs can be traced, and nothing computed
+    builder = make_builder(task, settings, mesh, table)
     programs: dict[str, Counted | Memory] = {}
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        builder = make_builder(task, settings, lay_out(task, settings, mesh, table), key)
         for split in ("train", *settings.train.eval_splits) if splits is None else splits:
-            trace = builder.update if split == "train" else builder.evaluation
             for spec in _chosen(task.stream(split).specs, every_bucket):
                 name = f"{split} {spec.name}"
                 on_program(name)
+                traced = builder.trace(split, spec)
                 programs[name] = count(
-                    name, trace(spec), target, mesh, audio_seconds=spec.seconds, microbatches=spec.microbatches
+                    name, traced, target, mesh, audio_seconds=spec.seconds, microbatches=spec.microbatches
                 )
     if label_step is not None:
         on_program("labels")

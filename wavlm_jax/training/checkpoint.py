@@ -272,8 +272,16 @@ def versions() -> dict[str, str]:
 
 def _items(state: TrainState) -> dict[str, Any]:
     """What Orbax stores apart from each other, so that parameters can be read alone."""
-    train = {"step": state.step, "opt_state": state.opt_state}
-    return {"params": state.params, "train": train | {"skipped": state.skipped, "in_a_row": state.skipped_in_a_row}}
+    opt_state = {**state.opt_state, "updates": state.updates, "thaws": state.thaws}
+    train = {"step": state.step, "skipped": state.skipped, "in_a_row": state.skipped_in_a_row, "opt_state": opt_state}
+    return {"params": state.params, "train": train}
+
+
+def _state(items: dict[str, Any]) -> TrainState:
+    """The inverse of `_items`."""
+    train, opt_state = items["train"], dict(items["train"]["opt_state"])
+    updates, thaws = opt_state.pop("updates"), opt_state.pop("thaws")
+    return TrainState(train["step"], items["params"], opt_state, updates, thaws, train["skipped"], train["in_a_row"])
 
 
 class Checkpoints:
@@ -344,9 +352,7 @@ class Checkpoints:
                 f"{self.place}/{manifest.step}: is not a checkpoint of this config:\n  {text}\n"
                 f"Use the config that it was written with, or another workdir."
             )
-        loaded = orbax.load_checkpointables(self.storage.checkpoint(manifest.step).place, items)
-        train = loaded["train"]
-        return TrainState(train["step"], loaded["params"], train["opt_state"], train["skipped"], train["in_a_row"])
+        return _state(orbax.load_checkpointables(self.storage.checkpoint(manifest.step).place, items))
 
     def save(self, state: TrainState, step: int, record: RunRecord, elapsed: float) -> None:
         """Starts writing `state`; when this returns, the state may be donated. Waits for the save before it."""

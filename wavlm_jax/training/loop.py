@@ -1,4 +1,7 @@
-"""The loop: what happens in which order. What happens is in the other modules of this package."""
+"""The training loop: what happens in which order.
+
+One step is `train.py` -> `run`, `_Session.update` (here) -> `step.train_step`, which `step.Builder` compiles.
+"""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -12,35 +15,17 @@ from jax.sharding import Mesh
 
 from wavlm_jax.training.checkpoint import CheckpointError, Checkpoints
 from wavlm_jax.training.hosts import Preemption, listening, meet
-from wavlm_jax.training.metric_writers import Clock, Interval, Jsonl, Metrics, Totals, say
+from wavlm_jax.training.metric_writers import Clock, Interval, Jsonl, Metrics, Totals, open_metrics, say
 from wavlm_jax.training.sharding import RULES, WAVLM_AXES, AxesTable, describe, place
-from wavlm_jax.training.start import (
-    Layout,
-    RunSettings,
-    Start,
-    begin,
-    lay_out,
-    make_builder,
-    open_metrics,
-    open_nonfinite,
-    summarize,
-)
-from wavlm_jax.training.step import (
-    Programs,
-    Report,
-    compile_programs,
-    num_compilations,
-    out_of_memory_explained,
-    root_key,
-    use_cache,
-)
+from wavlm_jax.training.start import RunSettings, Start, begin, make_builder, summarize
+from wavlm_jax.training.step import Programs, Report, num_compilations, out_of_memory_explained, use_cache
 from wavlm_jax.training.task import BatchSpec, BatchStream, Score, Task
 from wavlm_jax.training.watchdog import Outcome, Status, Watchdog
 from wavlm_jax.training.workdir import Workdir
 
 
 class _Dispatched(NamedTuple):
-    """A step that the devices are working on."""
+    """A step that was dispatched, and whose report has not been read."""
 
     step: int
     spec: BatchSpec
@@ -50,7 +35,7 @@ class _Dispatched(NamedTuple):
 
 @dataclass
 class _Session:
-    """One process's part in one session of a run."""
+    """One process's part of a run, from one start to the next stop."""
 
     settings: RunSettings
     mesh: Mesh
@@ -91,16 +76,16 @@ class _Session:
         return Outcome(Status.FINISHED, self.step, self.evaluation)
 
     def update(self, spec: BatchSpec, batch: dict[str, jax.Array], ids: np.ndarray) -> None:
-        """Hands one step to the devices, and while they work reads what the step before it said."""
+        """Dispatches one step, and while the devices work reads the report of the step before."""
         before = self.dispatched
         with jax.transfer_guard("disallow"), out_of_memory_explained(f"batch {spec.name}"):
-            self.state, report = self.programs.train[spec.name](self.state, batch)
+            self.state, report = self.programs.executables["train"][spec.name](self.state, batch)
         self.step += 1
         self.dispatched = _Dispatched(self.step, spec, ids, report)
         self.settle(before)
 
     def settle(self, done: _Dispatched | None) -> None:
-        """Takes in the report of a dispatched step; waits for it if it is still running."""
+        """Reads the report of a dispatched step; waits for the step if it is still running."""
         if done is None:
             return
         with out_of_memory_explained(f"batch {done.spec.name}"):
@@ -116,13 +101,13 @@ class _Session:
             self.interval = Interval()
 
     def settle_last(self) -> None:
-        """Waits for the devices, so that log and state are of the same step."""
+        """Waits for the last dispatched step, so that log and state are of the same step."""
         with self.clock.bucket("step"):
             self.settle(self.dispatched)
             self.dispatched = None
 
     def note_nonfinite(self, done: _Dispatched, report: Report) -> None:
-        """Which utterances were in the batch, so that the step can be looked into: seed and step say the rest."""
+        """Notes which utterances were in the batch: with seed and step this is enough to repeat the step."""
         name = self.streams["train"].name
         values = {
             "seed": self.settings.seed,
@@ -135,7 +120,7 @@ class _Session:
         say(f"warning: step {done.step} is not finite and was skipped; its rows are in nonfinite.jsonl")
 
     def boundary(self) -> Status | None:
-        """Between two steps: the reasons to save, to evaluate, to stop."""
+        """Between two steps: stops, saves and evaluates where there is a reason. Returns a status to stop with."""
         if complaint := self.checkpoints.poll():
             say(f"warning: {complaint}")
         stop = Status.DIVERGED if self.diverged else None
@@ -159,13 +144,13 @@ class _Session:
         return None
 
     def evaluation_due(self) -> bool:
-        """Every so many steps, and at the end."""
+        """Whether this step is followed by an evaluation."""
         return self.step % self.settings.train.eval_every == 0 or self.step == self.settings.train.num_steps
 
     def evaluate(self) -> bool:
         """Every split once, every utterance once; the sums of a batch are read while the next one is computed.
 
-        False where a signal came in between: then nothing is logged, and the step's evaluation is still to be done.
+        Returns False if a signal interrupted it: then nothing is logged, and the next session repeats it.
         """
         for split in self.settings.train.eval_splits:
             totals, before = Totals(), None
@@ -175,7 +160,7 @@ class _Session:
                         return False
                     with self.clock.bucket("eval"):  # one batch, as far as the watchdog is concerned
                         batch = place(arrays, spec.arrays, self.mesh, spec.name)
-                    sums = self.programs.evaluate[split][spec.name](self.state.params, batch)
+                    sums = self.programs.executables[split][spec.name](self.state.params, batch)
                     if before is not None:
                         totals.add(jax.device_get(before))
                     before = sums
@@ -194,7 +179,12 @@ class _Session:
             self.saved = self.step
 
     def save_surely(self) -> None:
-        """A checkpoint of this step, finished. A failure is tried once more and is then the end."""
+        """Writes a checkpoint of this step and waits for it; tries twice.
+
+        Raises:
+            CheckpointError: both failed.
+
+        """
         self.save()
         with self.clock.bucket("save"):
             complaint = self.checkpoints.wait()
@@ -233,58 +223,59 @@ def run(
         OutOfMemory: the devices are too small.
 
     """
-    # The order of things.
-    # 1. Abstract: shapes, strict sharding table. Nothing is allocated before this holds.
-    # 2. The workdir takes a checkpoint's bytes, really; leftovers of a killed save go.
-    # 3. The state: own checkpoint, else init from the config, else scratch (`start.begin`).
-    # 4. Every shape of every stream is compiled; from here on a compilation is a fault.
-    # 5. A step: next batch, dispatch, then the report of the step before. The devices never wait for the host.
-    # 6. Between steps: failed saves are reported; stop (save first); save; evaluate.
-    # 7. The end: last checkpoint on disk, writers closed, whatever happened.
+    # Invariants.
+    # 1. Shapes and shardings are checked before any memory is allocated, and the workdir is filled with a checkpoint's
+    #    bytes before anything is computed.
+    # 2. Every shape of every stream is compiled before the first step; a compilation after that is counted as a fault.
+    # 3. A step is dispatched before the report of the step before is read, so that the devices never wait for the host.
+    # 4. State, log and data position agree wherever a checkpoint or an evaluation is made (`settle_last`), so that a
+    #    resumed run gives the same bits.
+    # 5. A stop saves first. Whatever ends the run, saves are finished and writers closed.
     clock = Clock()
     with ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(nn.logical_axis_rules(RULES))
         preemption = stack.enter_context(listening())
         with clock.bucket("init"):
-            layout = lay_out(task, settings, mesh, table)
-            _prepare(settings, layout, workdir)
+            builder = make_builder(task, settings, mesh, table)
+            workdir.claim(builder.state.num_bytes)
+            if settings.train.compilation_cache is not None:
+                use_cache(workdir.within(settings.train.compilation_cache))
             checkpoints = Checkpoints(workdir.storage, settings.checkpoint, say, workdir.publish)
             stack.callback(checkpoints.close)
-            start = begin(task, layout, checkpoints, seed=settings.seed, config=config)
+            start = begin(builder, checkpoints, seed=settings.seed, config=config)
             streams = {split: task.stream(split) for split in ("train", *settings.train.eval_splits)}
-            _introduce(task, layout, start, workdir)
+            if jax.process_index() == 0:
+                say(summarize(builder, start, workdir.place))
+                table_of_parameters = describe(builder.state.params, builder.shardings)
+                (workdir.folder / "parameters.txt").write_text(table_of_parameters + "\n")
         with clock.bucket("compile"):
-            programs = _compile(task, settings, layout, streams)
+            programs = builder.compile({split: stream.specs for split, stream in streams.items()})
+            if jax.process_index() == 0:
+                say(f"compiled {programs.describe()}")
             meet("programs compiled")  # gloo waits 30 s for the first collective of the slowest host, and says less
         with clock.bucket("init"):
-            metrics = open_metrics(settings.metrics, workdir.folder, start, settings.train.num_steps)
+            metrics, nonfinite = _open_logs(settings, workdir, start)
             stack.callback(metrics.close)
-            nonfinite = open_nonfinite(workdir.folder, start)
             stack.callback(nonfinite.close)
             watchdog = Watchdog(settings.train.max_step_seconds, workdir.folder, workdir.publish)
             stack.callback(watchdog.close)
             clock.on_switch = watchdog.enter
         parts = streams, programs, checkpoints, metrics, nonfinite, clock, preemption, task.score
-        session = _Session(settings, mesh, start, *parts)
-        return session.train()
+        return _Session(settings, mesh, start, *parts).train()
 
 
-def _prepare(settings: RunSettings, layout: Layout, workdir: Workdir) -> None:
-    workdir.claim(layout.num_bytes)
-    if settings.train.compilation_cache is not None:
-        use_cache(workdir.within(settings.train.compilation_cache))
-
-
-def _introduce(task: Task, layout: Layout, start: Start, workdir: Workdir) -> None:
-    if jax.process_index() == 0:
-        say(summarize(task, layout, start, workdir.place))
-        (workdir.folder / "parameters.txt").write_text(describe(layout.abstract.params, layout.shardings) + "\n")
-
-
-def _compile(task: Task, settings: RunSettings, layout: Layout, streams: Mapping[str, BatchStream]) -> Programs:
-    builder = make_builder(task, settings, layout, root_key(settings.seed))
-    programs = compile_programs(builder, {split: stream.specs for split, stream in streams.items()})
-    if jax.process_index() == 0:
-        say(f"compiled {programs.describe()}")
-    return programs
+def _open_logs(settings: RunSettings, workdir: Workdir, start: Start) -> tuple[Metrics, Jsonl]:
+    """(the metrics, where this process names the rows of steps that were not finite)."""
+    record, index = start.record, jax.process_index()
+    metrics = open_metrics(
+        settings.metrics,
+        workdir.folder,
+        resume=start.step,
+        num_steps=settings.train.num_steps,
+        run_id=record.run_id,
+        config=record.config,
+    )
+    return metrics, Jsonl(
+        workdir.folder / ("nonfinite.jsonl" if index == 0 else f"nonfinite-{index}.jsonl"), start.step
+    )

@@ -1,8 +1,7 @@
-"""Where the time goes and what the numbers mean: a clock with buckets, and sums that become means. Host only.
+"""Metrics on the host: the clock, sums that become means, and the writers.
 
-Where the numbers go: JSON lines always; TensorBoard, Weights & Biases and the terminal as wanted.
-
-Process 0 writes. A writer that fails is reported once and never stops training.
+metrics.jsonl is always written; TensorBoard, Weights & Biases and the terminal as the config says. Process 0 writes.
+A writer that fails is reported once and never stops training.
 """
 
 import json
@@ -16,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -26,11 +26,11 @@ BUCKETS = ("init", "compile", "data", "step", "eval", "save", "other")
 
 
 class Clock:
-    """Every second since it was made belongs to exactly one bucket, so that the buckets add up to the wall time."""
+    """Counts every second since it was made in exactly one bucket, so that the buckets add up to the wall time."""
 
     def __init__(self) -> None:
         self.on_switch: Callable[[str], None] | None = None
-        """Is told the bucket that time goes to from now on."""
+        """Called with the new bucket whenever it changes."""
         self._started = self._since = time.monotonic()
         self._bucket = "other"
         self.total = dict.fromkeys(BUCKETS, 0.0)
@@ -38,7 +38,7 @@ class Clock:
 
     @contextmanager
     def bucket(self, name: str) -> Iterator[None]:
-        """The time inside goes to `name`; inner buckets take theirs out of the outer one."""
+        """Counts the time inside in `name`, without that of inner buckets."""
         outer = self._switch(name)
         try:
             yield
@@ -68,7 +68,7 @@ class Clock:
 
 
 class Totals:
-    """Sums and counts over batches, in float64, and the answers of an evaluation."""
+    """Sums and counts over batches, in float64, and the answers (`LossSums.answers`) of an evaluation."""
 
     def __init__(self) -> None:
         self._sums: dict[str, np.ndarray] = {}
@@ -85,7 +85,7 @@ class Totals:
             self._histograms[name] = self._histograms.get(name, np.zeros(1)) + np.asarray(counts, np.float64)
 
     def answers(self) -> dict[str, np.ndarray]:
-        """All answers, without those of filler rows (`id` -1)."""
+        """All answers, one per row, without those of filler rows (`id` -1)."""
         whole = {name: np.concatenate(parts) for name, parts in self._answers.items()}
         return {name: values[whole["id"] >= 0] for name, values in whole.items()}
 
@@ -100,7 +100,7 @@ class Totals:
 
 
 class Interval:
-    """What happened since the last line of the log."""
+    """What happened since the last line of metrics.jsonl."""
 
     def __init__(self) -> None:
         self._totals = Totals()
@@ -131,15 +131,15 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True)
 class WandbSettings:
-    """Goes to `wandb.init` whole."""
+    """Arguments of `wandb.init`."""
 
     project: str | None
-    """None: no run there."""
+    """None: nothing is sent to Weights & Biases."""
     entity: str | None
     name: str | None
     group: str | None
     mode: str | None
-    """None: as WANDB_MODE says; "offline", for hosts without a way out."""
+    """None: as WANDB_MODE says; "offline" for hosts without internet."""
 
     def __post_init__(self) -> None:
         others = {name: value for name, value in asdict(self).items() if name != "project" and value is not None}
@@ -149,14 +149,14 @@ class WandbSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class MetricsSettings:
-    """How often, and where besides metrics.jsonl."""
+    """How often metrics are written, and where besides metrics.jsonl."""
 
     log_every: int
-    """Steps a line."""
+    """Log metrics every this many steps."""
     tensorboard: bool
-    """Into workdir/tensorboard, where tensorboardX is installed."""
+    """Into workdir/tensorboard, if tensorboardX is installed."""
     progress: bool
-    """A bar with the time left on a terminal, a plain line per interval elsewhere; False: neither."""
+    """A bar with the time left on a terminal, else a plain line per interval; False: neither."""
     wandb: WandbSettings | None
 
     def __post_init__(self) -> None:
@@ -166,7 +166,7 @@ class MetricsSettings:
 
 @runtime_checkable
 class Writer(Protocol):
-    """Takes the numbers of one kind ("train", "eval/valid") at one step."""
+    """Takes the metrics of one kind ("train", "eval/valid") at one step."""
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """May raise anything."""
@@ -178,17 +178,17 @@ class Writer(Protocol):
 
 
 class Jsonl:
-    """One JSON object a line: step, kind, values. After a resume each step is there once."""
+    """One JSON object per line: step, kind, values. After a resume each step is still there once."""
 
     def __init__(self, path: Path, resume: int) -> None:
-        """Lines of steps after `resume` are dropped, and those of evaluations at it, which is done again."""
+        """Drops the lines of steps after `resume`, and of the evaluation at it, which is repeated."""
         self._path = path
-        kept = [line for line in _lines(path) if _stays(line, resume)]
+        kept = [line for line in _lines(path) if _kept(line, resume)]
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Appends one line. What an earlier failure left of a line is closed off first."""
+        """Appends one line. After a failure the next call starts on a new line."""
         line = json.dumps({"step": step, "kind": kind, **for_json(values)}, allow_nan=False)
         try:
             self._file.write(line + "\n")
@@ -212,7 +212,7 @@ class Tensorboard:
         self._writer = SummaryWriter(str(folder), purge_step=resume + 1)
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """One scalar a value, tagged kind/name."""
+        """One scalar per value, tagged kind/name."""
         for name, value in values.items():
             self._writer.add_scalar(f"{kind}/{name}", value, step)
 
@@ -222,7 +222,7 @@ class Tensorboard:
 
 
 class Wandb:
-    """A Weights & Biases run that continues under the id that the checkpoint carries."""
+    """A Weights & Biases run, continued under the run id in the checkpoint."""
 
     def __init__(self, settings: WandbSettings, folder: Path, run_id: str, config: Mapping[str, Any]) -> None:
         import wandb  # noqa: PLC0415 an extra
@@ -239,12 +239,12 @@ class Wandb:
 
 
 class Terminal:
-    """A bar with the time left where someone looks, a plain line where a file does."""
+    """A bar with the time left if stderr is a terminal, else plain lines on stdout."""
 
     def __init__(self, resume: int, num_steps: int) -> None:
         self._num_steps = num_steps
-        looked_at = sys.stderr.isatty()
-        self._bar = tqdm(total=num_steps, initial=resume, unit="step", dynamic_ncols=True) if looked_at else None
+        bar = sys.stderr.isatty()
+        self._bar = tqdm(total=num_steps, initial=resume, unit="step", dynamic_ncols=True) if bar else None
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """The bar moves with training; an evaluation is a line."""
@@ -267,7 +267,7 @@ class Terminal:
 
 
 class Metrics:
-    """All writers of a process; safe to call whatever they do."""
+    """All writers of a process. What a writer raises is reported once and goes no further."""
 
     def __init__(self, writers: Mapping[str, Writer]) -> None:
         self._writers = dict(writers)
@@ -278,7 +278,7 @@ class Metrics:
         for name, writer in self._writers.items():
             try:
                 writer.write(kind, step, values)
-            except Exception as error:  # noqa: BLE001 a tracker may do anything; training goes on
+            except Exception as error:  # noqa: BLE001 a tracker may raise anything; training goes on
                 self._complain(name, error)
 
     def close(self) -> None:
@@ -296,15 +296,27 @@ class Metrics:
 
 
 def say(text: str) -> None:
-    """A line for people, round a progress bar if there is one."""
+    """Prints a line for people, above a progress bar if there is one."""
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
 
 
-def open_writers(
+def open_metrics(
     settings: MetricsSettings, workdir: Path, *, resume: int, num_steps: int, run_id: str, config: Mapping[str, Any]
-) -> dict[str, Writer]:
-    """The writers that `settings` asks for; one that cannot be opened is reported and left out."""
+) -> Metrics:
+    """The writers that `settings` asks for, on process 0; none on the others.
+
+    Args:
+        settings: which ones; one that cannot be opened is reported and left out.
+        workdir: gets the files.
+        resume: the step after which they go on.
+        num_steps: of the whole run.
+        run_id: under which a tracker continues its curves.
+        config: resolved, for the trackers.
+
+    """
+    if jax.process_index() != 0:
+        return Metrics({})
     makers: dict[str, Any] = {"metrics.jsonl": lambda: Jsonl(workdir / "metrics.jsonl", resume)}
     if settings.tensorboard and find_spec("tensorboardX") is not None:
         makers["tensorboard"] = lambda: Tensorboard(workdir / "tensorboard", resume)
@@ -317,13 +329,13 @@ def open_writers(
     for name, make in makers.items():
         try:
             writers[name] = make()
-        except Exception as error:  # noqa: BLE001 a tracker may do anything; training goes on
+        except Exception as error:  # noqa: BLE001 a tracker may raise anything; training goes on
             say(f"warning: metrics: {name} could not be opened ({type(error).__name__}: {error})")
-    return writers
+    return Metrics(writers)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON lines file; a line that a kill or a full disk cut short is none."""
+    """The objects of a JSON lines file, without lines that a kill or a full disk cut short."""
     result = []
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
@@ -335,7 +347,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return result
 
 
-def _stays(line: Mapping[str, Any], resume: int) -> bool:
+def _kept(line: Mapping[str, Any], resume: int) -> bool:
     repeated = str(line.get("kind")).startswith("eval/") and line["step"] == resume
     return bool(line["step"] <= resume and not repeated)
 
@@ -347,7 +359,7 @@ def _duration(seconds: float) -> str:
 
 
 def for_json(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values that strict JSON can hold: what is not finite becomes a string ("nan", "inf")."""
+    """Values for strict JSON: what is not finite becomes a string ("nan", "inf")."""
     return {
         name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in values.items()

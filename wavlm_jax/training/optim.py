@@ -1,20 +1,25 @@
-"""Parameter groups: learning rate and weight decay by path, and a learning rate that falls from layer to layer.
+"""Optimizers: parameter groups, freezing, the schedule, clipping, and fairseq's Adam or one of optax's (FACTS C6, D1).
 
-Groups are all or nothing: where there are any, every parameter is in exactly one, so that no parameter is forgotten.
+*Groups* give learning rate and weight decay by parameter path, and a learning rate that falls from layer to layer.
+Where there are any, every parameter is in exactly one.
 
-Parameters that stand still until a given update, or for ever: not updated, not decayed, not in the gradient's norm.
+*Frozen* parameters do not change until a given update, or ever: they are not updated, not decayed, and have no part in
+the gradient norm. From its thaw on a parameter is treated like a new one: its moments are 0 and its bias correction
+counts from there, as in fairseq (`freeze_finetune_updates`) and torch, where a parameter without a gradient has no
+optimizer state.
 
-A thawed parameter starts like a new one: its moments are 0 and its bias correction counts from the thaw, as in fairseq
-and torch, where a parameter without a gradient has no optimizer state (`freeze_finetune_updates`, FACTS D1).
-
-fairseq's Adam and its schedule, as optax transforms (FACTS C6), and clipping by the global norm.
+How many updates are done, and when each entry of `optim.freeze` ends, is kept in the train state (`step.TrainState`).
+An optimizer is told both, and keeps its own arrays only.
 """
 
+import inspect
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +27,16 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+from wavlm_jax.settings import nearest
 from wavlm_jax.shapes import Params, Scalar
 from wavlm_jax.training.sharding import path_name
+
+
+def _check_pattern(pattern: str, what: str = "") -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{what}{pattern!r} is no regular expression: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +46,11 @@ class Group:
     pattern: str
     """Regular expression; parameters whose path contains it belong here ("^lm_head/")."""
     learning_rate: float
-    """Times that of the schedule."""
+    """Factor of the scheduled learning rate."""
     layer_decay: float = 1.0
-    """For stacked layers (first axis): the last one has the full rate, each one before it this share of the next."""
+    """For stacked layers (first axis): the last layer has the full rate, each one before it this share of the next."""
     weight_decay: float = 1.0
-    """Times that of `optim.adam`."""
+    """Factor of the optimizer's weight decay."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "weight_decay"):
@@ -45,13 +58,10 @@ class Group:
                 raise ValueError(f"{name}: found {getattr(self, name)}, expected 0 or more")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay: found {self.layer_decay}, expected a share in (0, 1]")
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise ValueError(f"{self.pattern!r} is no regular expression: {error}") from error
+        _check_pattern(self.pattern)
 
     def rate(self, shape: tuple[int, ...]) -> Any:
-        """Factor of the learning rate: a number, or one a layer, to be multiplied with an array of `shape`."""
+        """Factor of the learning rate: a number, or one per layer, to be multiplied with an array of `shape`."""
         if self.layer_decay == 1 or not shape:
             return self.learning_rate
         layers = np.float32(self.learning_rate * self.layer_decay ** np.arange(shape[0] - 1, -1, -1.0))
@@ -59,16 +69,16 @@ class Group:
 
 
 Groups = Mapping[str, Group]
-"""Name for people -> group."""
+"""Name, chosen by the user -> group."""
 
 _EVERYTHING = Group(pattern="", learning_rate=1.0)
 
 
 def check_groups(groups: Groups, names: Iterable[str]) -> None:
-    """Whether the groups divide the parameters.
+    """Checks that the groups divide the parameters.
 
     Raises:
-        ValueError: a parameter in no group or in several, or a group without any; named.
+        ValueError: naming a parameter in no group or in several, or a group without any.
 
     """
     names = list(names)
@@ -87,9 +97,9 @@ def check_groups(groups: Groups, names: Iterable[str]) -> None:
             )
 
 
-def group_of(groups: Groups, name: str) -> Group:
-    """The group of the parameter of this path; without groups the rates are those of the schedule."""
-    return next((group for group in groups.values() if re.search(group.pattern, name)), _EVERYTHING)
+def _group_name(groups: Groups, name: str) -> str:
+    """The group of the parameter of this path; "" without groups."""
+    return next((key for key, group in groups.items() if re.search(group.pattern, name)), "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,115 +107,93 @@ class Freeze:
     """One entry of the config section `optim.freeze`, which is a dict of names to these."""
 
     pattern: str
-    """Regular expression; parameters whose path contains it stand still ("^wavlm/feature_extractor/")."""
+    """Regular expression; parameters whose path contains it are frozen ("^wavlm/feature_extractor/")."""
     updates: int | None
-    """The first so many updates; None: for ever. Skipped steps (not finite) do not count."""
+    """For the first so many updates; None: for the whole run. Skipped steps (not finite) do not count."""
     unless_given: str | None = None
-    """Regular expression. Where the parameters that it finds were given (`init.path`), the entry does not hold."""
+    """Regular expression. Where parameters that match it came from `init.path`, this entry does not apply."""
 
     def __post_init__(self) -> None:
         if self.updates is not None and self.updates < 0:
-            raise ValueError(f"updates: found {self.updates}, expected 0 or more, or None (for ever)")
-        for pattern in (self.pattern, self.unless_given or ""):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+            raise ValueError(f"updates: found {self.updates}, expected 0 or more, or None (for the whole run)")
+        _check_pattern(self.pattern)
+        _check_pattern(self.unless_given or "")
 
-    def holds(self, name: str) -> bool:
-        """Whether the parameter of this path is meant."""
+    def matches(self, name: str) -> bool:
+        """Whether it freezes the parameter of this path."""
         return re.search(self.pattern, name) is not None
 
 
-Rules = Mapping[str, Freeze]
-"""Name of an entry -> the entry. Of several that hold for a parameter the longest counts."""
+FreezeRules = Mapping[str, Freeze]
+"""Name of an entry -> the entry. Where several match a parameter, the longest freeze counts."""
 Thaws = Mapping[str, Any]
-"""Name of an entry -> int32: updates done when it stops to hold. Part of the optimizer state, so a resume knows it."""
+"""Name of an entry -> int32, the number of updates after which it ends; entries for the whole run have none."""
 
 
-def joined(of_config: Rules, of_task: Rules) -> Rules:
-    """All entries.
-
-    Raises:
-        ValueError: the config has an entry with the name of one of the task's.
-
-    """
-    if both := sorted({*of_config} & {*of_task}):
-        raise ValueError(f"config.optim.freeze.{both[0]}: the task has an entry of this name; call it something else")
-    return {**of_config, **of_task}
-
-
-def check_rules(rules: Rules, names: Iterable[str]) -> None:
-    """Whether every pattern means something.
+def check_freeze(rules: FreezeRules, names: Iterable[str]) -> None:
+    """Checks that every entry freezes something, and that something is left to train.
 
     Raises:
-        ValueError: an entry that holds for no parameter, or entries that together leave none to train.
+        ValueError: naming an entry that matches no parameter, or if all parameters are frozen for the whole run.
 
     """
     names = list(names)
     for key, rule in rules.items():
-        if not any(rule.holds(name) for name in names):
+        if not any(rule.matches(name) for name in names):
             raise ValueError(
                 f"config.optim.freeze.{key}: no parameter's path contains {rule.pattern!r}; paths look like {names[0]}"
             )
-    if all(_for_ever(rules, name) for name in names):
-        raise ValueError("config.optim.freeze: every parameter stands still for ever, nothing is left to train")
+    if all(_never_moves(rules, name) for name in names):
+        raise ValueError("config.optim.freeze: every parameter is frozen for the whole run, nothing is left to train")
 
 
-def first_thaws(rules: Rules) -> dict[str, jax.Array]:
-    """Of a new optimizer state; an entry for ever needs no number."""
-    return {key: jnp.int32(rule.updates) for key, rule in rules.items() if rule.updates is not None}
-
-
-def without_given(rules: Rules, thaws: Thaws, given: Iterable[str]) -> dict[str, Any]:
-    """`thaws` with 0 for the entries that do not hold, because what they wait for was given.
+def first_thaws(rules: FreezeRules, given: Iterable[str] = ()) -> dict[str, int]:
+    """The thaws of a new train state: 0 for entries that do not apply.
 
     Args:
         rules: all entries.
-        thaws: of a new state.
-        given: paths of the parameters that did not stay as they were initialised.
+        given: paths of the parameters that were loaded and are not as they were initialised.
 
     """
     given = list(given)
 
-    def held(key: str) -> bool:
-        pattern = rules[key].unless_given
-        return pattern is None or not any(re.search(pattern, name) for name in given)
+    def applies(rule: Freeze) -> bool:
+        return rule.unless_given is None or not any(re.search(rule.unless_given, name) for name in given)
 
-    return {key: thaw if held(key) else thaw * 0 for key, thaw in thaws.items()}
+    return {key: rule.updates * applies(rule) for key, rule in rules.items() if rule.updates is not None}
 
 
-def start_of(rules: Rules, thaws: Thaws, name: str) -> Any:
-    """Updates done when the parameter begins to move: int32, a plain 0 where nothing holds it, None for never."""
-    if _for_ever(rules, name):
+def thaw_of(rules: FreezeRules, thaws: Thaws, name: str) -> Any:
+    """Number of updates after which a parameter begins to move: int32; 0 if nothing freezes it, None for never."""
+    if _never_moves(rules, name):
         return None
-    starts = [thaws[key] for key, rule in rules.items() if rule.holds(name)]
-    return jnp.max(jnp.stack(starts)) if starts else 0
+    found = [thaws[key] for key, rule in rules.items() if rule.matches(name)]
+    return jnp.max(jnp.stack(found)) if found else 0
 
 
-def without_frozen(grads: Params, rules: Rules, thaws: Thaws, updates: Any) -> Params:
-    """Gradients with 0 for what stands still: it has no part in the norm, nor in Adam's moments."""
+def zero_frozen(grads: Params, rules: FreezeRules, thaws: Thaws, updates: Any) -> Params:
+    """Gradients with 0 for frozen parameters, which so have no part in the norm or in the optimizer's moments."""
 
     def of(path: Any, grad: Any) -> Any:
-        start = start_of(rules, thaws, path_name(path))
-        if start is None:
+        thaw = thaw_of(rules, thaws, path_name(path))
+        if thaw is None:
             return jnp.zeros_like(grad)
-        return grad if isinstance(start, int) else jnp.where(updates >= start, grad, 0)
+        return grad if isinstance(thaw, int) else jnp.where(updates >= thaw, grad, 0)
 
     return jax.tree_util.tree_map_with_path(of, grads)
 
 
-def hold_for_ever(params: Params, rules: Rules) -> Params:
-    """`params`, those that never move cut off from differentiation: no backward pass runs through them for nothing."""
+def stop_gradients(params: Params, rules: FreezeRules) -> Params:
+    """`params`, with `stop_gradient` on those that never move: no backward pass is computed for them."""
 
     def of(path: Any, leaf: Any) -> Any:
-        return jax.lax.stop_gradient(leaf) if _for_ever(rules, path_name(path)) else leaf
+        return jax.lax.stop_gradient(leaf) if _never_moves(rules, path_name(path)) else leaf
 
     return jax.tree_util.tree_map_with_path(of, params)
 
 
-def _for_ever(rules: Rules, name: str) -> bool:
-    return any(rule.updates is None and rule.holds(name) for rule in rules.values())
+def _never_moves(rules: FreezeRules, name: str) -> bool:
+    return any(rule.updates is None and rule.matches(name) for rule in rules.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,11 +214,7 @@ class AdamSettings:
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: found {getattr(self, name)}, expected a decay in [0, 1)")
-        if self.no_decay is not None:
-            try:
-                re.compile(self.no_decay)
-            except re.error as error:
-                raise ValueError(f"no_decay: {self.no_decay!r} is no regular expression: {error}") from error
+        _check_pattern(self.no_decay or "", "no_decay: ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,12 +222,12 @@ class TriStageSettings:
     """The three stages of fairseq's schedule for fine-tuning (FACTS D1); the first lasts `warmup_steps`."""
 
     initial: float
-    """Share of the highest rate that the rise starts from (.01)."""
+    """Share of the peak learning rate at the first update (.01)."""
     hold_steps: int
     decay_steps: int
-    """Updates of the exponential fall; behind them the rate stays at `final`."""
+    """Updates of the exponential decay; after them the rate stays at `final`."""
     final: float
-    """Share of the highest rate that is left in the end (.05)."""
+    """Share of the peak learning rate at the end (.05)."""
 
     def __post_init__(self) -> None:
         if self.hold_steps < 0 or self.decay_steps < 0:
@@ -254,24 +238,36 @@ class TriStageSettings:
             raise ValueError(f"initial {self.initial}, final {self.final}: expected shares of the highest rate")
 
 
+OPTAX = (
+    *("adabelief", "adadelta", "adafactor", "adagrad", "adamax", "adamaxw", "adamw", "adan", "amsgrad", "lamb", "lars"),
+    *("lion", "nadam", "nadamw", "novograd", "radam", "rmsprop", "sgd", "sign_sgd", "signum", "yogi"),
+)
+"""Optimizers of optax that need nothing but gradients and parameters, and whose state follows the parameters."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimSettings:
-    """Learning rate over time, clipping, and Adam's own section, which goes to `adam` whole."""
+    """Which optimizer, the learning rate over time, clipping, freezing and groups."""
 
+    name: str
+    """"adam": fairseq's, with the section `adam`; else a function of optax (`OPTAX`), with `arguments`."""
+    arguments: Mapping[str, Any]
+    """Arguments of the optax function besides the learning rate; its own defaults for the others."""
     learning_rate: float
-    """The highest one."""
+    """The peak."""
     schedule: Literal["linear", "constant", "tri_stage"]
-    """After the warm-up: down to 0 at the last update, or level, or as the section `tri_stage` says."""
+    """After the warm-up: down to 0 at the last update, or constant, or as the section `tri_stage` says."""
     warmup_steps: int
     """Updates from 0 up to the peak."""
     max_grad_norm: float | None
     """Gradients with a larger global norm are scaled down to it; None: never."""
     freeze: Mapping[str, Freeze]
-    """What stands still, until when; the keys are names for people."""
+    """What is frozen, until when; the keys are names chosen by the user."""
     adam: AdamSettings
+    """Not used with another `name`."""
     tri_stage: TriStageSettings | None
     groups: Mapping[str, Group]
-    """Learning rates and decays by path; the keys are names for people. Empty: the same for all."""
+    """Learning rates and decays by path; the keys are names chosen by the user. Empty: the same for all."""
 
     def __post_init__(self) -> None:
         if (self.schedule == "tri_stage") != (self.tri_stage is not None):
@@ -283,17 +279,34 @@ class OptimSettings:
             )
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
             raise ValueError(f"max_grad_norm: found {self.max_grad_norm}, expected a positive number or None")
+        if self.name != "adam":
+            self._check_optax()
+        elif self.arguments:
+            raise ValueError(f"arguments: found {dict(self.arguments)} with name 'adam', whose section is `adam`")
+
+    def _check_optax(self) -> None:
+        if self.name not in OPTAX:
+            raise ValueError(f"name: found {self.name!r}; {nearest(self.name, dict.fromkeys(('adam', *OPTAX)))}")
+        known = _arguments(self.name)
+        for key, value in self.arguments.items():
+            if key not in known:
+                raise ValueError(f"arguments.{key}: optax.{self.name} has no such argument; {nearest(key, known)}")
+            if not isinstance(value, bool | int | float | str | None):
+                raise ValueError(f"arguments.{key}: found {value!r}, expected a number, a string, True, False or None")
+        for key, group in self.groups.items():
+            if group.weight_decay != 1 and "weight_decay" not in known:
+                raise ValueError(f"groups.{key}: weight_decay {group.weight_decay}, but optax.{self.name} has none")
+        try:
+            getattr(optax, self.name)(learning_rate=0.0, **self.arguments)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"arguments: optax.{self.name} refuses {dict(self.arguments)}: {error}") from error
 
 
-class AdamState(NamedTuple):
-    """Adam's memory, float32."""
-
-    updates: Any
-    """int32: done so far; skipped steps do not count."""
-    mu: Params
-    nu: Params
-    thaws: Any
-    """Of `freeze`: name of an entry -> int32, updates done when it stops to hold."""
+def _arguments(name: str) -> dict[str, inspect.Parameter]:
+    """What an optimizer of optax takes besides the learning rate."""
+    parameters = dict(inspect.signature(getattr(optax, name)).parameters)
+    del parameters["learning_rate"]
+    return parameters
 
 
 def make_schedule(settings: OptimSettings, num_steps: int) -> optax.Schedule:
@@ -336,51 +349,166 @@ def _tri_stage(peak: float, warmup: int, stages: TriStageSettings) -> optax.Sche
     return schedule
 
 
-def adam(
-    schedule: optax.Schedule, settings: AdamSettings, freeze: Rules, groups: Groups | None = None
-) -> optax.GradientTransformation:
-    """Adam: w -= lr * (decay * w + sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps)), t = this update's number from 1.
+OptState = dict[str, Any]
+"""An optimizer's own arrays: name -> tree whose leaves follow the parameters by path, or are scalars."""
 
-    With `eps_added_to="corrected"` eps is multiplied by sqrt(1 - b2^t) first, which is torch's AdamW. What `freeze`
-    holds stays as it is, to the bit, and counts t from its thaw; its gradients have to be 0 until then
-    (`freeze.without_frozen`). `groups` scale lr and decay.
-    """
-    b1, b2 = settings.b1, settings.b2
-    groups = groups or {}
 
-    def init(params: Params) -> AdamState:
-        check_groups(groups, [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)])
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
-        return AdamState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.copy, zeros), first_thaws(freeze))
+@dataclass(frozen=True)
+class Optimizer(ABC):
+    """From gradients to changes of the parameters, without state of its own."""
 
-    def update(grads: Params, state: AdamState, params: Params | None = None) -> tuple[Params, AdamState]:
-        if params is None:
-            raise ValueError("adam needs the parameters for weight decay")
-        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
-        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
-        rate = schedule(state.updates)
+    settings: OptimSettings
+    schedule: optax.Schedule
+    freeze: FreezeRules
 
-        def change(path: Any, w: Array, m: Array, v: Array) -> Array:
-            start = start_of(freeze, state.thaws, path_name(path))
-            if start is None:
-                return jnp.full_like(w, _NOTHING)
-            done = jnp.maximum(state.updates - start, 0)
-            root = jnp.sqrt(_one_minus_power(b2, done + 1))
-            scale = root / _one_minus_power(b1, done + 1)
-            eps = settings.eps * (root if settings.eps_added_to == "corrected" else 1.0)
-            group = group_of(groups, path_name(path))
-            decay = 0.0 if _matches(settings.no_decay, path_name(path)) else settings.weight_decay * group.weight_decay
-            moved = -rate * group.rate(w.shape) * (decay * w + scale * m / (jnp.sqrt(v) + eps))
-            return jnp.where(state.updates >= start, moved, _NOTHING)
+    @abstractmethod
+    def init(self, params: Params) -> OptState:
+        """The state before the first update; raises ValueError as `check_groups` does."""
 
-        updates = jax.tree_util.tree_map_with_path(change, params, mu, nu)
-        return updates, AdamState(state.updates + 1, mu, nu, state.thaws)
+    @abstractmethod
+    def update(
+        self, grads: Params, state: OptState, params: Params, updates: Int[Array, ""], thaws: Thaws
+    ) -> tuple[Params, OptState]:
+        """(what is to be added to the parameters, the next state).
 
-    return optax.GradientTransformation(init, update)
+        Args:
+            grads: of the mean loss, clipped; 0 for frozen parameters (`zero_frozen`).
+            state: as the update before left it.
+            params: frozen ones get -0.0 added, which changes no bit.
+            updates: done before this one.
+            thaws: of the train state.
+
+        """
+
+    def group(self, name: str) -> Group:
+        """The group of the parameter of this path; without groups one that changes nothing."""
+        return self.settings.groups.get(_group_name(self.settings.groups, name), _EVERYTHING)
 
 
 _NOTHING = -0.0
 """Added to any number, -0 included, leaves its bits alone."""
+
+
+class FairseqAdam(Optimizer):
+    """w -= lr * (decay * w + sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps)), t = number of this update from 1.
+
+    For a parameter that was frozen, t counts from its thaw. With `eps_added_to="corrected"` eps is multiplied by
+    sqrt(1 - b2^t) first, which is torch's AdamW. Groups scale lr and decay. The moments are float32.
+    """
+
+    def init(self, params: Params) -> OptState:
+        """The moments "mu" and "nu"."""
+        check_groups(self.settings.groups, _names(params))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
+        return {"mu": zeros, "nu": jax.tree.map(jnp.copy, zeros)}
+
+    def update(
+        self, grads: Params, state: OptState, params: Params, updates: Int[Array, ""], thaws: Thaws
+    ) -> tuple[Params, OptState]:
+        """See `Optimizer.update`."""
+        adam = self.settings.adam
+        b1, b2 = adam.b1, adam.b2
+        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state["mu"], grads)
+        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state["nu"], grads)
+        rate = self.schedule(updates)
+
+        def change(path: Any, w: Array, m: Array, v: Array) -> Array:
+            name = path_name(path)
+            thaw = thaw_of(self.freeze, thaws, name)
+            if thaw is None:
+                return jnp.full_like(w, _NOTHING)
+            done = jnp.maximum(updates - thaw, 0)
+            root = jnp.sqrt(_one_minus_power(b2, done + 1))
+            scale = root / _one_minus_power(b1, done + 1)
+            eps = adam.eps * (root if adam.eps_added_to == "corrected" else 1.0)
+            no_decay = adam.no_decay is not None and re.search(adam.no_decay, name)
+            decay = 0.0 if no_decay else adam.weight_decay * self.group(name).weight_decay
+            moved = -rate * self.group(name).rate(w.shape) * (decay * w + scale * m / (jnp.sqrt(v) + eps))
+            return jnp.where(updates >= thaw, moved, _NOTHING)
+
+        return jax.tree_util.tree_map_with_path(change, params, mu, nu), {"mu": mu, "nu": nu}
+
+
+def _one_minus_power(base: float, exponent: Int[Array, ""]) -> Float[Array, ""]:
+    """1 - base ** exponent without cancellation in float32."""
+    return jnp.float32(1) if base == 0 else -jnp.expm1(exponent.astype(jnp.float32) * math.log(base))
+
+
+class OptaxOptimizer(Optimizer):
+    """An optimizer of optax, in one instance for each set of parameters that share group and entries of `freeze`.
+
+    While a set is frozen its state stays as it was initialised, whatever the optimizer keeps in it; so it starts like
+    new. optax is given the learning rate of this update as a number; layer decay multiplies what optax answers.
+    """
+
+    def init(self, params: Params) -> OptState:
+        """Under "optax", each set's state by its label."""
+        check_groups(self.settings.groups, _names(params))
+        return {"optax": dict(self._partition(params, jnp.float32(0)).init(params).inner_states)}
+
+    def update(
+        self, grads: Params, state: OptState, params: Params, updates: Int[Array, ""], thaws: Thaws
+    ) -> tuple[Params, OptState]:
+        """See `Optimizer.update`."""
+        optimizer = self._partition(params, self.schedule(updates))
+        before = state["optax"]
+        changes, partition = optimizer.update(grads, optax.transforms.PartitionState(before), params)
+        after = dict(partition.inner_states)
+        for label, name in {self._label(name): name for name in _names(params)}.items():
+            thaw = thaw_of(self.freeze, thaws, name)
+            if thaw is not None and not isinstance(thaw, int):
+                after[label] = jax.tree.map(partial(jnp.where, updates >= thaw), after[label], before[label])
+
+        def change(path: Any, difference: Array) -> Array:
+            thaw = thaw_of(self.freeze, thaws, path_name(path))
+            if thaw is None:
+                return jnp.full_like(difference, _NOTHING)
+            layers = replace(self.group(path_name(path)), learning_rate=1.0).rate(difference.shape)
+            return jnp.where(updates >= thaw, layers * difference, _NOTHING)
+
+        return jax.tree_util.tree_map_with_path(change, changes), {"optax": after}
+
+    def _label(self, name: str) -> str:
+        """Of the set of the parameter of this path: its group and the entries of `freeze` that match it."""
+        frozen = [key for key, rule in self.freeze.items() if rule.matches(name)]
+        return "+".join([_group_name(self.settings.groups, name) or "all", *frozen])
+
+    def _partition(self, params: Params, rate: Float[Array, ""]) -> optax.GradientTransformationExtraArgs:
+        """All sets' optimizers in one."""
+        labels = jax.tree_util.tree_map_with_path(lambda path, _: self._label(path_name(path)), params)
+        return optax.partition({self._label(name): self._one(name, rate) for name in _names(params)}, labels)
+
+    def _one(self, name: str, rate: Float[Array, ""]) -> optax.GradientTransformation:
+        """The optimizer of the parameter of this path."""
+        if _never_moves(self.freeze, name):
+            return optax.set_to_zero()
+        group, arguments = self.group(name), dict(self.settings.arguments)
+        if group.weight_decay != 1:
+            default = _arguments(self.settings.name)["weight_decay"].default
+            arguments["weight_decay"] = group.weight_decay * arguments.get("weight_decay", default)
+        return getattr(optax, self.settings.name)(learning_rate=group.learning_rate * rate, **arguments)
+
+
+def _names(params: Params) -> list[str]:
+    return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+
+
+def make_optimizer(settings: OptimSettings, num_steps: int, task_freeze: FreezeRules | None = None) -> Optimizer:
+    """The optimizer that the config names.
+
+    Args:
+        settings: the section `optim`.
+        num_steps: of the whole run.
+        task_freeze: entries besides `settings.freeze`.
+
+    Raises:
+        ValueError: a warm-up as long as the run, or two entries of `freeze` with one name.
+
+    """
+    if both := sorted({*settings.freeze} & {*(task_freeze or {})}):
+        raise ValueError(f"config.optim.freeze.{both[0]}: the task has an entry of this name; call it something else")
+    kind = FairseqAdam if settings.name == "adam" else OptaxOptimizer
+    return kind(settings, make_schedule(settings, num_steps), {**settings.freeze, **(task_freeze or {})})
 
 
 def clip(grads: Params, norm: Scalar, max_norm: float | None) -> Params:
@@ -389,12 +517,3 @@ def clip(grads: Params, norm: Scalar, max_norm: float | None) -> Params:
         return grads
     factor = jnp.minimum(1.0, max_norm / (norm + 1e-6))
     return jax.tree.map(lambda g: g * factor, grads)
-
-
-def _one_minus_power(base: float, exponent: Int[Array, ""]) -> Float[Array, ""]:
-    """1 - base ** exponent without cancellation in float32."""
-    return jnp.float32(1) if base == 0 else -jnp.expm1(exponent.astype(jnp.float32) * math.log(base))
-
-
-def _matches(pattern: str | None, name: str) -> bool:
-    return pattern is not None and re.search(pattern, name) is not None

@@ -1,15 +1,10 @@
-"""Names for the leaves of a tree of arrays.
+"""Where every array is: the mesh, and the tables from parameter names to logical axes, and from those to mesh axes.
 
-The parameter tables: which logical axes the parameters of the models of this library have.
+The mesh axes are `data`, `fsdp` and `tensor`, all of type Auto: the tables say what is wanted, and XLA inserts the
+communication. Nothing here changes a result.
 
-Names are Hugging Face's with "/" for "."; Transformer layers are stacked on axis 0. What is small (conv encoder, norms,
-biases, gate, masks) is kept whole on every device; what is large is split, see `sharding.RULES`.
-
-The mesh (data, fsdp, tensor): which devices there are, and who sees which rows.
-
-Where every array lives: one table from parameter names to axes, one from axes to the mesh.
-
-Auto axes throughout: the tables say what is wanted, XLA inserts the communication. Nothing here changes a result.
+Parameter names are Hugging Face's, with "/" for "."; Transformer layers are stacked on axis 0. What is small (conv
+encoder, norms, biases, gate, masks) is whole on every device; what is large is split (`RULES`).
 """
 
 import math
@@ -104,24 +99,24 @@ ROWS = ("data", "fsdp")
 
 @dataclass(frozen=True, kw_only=True)
 class MeshSettings:
-    """Sizes of the mesh; at most one is -1: whatever devices the others leave."""
+    """Sizes of the mesh. At most one is -1, which stands for all remaining devices."""
 
     data: int
-    """Copies of the parameters; each sees its own rows."""
+    """Copies of the parameters; each works on other rows."""
     fsdp: int
-    """Devices over which parameters and optimizer state are split; each sees its own rows. 8 or 16, not all."""
+    """Devices over which parameters and optimizer state are split; each works on other rows. 8 or 16, not all."""
     tensor: int
     """Devices that share the same rows and split heads and feed-forward units."""
     platform: str | None
-    """cpu, gpu or tpu: a run that finds another is refused (`hosts.check_machine`); None: whatever there is."""
+    """cpu, gpu or tpu. A run that finds another is refused (`hosts.check_machine`), also by the next two; None: any."""
     hosts: int | None
-    """So many processes; None: as many as there are."""
+    """Number of processes; None: any."""
     devices: int | None
-    """So many devices in all; None: as many as there are."""
+    """Number of devices of all processes; None: any."""
 
     @classmethod
     def anywhere(cls, *, data: int, fsdp: int, tensor: int) -> "MeshSettings":
-        """Of whatever machine there is."""
+        """Settings for any machine."""
         return cls(data=data, fsdp=fsdp, tensor=tensor, platform=None, hosts=None, devices=None)
 
     def sizes(self, num_devices: int) -> tuple[int, int, int]:
@@ -160,7 +155,7 @@ def make_mesh(settings: MeshSettings, devices: Sequence[jax.Device] | None = Non
     """
     found = sorted(jax.devices() if devices is None else devices, key=lambda d: (slice_of(d), d.process_index, d.id))
     sizes = settings.sizes(len(found))
-    _check_borders(sizes, found)
+    _check_network(sizes, found)
     plain = Mesh(np.array(found).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     if slice_of(found[-1]) != slice_of(found[0]):
         return plain
@@ -173,12 +168,12 @@ def make_mesh(settings: MeshSettings, devices: Sequence[jax.Device] | None = Non
 
 
 def slice_of(device: jax.Device) -> int:
-    """Number of the TPU slice that a device is in; 0 where there are none."""
+    """Number of the TPU slice of a device; 0 for other devices."""
     return int(getattr(device, "slice_index", 0) or 0)
 
 
-def _check_borders(sizes: tuple[int, int, int], devices: Sequence[jax.Device]) -> None:
-    """`tensor` stays within a host, `fsdp` and `tensor` within a slice."""
+def _check_network(sizes: tuple[int, int, int], devices: Sequence[jax.Device]) -> None:
+    """Checks that `tensor` stays within a host, and `fsdp` and `tensor` within a slice."""
     a_host = min(Counter(device.process_index for device in devices).values())
     if a_host % sizes[2]:
         raise ValueError(f"config.mesh.tensor: {sizes[2]} does not divide the {a_host} devices a host")
@@ -191,7 +186,7 @@ def _check_borders(sizes: tuple[int, int, int], devices: Sequence[jax.Device]) -
 
 
 def row_shards(mesh: Mesh) -> int:
-    """Devices that see different rows."""
+    """Number of devices that work on different rows: data * fsdp."""
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
@@ -208,16 +203,16 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 )
 """Logical axis -> mesh axes, for parameters and for activations (the model's `nn.with_logical_constraint`)."""
 SMALLEST_SHARD = 16
-"""Rows of a parameter on a device; less than a tile of a TPU."""
+"""Rows of a parameter on a device; fewer are less than a tile of a TPU."""
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same values on every device."""
+    """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def by_rows(mesh: Mesh) -> NamedSharding:
-    """First axis spread over the devices that see different rows."""
+    """First axis split over `ROWS`."""
     return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
@@ -267,7 +262,7 @@ def parameter_shardings(params: Params, table: AxesTable, mesh: Mesh) -> dict[st
 
 
 def thin_shards(params: Params, shardings: Mapping[str, NamedSharding]) -> str | None:
-    """What to change where `fsdp` cuts a parameter into less than `SMALLEST_SHARD` rows a device; None: nothing."""
+    """Advice where `fsdp` leaves less than `SMALLEST_SHARD` rows of a parameter on a device; None: no need."""
     thin = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = path_name(path)
@@ -285,39 +280,44 @@ def thin_shards(params: Params, shardings: Mapping[str, NamedSharding]) -> str |
     )
 
 
-def tree_shardings(tree: Any, parameters: Mapping[str, NamedSharding], mesh: Mesh) -> Any:
-    """Shardings of a train state: what mirrors a parameter by path (Adam's moments) follows it, scalars are everywhere.
+def state_shardings(state: Any, params: Params, shardings: Mapping[str, NamedSharding], mesh: Mesh) -> Any:
+    """Shardings of a train state.
+
+    Args:
+        state: what has the path and shape of a parameter (Adam's moments) is placed like it. Scalars, and what an
+            optimizer keeps of a parameter in another shape (factored moments), are on every device.
+        params: their shapes.
+        shardings: path of a parameter -> its sharding.
+        mesh: for the rest.
 
     Raises:
-        ValueError: naming an array that is neither.
+        ValueError: naming an array that is none of these.
 
     """
+    shapes = {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
     def of(path: KeyPath, leaf: Any) -> NamedSharding:
-        for start in range(len(path)):
-            name = path_name(path[start:])
-            if name in parameters:
-                return parameters[name]
-        if leaf.shape:
+        followed = next((name for start in range(len(path)) if (name := path_name(path[start:])) in shapes), None)
+        if followed is None and leaf.shape:
             raise ValueError(f"sharding: {path_name(path)} {leaf.shape} follows no parameter and is no scalar")
-        return replicated(mesh)
+        return shardings[followed] if followed and shapes[followed] == leaf.shape else replicated(mesh)
 
-    return jax.tree_util.tree_map_with_path(of, tree)
+    return jax.tree_util.tree_map_with_path(of, state)
 
 
 def place(
     arrays: Mapping[str, np.ndarray], shapes: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh, name: str
 ) -> dict[str, jax.Array]:
-    """This host's rows of a batch, onto the devices.
+    """Moves this host's rows of a batch onto its devices; the result is the global batch.
 
     Args:
         arrays: this host's rows.
         shapes: global shapes, for which the step was compiled.
-        mesh: spreads the rows.
+        mesh: over which the rows are split.
         name: of the batch, for messages.
 
     Raises:
-        ValueError: where names, dtypes or shapes are not those announced.
+        ValueError: names, dtypes or shapes are not those that the step was compiled for.
 
     """
     if set(arrays) != set(shapes):
@@ -333,7 +333,7 @@ def place(
 
 
 def describe(params: Params, shardings: Mapping[str, NamedSharding]) -> str:
-    """A table for people: one line a parameter with shape, dtype, split, and the bytes that one device holds."""
+    """A table for people: one line per parameter with shape, dtype and split, then the totals."""
     lines, total, held = [], 0, 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = path_name(path)

@@ -1,22 +1,20 @@
-"""The sections of a config that belong to the training tower, in one dataclass.
+"""How a run starts: its settings, its programs' `Builder`, and the state to train from.
 
-From a task and a workdir to a state that can be trained: own checkpoint, else `init`, else scratch.
+The state is that of the workdir's own checkpoint, else what `init` of the config says, else fresh.
 """
 
 import json
 import math
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding
 
-from wavlm_jax.shapes import Params, StepKey
+from wavlm_jax.shapes import Params
 from wavlm_jax.training.checkpoint import (
     CheckpointError,
     Checkpoints,
@@ -27,27 +25,35 @@ from wavlm_jax.training.checkpoint import (
     difference,
 )
 from wavlm_jax.training.hosts import from_first
-from wavlm_jax.training.metric_writers import Jsonl, Metrics, MetricsSettings, open_writers, say
-from wavlm_jax.training.optim import OptimSettings, Rules, adam, check_rules, joined, make_schedule, without_given
-from wavlm_jax.training.sharding import AxesTable, MeshSettings, parameter_shardings, path_name, thin_shards
-from wavlm_jax.training.step import Builder, TrainState, abstract_state, init_key, shard_state
+from wavlm_jax.training.metric_writers import MetricsSettings, say
+from wavlm_jax.training.optim import OptimSettings, check_freeze, make_optimizer
+from wavlm_jax.training.sharding import (
+    WAVLM_AXES,
+    AxesTable,
+    MeshSettings,
+    parameter_shardings,
+    path_name,
+    row_shards,
+    thin_shards,
+)
+from wavlm_jax.training.step import Builder, TrainState, abstract_state, init_key, root_key
 from wavlm_jax.training.task import Task
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopSettings:
-    """How long, and what happens on the way."""
+    """The config section `train`."""
 
     num_steps: int
     eval_every: int
-    """Steps; the last step always has an evaluation."""
+    """Steps between two evaluations; there is always one after the last step."""
     eval_splits: tuple[str, ...]
     max_nonfinite_in_a_row: int
-    """So many steps in a row that change nothing stop the run."""
+    """The run stops (status "diverged") after so many steps in a row whose loss or gradient was not finite."""
     compilation_cache: str | None
-    """Folder of compiled programs, relative to the workdir; None: compiled anew at every start."""
+    """Folder of JAX's compilation cache, relative to the workdir; None: everything is compiled at every start."""
     max_step_seconds: float
-    """A step, a wait for data or an evaluation batch that takes longer ends the process (`watchdog`)."""
+    """The process ends when a step, a wait for data or an evaluation batch takes longer (`watchdog`)."""
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "eval_every", "max_nonfinite_in_a_row", "max_step_seconds"):
@@ -67,22 +73,27 @@ class RunSettings:
     metrics: MetricsSettings
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Shapes and places of a train state that does not exist yet."""
+def make_builder(task: Task, settings: RunSettings, mesh: Mesh, table: AxesTable = WAVLM_AXES) -> Builder:
+    """Shapes by abstract evaluation, placed by the strict table; no memory of the devices is taken.
 
-    shardings: Mapping[str, NamedSharding]
-    """Parameter path -> where it lives."""
-    abstract: TrainState
-    optimizer: optax.GradientTransformation
-    mesh: Mesh
-    freeze: Rules
-    """Of the config and of the task; the optimizer knows them too."""
+    Args:
+        task: what is trained.
+        settings: how.
+        mesh: its devices need not be there, unless it is the current one.
+        table: logical axes of the parameters.
 
-    @property
-    def num_bytes(self) -> int:
-        """Of the whole state, which is also what a checkpoint takes on disk."""
-        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.abstract))
+    Raises:
+        ValueError: a parameter that the table does not cover exactly once, a frozen one that does not exist, or as
+            `make_optimizer` does.
+
+    """
+    key = root_key(settings.seed)
+    first = jax.eval_shape(lambda: init_key(settings.seed))
+    params = jax.eval_shape(task.init, first)  # the function itself, so that `begin` finds it traced
+    shardings = parameter_shardings(params, table, mesh)
+    optimizer = make_optimizer(settings.optim, settings.train.num_steps, task.freeze)
+    check_freeze(optimizer.freeze, shardings)
+    return Builder(task, optimizer, mesh, key, shardings, abstract_state(params, optimizer, shardings, mesh))
 
 
 @dataclass(frozen=True)
@@ -98,93 +109,43 @@ class Start:
     """For people: "from scratch", "resumed at step 100"."""
 
 
-def plan_layout(
-    task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, table: AxesTable, seed: int, freeze: Rules
-) -> Layout:
-    """Shapes by abstract evaluation, places by the strict table; no memory is taken.
-
-    Raises:
-        ValueError: a parameter that the table does not cover exactly once, or a frozen one that does not exist.
-
-    """
-    key = jax.eval_shape(lambda: init_key(seed))
-    params = jax.eval_shape(task.init, key)  # the function itself: `begin` finds it traced
-    shardings = parameter_shardings(params, table, mesh)
-    check_rules(freeze, shardings)
-    return Layout(shardings, abstract_state(params, optimizer, shardings, mesh), optimizer, mesh, freeze)
-
-
-def lay_out(task: Task, settings: RunSettings, mesh: Mesh, table: AxesTable) -> Layout:
-    """The layout that a config asks for; raises as `plan_layout` does."""
-    freeze = joined(settings.optim.freeze, task.freeze)
-    schedule = make_schedule(settings.optim, settings.train.num_steps)
-    optimizer = adam(schedule, settings.optim.adam, freeze, settings.optim.groups)
-    return plan_layout(task, optimizer, mesh, table, settings.seed, freeze)
-
-
-def make_builder(task: Task, settings: RunSettings, layout: Layout, key: StepKey) -> Builder:
-    """What traces the programs of a run: the loop's, and the planner's (`wavlm_jax.plan`).
-
-    Args:
-        task: what is trained.
-        settings: how.
-        layout: of `lay_out`.
-        key: the root key of the run.
-
-    """
-    return Builder(
-        task=task,
-        state=layout.abstract,
-        mesh=layout.mesh,
-        optimizer=layout.optimizer,
-        schedule=make_schedule(settings.optim, settings.train.num_steps),
-        max_grad_norm=settings.optim.max_grad_norm,
-        freeze=layout.freeze,
-        key=key,
-    )
-
-
-def begin(task: Task, layout: Layout, checkpoints: Checkpoints, *, seed: int, config: Mapping[str, Any]) -> Start:
-    """The state to train from, by the first that applies.
+def begin(builder: Builder, checkpoints: Checkpoints, *, seed: int, config: Mapping[str, Any]) -> Start:
+    """The state to train from, by the first of these that applies.
 
     1. The newest checkpoint of this workdir that verifies; fingerprints must agree, config changes are printed.
     2. What `task.initial_params` makes of fresh parameters: converted weights, an earlier run.
-    3. Fresh parameters, when it gives back what it got.
+    3. Fresh parameters, where it returns them unchanged.
 
     Raises:
         CheckpointError: there are checkpoints, but none can be used for this config and data.
         ValueError: initial parameters of another tree, shape or dtype.
 
     """
+    task, abstract = builder.task, builder.state.params
     manifest = checkpoints.latest()
     if manifest is not None:
-        return _resume(manifest, task, layout, checkpoints, config)
-    abstract = layout.abstract.params
-    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    fresh = jax.jit(task.init, out_shardings=places)(init_key(seed))
+        return _resume(manifest, builder, checkpoints, config)
+    fresh = jax.jit(task.init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(init_key(seed))
     params = task.initial_params(fresh)
     mode, given = "from scratch", set[str]()
     if params is not fresh:
         mode, given = "from given parameters", _given(params, fresh)
         if lines := difference(describe_arrays(abstract), describe_arrays(params)):
             raise ValueError("config.init: the parameters do not fit the model:\n  " + "\n  ".join(lines))
-        params = _place(params, layout.shardings)
+        params = _place(params, builder.shardings)
     run_id = from_first("run id", secrets.token_hex(8))
     record = RunRecord(run_id=run_id, config=config, fingerprints=task.fingerprints)
-    state = shard_state(params, layout.optimizer, layout.mesh)
-    thaws = without_given(layout.freeze, state.opt_state.thaws, given)
-    return Start(replace(state, opt_state=state.opt_state._replace(thaws=thaws)), 0, record, 0.0, mode)
+    return Start(builder.fresh(params, given), 0, record, 0.0, mode)
 
 
 def _given(params: Params, fresh: Params) -> set[str]:
-    """Paths of the parameters that are not the very arrays which were initialised."""
+    """Paths of the parameters that are not the initialised arrays themselves."""
     born = {id(leaf) for leaf in jax.tree.leaves(fresh)}
     return {path_name(path) for path, leaf in jax.tree_util.tree_leaves_with_path(params) if id(leaf) not in born}
 
 
-def _resume(
-    manifest: Manifest, task: Task, layout: Layout, checkpoints: Checkpoints, config: Mapping[str, Any]
-) -> Start:
+def _resume(manifest: Manifest, builder: Builder, checkpoints: Checkpoints, config: Mapping[str, Any]) -> Start:
+    task = builder.task
     for name in sorted({*manifest.fingerprints, *task.fingerprints}):
         before, now = manifest.fingerprints.get(name), task.fingerprints.get(name)
         if before != now:
@@ -194,7 +155,7 @@ def _resume(
             )
     for line in config_changes(manifest.config, config):
         say(f"config changed since step {manifest.step}: {line}")
-    state = checkpoints.restore(manifest, layout.abstract)
+    state = checkpoints.restore(manifest, builder.state)
     record = RunRecord(run_id=manifest.run_id, config=config, fingerprints=task.fingerprints)
     return Start(state, manifest.step, record, manifest.elapsed, f"resumed at step {manifest.step}")
 
@@ -215,7 +176,7 @@ def _leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _place(params: Params, shardings: Mapping[str, NamedSharding]) -> Params:
-    """Host or device parameters, the same on all hosts, onto their shardings."""
+    """Parameters on the host or on devices, the same on all hosts, moved to their shardings."""
 
     def place(path: tuple[Any, ...], leaf: Any) -> jax.Array:
         sharding = shardings[path_name(path)]
@@ -227,10 +188,10 @@ def _place(params: Params, shardings: Mapping[str, NamedSharding]) -> Params:
     return jax.tree_util.tree_map_with_path(place, params)
 
 
-def summarize(task: Task, layout: Layout, start: Start, workdir: str) -> str:
-    """What is about to happen, for people: mode, devices, batch arithmetic, parameters and where they live."""
-    mesh = layout.mesh
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+def summarize(builder: Builder, start: Start, workdir: str) -> str:
+    """What is about to happen, for people: mode, devices, batch arithmetic, number of parameters."""
+    mesh, params = builder.mesh, builder.state.params
+    shards = row_shards(mesh)
     kind = jax.devices()[0].device_kind
     sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     precision = jax.config.values["jax_default_matmul_precision"] or "the device's default"
@@ -239,33 +200,15 @@ def summarize(task: Task, layout: Layout, start: Start, workdir: str) -> str:
         f"{jax.device_count()} x {kind} on {jax.process_count()} hosts, mesh {sizes}",
         f"float32 matrix products: precision {precision}",
     ]
-    for spec in task.stream("train").specs:
+    for spec in builder.task.stream("train").specs:
         rows = next(iter(spec.arrays.values())).shape[0]
         seconds = spec.seconds / (shards * spec.microbatches)
         lines.append(
             f"batch {spec.name}: {seconds:.1f} s/device x {shards} devices x {spec.microbatches} micro-batches "
             f"= {spec.seconds:.1f} s of audio per update ({rows} rows)"
         )
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(layout.abstract.params))
-    lines.append(f"{count:,} parameters, train state {layout.num_bytes / 2**20:,.1f} MiB")
-    if complaint := thin_shards(layout.abstract.params, layout.shardings):
-        lines.append(f"warning: {complaint}")
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    lines.append(f"{count:,} parameters, train state {builder.state.num_bytes / 2**20:,.1f} MiB")
+    if advice := thin_shards(params, builder.shardings):
+        lines.append(f"warning: {advice}")
     return "\n".join(lines)
-
-
-def open_metrics(settings: MetricsSettings, workdir: Path, start: Start, num_steps: int) -> Metrics:
-    """Process 0's writers, which go on where `start` does; none elsewhere."""
-    if jax.process_index() != 0:
-        return Metrics({})
-    record = start.record
-    return Metrics(
-        open_writers(
-            settings, workdir, resume=start.step, num_steps=num_steps, run_id=record.run_id, config=record.config
-        )
-    )
-
-
-def open_nonfinite(workdir: Path, start: Start) -> Jsonl:
-    """Where this process names the rows of steps that were not finite."""
-    index = jax.process_index()
-    return Jsonl(workdir / ("nonfinite.jsonl" if index == 0 else f"nonfinite-{index}.jsonl"), start.step)

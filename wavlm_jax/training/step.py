@@ -1,15 +1,14 @@
-"""What training changes, and what a step says about itself. Everything else is a function of (config, step).
-
-One update and one evaluation, as pure functions of (state, batch).
+"""One update and one evaluation, as pure functions of (state, batch), and the programs that are compiled from them.
 
 The result depends on the global batch alone: not on devices, hosts, mesh shape or the number of micro-batches.
-
-Everything is compiled before the first step; afterwards a compilation is a fault that the metrics show.
+Every program is compiled before the first step. A later compilation is counted (`num_compilations`), and the log shows
+it as `compiles_after_start`.
 """
 
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -23,26 +22,39 @@ from flax import struct
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Compiled, Traced
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from wavlm_jax.shapes import Batch, Params, Scalar, StepKey
-from wavlm_jax.training.optim import Rules, clip, hold_for_ever, without_frozen
-from wavlm_jax.training.sharding import ROWS, by_rows, path_name, replicated, row_shards, tree_shardings
+from wavlm_jax.training.optim import FreezeRules, Optimizer, clip, first_thaws, stop_gradients, zero_frozen
+from wavlm_jax.training.sharding import ROWS, by_rows, path_name, replicated, row_shards, state_shardings
 from wavlm_jax.training.task import BatchSpec, LossSums, Task
 
 
 @struct.dataclass
 class TrainState:
-    """The whole state of training: float32 arrays and int32 scalars, or their shapes, or their shardings."""
+    """All that training changes: float32 arrays and int32 scalars; or their shapes; or their shardings.
+
+    Everything else is a function of the config and `step`.
+    """
 
     step: Any
     """Steps done; the position of data and randomness."""
     params: Params
     opt_state: Any
+    """`Optimizer.init` makes it."""
+    updates: Any
+    """Steps that changed the parameters: all but the skipped ones. The position of the schedule."""
+    thaws: Any
+    """`optim.Thaws`. A resumed run keeps those that it began with."""
     skipped: Any
     """Steps whose loss or gradient was not finite, in all."""
     skipped_in_a_row: Any
     """Of those, the ones since the last good step."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole state, which is also what a checkpoint takes on disk."""
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
 
 @struct.dataclass
@@ -60,53 +72,17 @@ class Report:
 
 
 def root_key(seed: int) -> StepKey:
-    """The typed key that every draw of a run descends from."""
+    """The typed key that every draw of a run is derived from."""
     return jax.random.key(seed)
 
 
 def init_key(seed: int) -> StepKey:
-    """The key of fresh parameters: the one fold that no step takes."""
+    """The key of fresh parameters: folded with a number that no step reaches."""
     return jax.random.fold_in(root_key(seed), 2**32 - 1)
 
 
-def fresh_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before step 1, traced or real."""
-
-    def zero() -> Int[Array, ""]:
-        return jnp.zeros((), jnp.int32)
-
-    return TrainState(
-        step=zero(),
-        params=params,
-        opt_state=optimizer.init(params),
-        skipped=zero(),
-        skipped_in_a_row=zero(),
-    )
-
-
-def shard_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """A fresh state around parameters that are already on their devices; the optimizer state is born beside them."""
-    shardings = {path_name(path): leaf.sharding for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    abstract = abstract_state(params, optimizer, shardings, mesh)
-    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    opt_state = jax.jit(optimizer.init, out_shardings=places.opt_state)(params)
-    zeros = [jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh)) for _ in range(3)]
-    return TrainState(zeros[0], params, opt_state, zeros[1], zeros[2])
-
-
-def abstract_state(
-    params: Params, optimizer: optax.GradientTransformation, shardings: Mapping[str, NamedSharding], mesh: Mesh
-) -> TrainState:
-    """Shapes, dtypes and shardings of the state: what is compiled for, and what a checkpoint is restored into."""
-    abstract = jax.eval_shape(lambda tree: fresh_state(tree, optimizer), params)
-    places = tree_shardings(abstract, shardings, mesh)
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, places
-    )
-
-
 def check_spec(spec: BatchSpec, row_group: int, shards: int) -> None:
-    """Whether the rows of `spec` can be split.
+    """Checks that the rows of `spec` can be split.
 
     Raises:
         ValueError: unless every array has the same rows, a multiple of micro-batches x row group x devices.
@@ -156,16 +132,7 @@ def add_up(function: Callable[[Batch], Any], batch: Batch, microbatches: int, gr
 
 
 def train_step(
-    state: TrainState,
-    batch: Batch,
-    *,
-    task: Task,
-    optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
-    max_grad_norm: float | None,
-    freeze: Rules,
-    key: StepKey,
-    microbatches: int,
+    state: TrainState, batch: Batch, *, task: Task, optimizer: Optimizer, key: StepKey, microbatches: int
 ) -> tuple[TrainState, Report]:
     """One update. A loss or gradient that is not finite changes nothing but `step` and the counters.
 
@@ -173,24 +140,22 @@ def train_step(
         state: donated by the caller.
         batch: global arrays; `row` is added here.
         task: its loss and row group.
-        optimizer: from `optim.adam`.
-        schedule: learning rate for the report; the optimizer has it too.
-        max_grad_norm: of the gradient of the mean loss.
-        freeze: what stands still; the optimizer knows it too.
+        optimizer: with its schedule, clipping and freezing.
         key: the root key of the run; this step's is `fold_in(key, state.step)`.
         microbatches: static.
 
     """
-    step_key = jax.random.fold_in(key, state.step)
+    step_key, freeze = jax.random.fold_in(key, state.step), optimizer.freeze
     gradients = partial(_gradients, task, state.params, step_key, freeze)
     sums, grads = add_up(gradients, batch, microbatches, task.row_group)
     count = jnp.where(sums.count > 0, sums.count, 1.0)
     grads = jax.tree.map(lambda g: g / count, grads)
-    grads = without_frozen(grads, freeze, state.opt_state.thaws, state.opt_state.updates)
+    grads = zero_frozen(grads, freeze, state.thaws, state.updates)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
-    updates, opt_state = optimizer.update(clip(grads, norm, max_grad_norm), state.opt_state, state.params)
-    params = _follow(optax.apply_updates(state.params, updates), sums.averages)
+    grads = clip(grads, norm, optimizer.settings.max_grad_norm)
+    changes, opt_state = optimizer.update(grads, state.opt_state, state.params, state.updates, state.thaws)
+    params = _follow(optax.apply_updates(state.params, changes), sums.averages)
 
     def keep(new: Any, old: Any) -> Any:
         return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
@@ -200,53 +165,52 @@ def train_step(
         step=state.step + 1,
         params=keep(params, state.params),
         opt_state=keep(opt_state, state.opt_state),
+        updates=keep(state.updates + 1, state.updates),
+        thaws=state.thaws,
         skipped=state.skipped + failed,
         skipped_in_a_row=(state.skipped_in_a_row + 1) * failed,
     )
-    values = {"grad_norm": norm, "learning_rate": schedule(state.opt_state.updates)}
+    values = {"grad_norm": norm, "learning_rate": optimizer.schedule(state.updates)}
     return new, Report(replace(sums, averages={}), values, finite, new.skipped, new.skipped_in_a_row)
 
 
+def _gradients(task: Task, params: Params, key: StepKey, freeze: FreezeRules, batch: Batch) -> tuple[LossSums, Params]:
+    def total(params: Params) -> tuple[Scalar, LossSums]:
+        sums = task.loss(stop_gradients(params, freeze), batch, key)
+        return sums.loss, sums
+
+    (_, sums), grads = jax.value_and_grad(total, has_aux=True)(params)
+    return sums, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+
+
+_AVERAGING_RATE = 0.1
+
+
 def _follow(params: Params, averages: dict[str, tuple[Any, Any]]) -> Params:
-    """Parameters that are averages, moved a tenth of the way to what this batch says, as torch's batch norms do."""
+    """Moves parameters that are running averages a tenth of the way to this batch's, as torch's batch norms do."""
 
     def of(path: Any, leaf: Array) -> Array:
         if (name := path_name(path)) not in averages:
             return leaf
         total, count = averages[name]
-        return leaf + _PACE * (total / count - leaf)
+        return leaf + _AVERAGING_RATE * (total / count - leaf)
 
     return jax.tree_util.tree_map_with_path(of, params) if averages else params
-
-
-_PACE = 0.1
 
 
 def eval_step(params: Params, batch: Batch, *, task: Task, microbatches: int) -> LossSums:
     """Sums over the global batch, without randomness: so no row has partners, and any may go into any micro-batch."""
     rows = next(iter(batch.values())).shape[0]
 
+    def in_place(answers: Array, row: Array) -> Array:
+        # 0 for the rows of other micro-batches, so that the sum is the whole list
+        return jnp.zeros((rows, *answers.shape[1:]), answers.dtype).at[row].set(answers)
+
     def score(part: Batch) -> LossSums:
         sums = task.loss(params, part, None)
-        return replace(
-            sums, answers={name: _in_place(answer, part["row"], rows) for name, answer in sums.answers.items()}
-        )
+        return replace(sums, answers={name: in_place(answer, part["row"]) for name, answer in sums.answers.items()})
 
     return add_up(score, batch, microbatches, group=1)
-
-
-def _in_place(answers: Array, row: Array, rows: int) -> Array:
-    """Answers of a micro-batch where they belong in the batch of `rows`, 0 elsewhere: so sums are the whole list."""
-    return jnp.zeros((rows, *answers.shape[1:]), answers.dtype).at[row].set(answers)
-
-
-def _gradients(task: Task, params: Params, key: StepKey, freeze: Rules, batch: Batch) -> tuple[LossSums, Params]:
-    def total(params: Params) -> tuple[Scalar, LossSums]:
-        sums = task.loss(hold_for_ever(params, freeze), batch, key)
-        return sums.loss, sums
-
-    (_, sums), grads = jax.value_and_grad(total, has_aux=True)(params)
-    return sums, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
 
 COMPILES = "/jax/core/compile/backend_compile_duration"
@@ -259,18 +223,17 @@ class OutOfMemory(RuntimeError):  # noqa: N818 named as people call it
 
 @dataclass(frozen=True)
 class Programs:
-    """One executable for each static shape."""
+    """One executable for each split and batch shape."""
 
-    train: dict[str, Compiled]
-    evaluate: dict[str, dict[str, Compiled]]
-    """Split -> spec name -> executable."""
+    executables: Mapping[str, Mapping[str, Compiled]]
+    """Split -> name of the batch spec -> `train_step` where the split is "train", else `eval_step`."""
     seconds: float
     found: int
-    """How many came out of the cache."""
+    """How many came out of the compilation cache."""
 
     def describe(self) -> str:
         """For people: how many, how long, how many from the cache."""
-        count = len(self.train) + sum(map(len, self.evaluate.values()))
+        count = sum(map(len, self.executables.values()))
         return f"{count} programs in {self.seconds:.1f} s ({self.found} of them found in the cache)"
 
 
@@ -326,80 +289,86 @@ def out_of_memory_explained(what: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Builder:
-    """Traces the programs of a run: what the loop compiles, and what `wavlm_jax.plan` counts."""
+    """What the programs of a run are traced from, before any array of the run exists (`start.make_builder`)."""
 
     task: Task
-    """Its loss and row group."""
-    state: TrainState
-    """Abstract, with shardings; donated by the step."""
+    optimizer: Optimizer
     mesh: Mesh
-    """The current one (`jax.set_mesh`)."""
-    optimizer: optax.GradientTransformation
-    """Of `optim.adam`."""
-    schedule: optax.Schedule
-    """For the report."""
-    max_grad_norm: float | None
-    freeze: Rules
-    """See `step.train_step`."""
-    key: jax.Array
+    """Has to be the current one (`jax.set_mesh`) when a program is traced."""
+    key: StepKey
     """Root key of the run, a constant of the program."""
+    shardings: Mapping[str, NamedSharding]
+    """Path of a parameter -> where it is."""
+    state: TrainState
+    """Shapes, dtypes and shardings: what is compiled for, and what a checkpoint is restored into."""
 
-    def update(self, spec: BatchSpec) -> Traced:
-        """One step of training on a batch of `spec`.
+    def trace(self, split: str, spec: BatchSpec) -> Traced:
+        """The program of a batch of `spec`: one update where the split is "train", else one evaluation.
 
         Raises:
             ValueError: the rows cannot be split.
 
         """
-        step = partial(
-            train_step,
-            task=self.task,
-            optimizer=self.optimizer,
-            schedule=self.schedule,
-            max_grad_norm=self.max_grad_norm,
-            freeze=self.freeze,
-            key=self.key,
-        )
-        places = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-        check_spec(spec, self.task.row_group, row_shards(self.mesh))
-        return self._traced(spec, step, self.state, donate_argnums=0, out_shardings=(places, replicated(self.mesh)))
-
-    def evaluation(self, spec: BatchSpec) -> Traced:
-        """The sums of a batch of `spec`, without randomness; raises as `update` does."""
-        score = partial(eval_step, task=self.task)
-        check_spec(spec, 1, row_shards(self.mesh))
-        return self._traced(spec, score, self.state.params, out_shardings=replicated(self.mesh))
-
-    def _traced(self, spec: BatchSpec, function: Any, argument: Any, **options: Any) -> Traced:
         batch = {
             name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=by_rows(self.mesh))
             for name, array in spec.arrays.items()
         }
-        return jax.jit(partial(function, microbatches=spec.microbatches), **options).trace(argument, batch)
+        training, everywhere = split == "train", replicated(self.mesh)
+        check_spec(spec, self.task.row_group if training else 1, row_shards(self.mesh))
+        if not training:
+            score = partial(eval_step, task=self.task, microbatches=spec.microbatches)
+            return jax.jit(score, out_shardings=everywhere).trace(self.state.params, batch)
+        step = partial(
+            train_step, task=self.task, optimizer=self.optimizer, key=self.key, microbatches=spec.microbatches
+        )
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+        return jax.jit(step, donate_argnums=0, out_shardings=(places, everywhere)).trace(self.state, batch)
+
+    def compile(self, specs: Mapping[str, tuple[BatchSpec, ...]]) -> Programs:
+        """A program for each spec of each split.
+
+        Args:
+            specs: of each split's stream.
+
+        Raises:
+            ValueError: a spec's rows cannot be split.
+            OutOfMemory: a program does not fit.
+
+        """
+        started, found_before = time.monotonic(), events()[HITS]
+        executables: dict[str, dict[str, Compiled]] = {split: {} for split in specs}
+        for split, of_split in specs.items():
+            for spec in of_split:
+                traced = self.trace(split, spec)
+                with out_of_memory_explained(f"batch {spec.name}"):
+                    executables[split][spec.name] = traced.lower().compile()
+        return Programs(executables, time.monotonic() - started, events()[HITS] - found_before)
+
+    def fresh(self, params: Params, given: Iterable[str] = ()) -> TrainState:
+        """The state before step 1, around parameters that are already on their devices.
+
+        Args:
+            params: kept, not copied.
+            given: paths of those that were loaded; see `optim.first_thaws`.
+
+        """
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+        opt_state = jax.jit(self.optimizer.init, out_shardings=places.opt_state)(params)
+        thaws = first_thaws(self.optimizer.freeze, given)
+        scalars = TrainState(0, {}, {}, 0, thaws, 0, 0)
+        state = jax.tree.map(lambda value: jax.device_put(jnp.int32(value), replicated(self.mesh)), scalars)
+        return replace(state, params=params, opt_state=opt_state)
 
 
-def compile_programs(builder: Builder, specs: dict[str, tuple[BatchSpec, ...]]) -> Programs:
-    """Compiles a step for every spec of "train" and an evaluation for every spec of the other splits.
-
-    Args:
-        builder: traces them.
-        specs: of each split's stream.
-
-    Raises:
-        ValueError: a spec's rows cannot be split.
-        OutOfMemory: a program does not fit.
-
-    """
-    started, found_before = time.monotonic(), events()[HITS]
-
-    def compiled(trace: Callable[[BatchSpec], Traced], specs: tuple[BatchSpec, ...]) -> dict[str, Compiled]:
-        programs = {}
-        for spec in specs:
-            traced = trace(spec)
-            with out_of_memory_explained(f"batch {spec.name}"):
-                programs[spec.name] = traced.lower().compile()
-        return programs
-
-    train = compiled(builder.update, specs["train"])
-    evaluate = {split: compiled(builder.evaluation, found) for split, found in specs.items() if split != "train"}
-    return Programs(train, evaluate, time.monotonic() - started, events()[HITS] - found_before)
+def abstract_state(
+    params: Params, optimizer: Optimizer, shardings: Mapping[str, NamedSharding], mesh: Mesh
+) -> TrainState:
+    """Shapes, dtypes and shardings of a state around `params`, which may be shapes themselves."""
+    scalar = jax.ShapeDtypeStruct((), jnp.int32)
+    thaws = dict.fromkeys(first_thaws(optimizer.freeze), scalar)
+    state = TrainState(scalar, params, jax.eval_shape(optimizer.init, params), scalar, thaws, scalar, scalar)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        state,
+        state_shardings(state, params, shardings, mesh),
+    )

@@ -1,12 +1,7 @@
-"""What a task needs to know about the devices in order to cut its batches.
+"""The contract between tasks and the training loop: `Task`, what it reads (`BatchStream`) and returns (`LossSums`).
 
-What a loss returns: sums and counts, never means; in evaluation lists of answers too.
-
-What a task reads: static shapes that are known beforehand, and batches whose only position is their number.
-
-What the loop trains: the one contract between a model and the training tower.
-
-A task is four pure functions. The loop knows neither speech nor Flax; a task knows neither devices nor files.
+The loop knows neither speech nor Flax; a task knows neither devices nor files. A batch is a function of its number.
+A loss is a sum and a count, never a mean.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,10 +21,10 @@ from wavlm_jax.training.sharding import row_shards
 
 @dataclass(frozen=True)
 class Topology:
-    """How many see different rows, and which of them this process is."""
+    """What a task needs to know about the machine to cut its batches."""
 
     num_devices: int
-    """Devices that see different rows (data * fsdp)."""
+    """Devices that work on different rows (data * fsdp)."""
     process_index: int
     process_count: int
 
@@ -45,43 +40,43 @@ Sum = Any
 
 @struct.dataclass
 class LossSums:
-    """Sums over the rows of a (micro-)batch; the step adds them up over the global batch and divides once."""
+    """Sums over the rows of a (micro-)batch; the step adds them over the global batch and divides once."""
 
     loss: Sum
     """float32: sum of the loss."""
     count: Sum
-    """float32: what `loss` is divided by (masked frames, utterances); 0 where a batch has nothing to learn from."""
+    """float32: what `loss` is divided by (masked frames, utterances); 0 if there is nothing to learn from."""
     metrics: dict[str, tuple[Sum, Sum]]
     """name -> (sum, count), float32: reported as sum / count."""
     histograms: dict[str, Any] = field(default_factory=dict)
     """name -> counts, float32 (bins,): reported as the entropy of the normalised counts, in nats."""
     averages: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-    """Of training: path of a parameter -> (sum, count) of what the batch says about it. Such parameters are not learned
-    but follow these means from step to step (running statistics of batch norms)."""
+    """In training: path of a parameter -> (sum, count). Such parameters are running averages (batch norms' statistics):
+    they are not learned, but moved towards sum / count by `step.train_step`."""
     answers: dict[str, Any] = field(default_factory=dict)
-    """Of an evaluation: name -> a value or vector a row (rows, ...), in the order of the batch. Those of a whole
-    evaluation reach `Task.score`, which makes of them what is no sum (F1, equal error rate)."""
+    """In evaluation: name -> (rows, ...), one value or vector per row, in the order of the batch. `Task.score` gets
+    those of a whole evaluation, for metrics that are no sums (F1, equal error rate)."""
 
 
 class BatchSpec(NamedTuple):
-    """One static shape that a stream yields. Specs of one stream have different names."""
+    """A static shape of batches. The specs of one stream have different names."""
 
     name: str
     arrays: Mapping[str, jax.ShapeDtypeStruct]
-    """Global shapes: the first axis counts the rows of all hosts."""
+    """Global shapes: the first axis is the rows of all hosts."""
     microbatches: int
-    """Steps of gradient accumulation that the rows are split into."""
+    """Number of micro-batches (gradient accumulation) that the rows are split into."""
     seconds: float
     """Seconds of audio in a full batch, for throughput."""
 
 
 @runtime_checkable
 class BatchStream(Protocol):
-    """An endless (training) or finite (evaluation) sequence of batches; its only position is the batch number."""
+    """An endless (training) or finite (evaluation) sequence of batches; the batch number is its only state."""
 
     @property
     def specs(self) -> tuple[BatchSpec, ...]:
-        """Every static shape that `batches` yields: all are compiled before the first step."""
+        """Every static shape that `batches` yields; all are compiled before the first step."""
         ...
 
     @property
@@ -90,47 +85,48 @@ class BatchStream(Protocol):
         ...
 
     def batches(self, start: int = 0) -> Iterator[tuple[BatchSpec, dict[str, np.ndarray]]]:
-        """This host's rows of the batches number `start`, `start` + 1, ...: the same whenever they are asked for."""
+        """This host's rows of the batches number `start`, `start` + 1, ...; the same at every call."""
         ...
 
     def name(self, index: int) -> str:
-        """The utterance that `batch["id"]` calls `index`, for reports."""
+        """Name of the utterance whose number in `batch["id"]` is `index`, for reports."""
         ...
 
 
 Score: TypeAlias = Callable[[str, Mapping[str, np.ndarray]], Mapping[str, float]]
-"""(split, `LossSums.answers` of all its utterances, `id` their numbers, each once) -> name -> metric."""
+"""(split, `LossSums.answers` of all its utterances, each once; "id" has their numbers) -> name -> metric."""
 
 
 def no_score(split: str, answers: Mapping[str, np.ndarray]) -> Mapping[str, float]:
-    """Nothing: all there is to say are sums."""
+    """No metrics besides the sums."""
     del split, answers
     return {}
 
 
 @dataclass(frozen=True)
 class Task:
-    """Four pure functions, two facts about the data, and what is frozen."""
+    """What is trained: pure functions, and facts about the data."""
 
     init: Callable[[StepKey], Params]
-    """Fresh parameters; only ever traced, so that they are born sharded."""
+    """Fresh parameters; only traced, so that each device makes its own shards."""
     loss: Callable[[Params, Batch, StepKey | None], LossSums]
-    """Sums over the batch, whose `row` is the row's number in the global batch; key None = evaluation."""
+    """Sums over the batch, in which `row` is the row's number in the global batch. The key is None in evaluation."""
     stream: Callable[[str], BatchStream]
-    """"train", or the name of an evaluation split."""
+    """From "train", or the name of an evaluation split, to its batches."""
     initial_params: Callable[[Params], Params]
-    """From fresh parameters to those that training starts from: the same, or converted weights, or an earlier run."""
+    """From fresh parameters to those that training starts from: the same, or converted weights, or an earlier run's."""
     row_group: int = 1
     """Consecutive rows that stay together on one device and in one micro-batch (mixing partners)."""
     freeze: Mapping[str, Freeze] = field(default_factory=dict)
-    """What stands still at first besides `optim.freeze` of the config: a body that waits for its fresh head."""
+    """Entries besides `optim.freeze` of the config: a pretrained body that waits for its fresh head."""
     score: Score = no_score
-    """What an evaluation says besides its sums."""
+    """Metrics of an evaluation that are no sums."""
     fingerprints: Mapping[str, str] = field(default_factory=dict)
-    """Name -> fingerprint of what training depends on besides the config (corpus, labels); a resume insists on them."""
+    """Name -> fingerprint of what training depends on besides the config (corpus, labels). A resume with others is
+    refused."""
     resolved: Mapping[str, Any] = field(default_factory=dict)
-    """Sections that the data completed (the head with its number of outputs, the vocabulary), as JSON values. They
-    take their place in the config that every checkpoint keeps, so that a run says all about its model."""
+    """Config sections that the data completed (the head with its number of outputs, the vocabulary), as JSON values.
+    They replace those of the config in every checkpoint, so that a run describes its model completely."""
 
 
 LabelStep: TypeAlias = Callable[[Mapping[str, Any], Sequence[jax.Device]], tuple[str, Traced, float, Mesh]]
