@@ -129,10 +129,10 @@ def finished(traced: Any, spec: Any, mesh: Any, target: Any) -> dict[str, Any]:
 
 def stopped(traced: Any, _spec: Any, mesh: Any, target: Any) -> dict[str, Any]:
     """Figures of a program of libtpu's before its machine code is made."""
-    from wavlm_jax.plan import targets as partitioner
+    from wavlm_jax.plan.targets import replicated_arrays
 
     with tempfile.TemporaryDirectory(prefix="wavlm-plan-") as dumped:
-        with partitioner.replicated() as replicated:
+        with replicated_arrays() as replicated:
             outcome = optimized(traced.lower(), Path(dumped))
         found = {"failed": outcome} if isinstance(outcome, str) else counted(*outcome, mesh, target)
     return found | {"replicated": replicated}
@@ -144,7 +144,7 @@ def traced_step(config: dict[str, Any], target: Any, split: str) -> tuple[Any, A
     import jax
 
     from pretrain.task import outline
-    from wavlm_jax.plan.program import held
+    from wavlm_jax.plan.program import bytes_per_device
     from wavlm_jax.settings import read_sections
     from wavlm_jax.training.sharding import RULES, make_mesh, row_shards
     from wavlm_jax.training.start import RunSettings, make_builder
@@ -157,7 +157,7 @@ def traced_step(config: dict[str, Any], target: Any, split: str) -> tuple[Any, A
     builder = make_builder(task, settings, mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         traced = builder.trace(split, spec)
-    return traced, spec, mesh, held(builder.state)
+    return traced, spec, mesh, bytes_per_device(builder.state)
 
 
 def optimized(lowered: Any, dumped: Path) -> tuple[str, int] | str:

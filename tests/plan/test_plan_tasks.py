@@ -101,7 +101,7 @@ def test_messages_of_data_parallel_training_do_not_grow_with_the_devices():
     for devices in (2, 8):
         config = small(demo.get_config(), 2 * devices)
         config["mixing"]["group"] = 2
-        made = plan_run(config, TASKS["masked_prediction"].outline, machine(devices), splits=("train",))
+        made = plan_run(config, TASKS["masked_prediction"], machine(devices), splits=("train",))
         (train,) = made.train
         assert {row.kind for row in train.collectives} == {"all-reduce"}
         assert {row.group for row in train.collectives} == {devices}

@@ -16,11 +16,10 @@ from configs.pretrain import base, base_plus, large
 from pretrain.task import outline
 from tests.support import tpu_programs
 from wavlm_jax.plan import targets
-from wavlm_jax.plan import targets as partitioner
 from wavlm_jax.plan.cost import Module, executed, memory_traffic
 from wavlm_jax.plan.program import Memory, loop_outputs, matrix_flops, program_text
 from wavlm_jax.plan.report import changed, find_cures
-from wavlm_jax.plan.targets import PlanTargetError, open_target
+from wavlm_jax.plan.targets import PlanTargetError, open_target, replicated_arrays
 from wavlm_jax.settings import read_sections
 from wavlm_jax.training.sharding import make_mesh
 from wavlm_jax.training.start import RunSettings, make_builder
@@ -198,7 +197,7 @@ def test_what_else_is_printed_meanwhile_is_passed_on(capfd):
     given, wanted = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("y", None, "x"), (None, ("x", "y"), None)))
     cube = jax.ShapeDtypeStruct((16, 16, 16), "float32", sharding=given)
     lowered = jax.jit(lambda x: 1 + jax.lax.with_sharding_constraint(jnp.sin(x), wanted)).lower(cube)
-    with partitioner.replicated() as found:
+    with replicated_arrays() as found:
         lowered.compile()
         print("and something else", file=sys.stderr)
     assert len(found) == 1

@@ -1,4 +1,4 @@
-"""python -m wavlm_jax.plan: does a run fit, how fast can it be, what does it cost; compiled without the accelerator.
+"""python -m wavlm_jax.plan: whether a run fits, how fast it can be, what it costs; compiled without the accelerator.
 
 python -m wavlm_jax.plan --config configs/pretrain/base.py --topology v5e:16x16 [--config.batch.row_multiple=1024 ...]
 
@@ -22,48 +22,37 @@ from wavlm_jax.plan.program import Memory, Plan, plan_run, same_programs
 from wavlm_jax.plan.report import Cure, as_json, as_text, find_cures
 from wavlm_jax.plan.targets import Target, open_target, with_memory
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "What is to be trained; see configs/.", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file("config", None, "What to train; see configs/.", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:16x16, v4:2x2x4, v5p:4x4x4, v6e:16x16, h100:8, ...")
-_SLICES = flags.DEFINE_integer("slices", 1, "TPU slices of that topology.")
-_MEMORY = flags.DEFINE_float("memory_gib", None, "Of a device, where it is to be less than the compiler allows.")
+_SLICES = flags.DEFINE_integer("slices", 1, "Number of TPU slices of that topology.")
+_MEMORY = flags.DEFINE_float("memory_gib", None, "Memory of a device, if less than the compiler allows.")
 _JSON = flags.DEFINE_bool("json", False, "One JSON object instead of a table.")
 _EVERY = flags.DEFINE_bool("every_bucket", False, "Compile every batch shape, not only the longest of each split.")
-_CURES = flags.DEFINE_bool("cures", True, "Where it does not fit, look for settings that do.")
-
-
-def say(text: str) -> None:
-    """Progress, beside the result."""
-    print(text, file=sys.stderr, flush=True)
+_CURES = flags.DEFINE_bool("cures", True, "If it does not fit, look for settings that do.")
 
 
 def plan(
     config: Mapping[str, Any], target: Target, *, every_bucket: bool = False, cures: bool = True
 ) -> tuple[Plan, list[Cure]]:
-    """The plan of a config, and what helps where it does not fit; the arguments are those of the command line.
+    """The plan of a config, and what helps if it does not fit; the arguments are those of the command line.
 
     Raises:
-        ValueError: a task that cannot be planned, or as `plan_run`.
+        ValueError: a task that cannot be planned, or as `plan_run` does.
 
     """
     if config["task"] not in TASKS:
         raise ValueError(f"config.task: found {config['task']!r}; what can be planned: {', '.join(TASKS)}")
-    _, outline, label_step = TASKS[config["task"]]
-
-    def compiling(name: str) -> None:
-        say(f"compiling {name} for {target.topology} ...")
-
-    made = plan_run(config, outline, target, every_bucket=every_bucket, label_step=label_step, on_program=compiling)
+    kind = TASKS[config["task"]]
+    made = plan_run(config, kind, target, every_bucket=every_bucket)
     too_large = tuple(dict.fromkeys(name.split()[0] for name in made.programs if not made.memory_of(name).fits))
     if not too_large or not cures:
         return made, []
-    steps = tuple(split for split in too_large if split != "labels")
-    remaking = label_step if "labels" in too_large else None
     known: dict[str, Memory] = {}
 
     def attempt(changed: Mapping[str, Any]) -> Memory:
-        key = same_programs(changed, outline, target, steps)
+        key = same_programs(changed, kind, target, too_large)
         if key not in known:
-            tried = plan_run(changed, outline, target, splits=steps, label_step=remaking, on_program=compiling)
+            tried = plan_run(changed, kind, target, splits=too_large)
             found = [tried.memory_of(name) for name in tried.programs]
             known[key] = max(found, key=lambda memory: (not memory.fits, memory.peak))
         return known[key]
@@ -81,7 +70,7 @@ def main(_: Sequence[str]) -> None:
         config = json.loads(_CONFIG.value.to_json())
         made, cures = plan(config, target, every_bucket=_EVERY.value, cures=_CURES.value)
     except ValueError as error:
-        say(f"plan: {error}")
+        print(f"plan: {error}", file=sys.stderr)
         sys.exit(EXIT_WRONG)
     print(json.dumps(as_json(made, target, name, cures)) if _JSON.value else as_text(made, target, name, cures))
     sys.exit(0 if made.fits else 1)

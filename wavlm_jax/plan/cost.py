@@ -1,11 +1,11 @@
-"""Optimized HLO as text, read into instructions: what the compiler really made of a step, for one device.
+"""What a compiled program moves, read from its optimized HLO text: bytes to and from HBM, and messages.
 
-Bytes that a compiled program moves to and from the memory of one device, loops counted as often as they run.
+All figures are of one execution on one device, with loops counted as often as they run.
 
-Every instruction outside a fusion reads its operands and writes its results; what lies on the chip (VMEM) costs
-nothing, padding to tiles counts, and slices of a larger array count as what they really touch.
+Memory: every instruction outside a fusion reads its operands and writes its results. What is on the chip (VMEM) costs
+nothing, padding to tiles counts, and of a slice of a larger array only what is really read or written.
 
-What devices say to each other: bytes, groups, mesh axes, and the links that carry it.
+Messages: bytes, devices in a group, mesh axes, and the links that carry them.
 """
 
 import math
@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from wavlm_jax.plan.targets import Target
+from wavlm_jax.training.sharding import slice_of
 
 BITS = {
     **dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2", "f8e4m3b11fnuz"), 8),
@@ -31,7 +32,7 @@ BITS = {
     "opaque": 0,
 }
 HBM = 0
-"""Memory space of the layouts that say none; S(1) is on the chip (VMEM), S(5) the host's."""
+"""Memory space of a layout that names none; S(1) is on the chip (VMEM), S(5) the host's."""
 
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
@@ -41,7 +42,7 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+)(?: \(.*)? -> .*\{$")
 
 @dataclass(frozen=True)
 class Array:
-    """One array: what it holds and where it lies."""
+    """Dtype, shape and layout of one array."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -56,7 +57,7 @@ class Array:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that it takes where it lies, padding to whole tiles included."""
+        """Bytes with padding to whole tiles."""
         sizes = list(self.dims)
         order, _, rest = self.layout.partition(":")
         tile = re.search(r"T\(([\d,]+)\)", rest)
@@ -76,21 +77,21 @@ class Instruction:
     name: str
     opcode: str
     arrays: tuple[Array, ...]
-    """What it gives: one, or the elements of a tuple, flattened."""
+    """The result: one, or the elements of a tuple, flattened."""
     operands: tuple[str, ...]
     text: str
-    """Everything behind the operands."""
+    """The attributes: everything after the operands."""
     literal: str
-    """What stands between the parentheses."""
+    """The text between the parentheses."""
     is_root: bool
 
     @property
     def num_bytes(self) -> int:
-        """Of all its results that lie in HBM."""
+        """Of all its results that are in HBM."""
         return sum(array.num_bytes for array in self.arrays if array.space == HBM)
 
     def called(self, attribute: str) -> str | None:
-        """The computation that an attribute names: body, condition, calls, to_apply."""
+        """The computation in an attribute: body, condition, calls, to_apply."""
         found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.text)
         return found.group(1) if found else None
 
@@ -104,7 +105,7 @@ class Instruction:
 
 @dataclass
 class Computation:
-    """Instructions in the order in which they run."""
+    """Instructions by name, in the order in which they run."""
 
     name: str
     instructions: dict[str, Instruction] = field(default_factory=dict)
@@ -121,7 +122,7 @@ class Computation:
         return sorted(found, key=lambda line: int(line.literal))
 
     def users(self, name: str) -> Iterator[tuple[Instruction, int]]:
-        """Instructions that read `name`, with the place of the operand."""
+        """(instruction, position of the operand) for every use of `name`."""
         for line in self.instructions.values():
             for place, operand in enumerate(line.operands):
                 if operand == name:
@@ -137,10 +138,10 @@ class Module:
 
     @classmethod
     def parse(cls, text: str) -> "Module":
-        """The module that `jax.stages.Compiled.as_text()` prints.
+        """Reads what `jax.stages.Compiled.as_text()` prints.
 
         Raises:
-            ValueError: there is no entry computation in it.
+            ValueError: it has no entry computation.
 
         """
         computations: dict[str, Computation] = {}
@@ -160,59 +161,44 @@ class Module:
 def trip_count(module: Module, loop: Instruction, around: Computation) -> int:
     """How often the body of a `while` runs.
 
-    The compiler may have noted it; else the condition compares a counter with a constant, as `jax.lax.scan` writes it.
+    The compiler may have noted it. Else the condition compares a counter with the program's only constant in it, as
+    `jax.lax.scan` is compiled; either may be inside a fusion.
 
     Raises:
         ValueError: neither (a loop that ends when the data say so).
 
     """
-    noted = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text)
-    if noted:
+    if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text):
         return int(noted.group(1))
     condition = module.computations[loop.called("condition") or ""]
-    compare, compared = _comparison(module, condition)
-    direction = re.search(r"direction=(LT|LE|NE|GT|GE)", compare.text)
-    limits = [value for line in compared if (value := _constant(line)) is not None]
-    if compare.opcode != "compare" or direction is None or len(limits) != 1:
-        raise ValueError(f"HLO: the number of turns of loop {loop.name} is not a constant of the program")
-    counter = next((line for line in compared if line.opcode == "get-tuple-element"), None)
-    start = 0 if counter is None else _first_value(around, loop, counter)
-    return abs(limits[0] - start) + (direction.group(1) in ("LE", "GE"))
-
-
-def _comparison(module: Module, condition: Computation) -> tuple[Instruction, list[Instruction]]:
-    """The comparison that ends a loop, and what it compares, as instructions of the condition."""
-    root = _behind_copies(condition, condition.root)
-    called = root.called("calls") if root.opcode == "fusion" else None
-    if called is None:
-        return root, [_behind_copies(condition, condition.instructions[name]) for name in root.operands]
-    inner = module.computations[called]
-    compare = inner.root
-    given = [inner.instructions[name] for name in compare.operands]
-    outer = [
-        condition.instructions[root.operands[int(line.literal)]] if line.opcode == "parameter" else line
-        for line in given
+    fused = [name for line in condition.instructions.values() if (name := line.called("calls"))]
+    lines = [
+        line
+        for part in (condition, *(module.computations[name] for name in fused))
+        for line in part.instructions.values()
     ]
-    return compare, [_behind_copies(condition, line) for line in outer]
-
-
-def _behind_copies(computation: Computation, line: Instruction) -> Instruction:
-    while line.opcode in ("copy", "bitcast") and line.operands[0] in computation.instructions:
-        line = computation.instructions[line.operands[0]]
-    return line
+    limits = {value for line in lines if (value := _constant(line)) is not None}
+    compare = [found.group(1) for line in lines if (found := re.search(r"direction=(LT|LE|NE|GT|GE)", line.text))]
+    if len(compare) != 1 or len(limits) != 1:
+        raise ValueError(f"HLO: the number of turns of loop {loop.name} is not a constant of the program")
+    counters = [found.group(1) for line in lines if (found := re.search(r"index=(\d+)", line.text))]
+    start = _first_value(around, loop, int(counters[0])) if counters else 0
+    return abs(limits.pop() - start) + (compare[0] in ("LE", "GE"))
 
 
 def _constant(line: Instruction) -> int | None:
     return int(line.literal) if line.opcode == "constant" and re.fullmatch(r"-?\d+", line.literal) else None
 
 
-def _first_value(around: Computation, loop: Instruction, counter: Instruction) -> int:
-    """What a loop's counter starts with; 0 where that cannot be seen."""
-    index = re.search(r"index=(\d+)", counter.text)
+def _first_value(around: Computation, loop: Instruction, counter: int) -> int:
+    """The value with which element `counter` of a loop's state begins; 0 where that is no constant."""
     given = around.instructions[loop.operands[0]]
-    if index is None or given.opcode != "tuple":
+    if given.opcode != "tuple":
         return 0
-    return _constant(_behind_copies(around, around.instructions[given.operands[int(index.group(1))]])) or 0
+    line = around.instructions[given.operands[counter]]
+    while line.opcode in ("copy", "bitcast") and line.operands[0] in around.instructions:
+        line = around.instructions[line.operands[0]]
+    return _constant(line) or 0
 
 
 def _instruction(name: str, text: str, is_root: bool) -> Instruction:
@@ -247,10 +233,9 @@ FREE = {
 """Opcodes that move nothing themselves."""
 FREE_CALLS = ("AllocateBuffer", "ConcatBitcast")
 SLICES = ("dynamic-slice", "slice", "gather")
-_UPDATE_OPERANDS = 2
 
 
-class Placed(NamedTuple):
+class Executed(NamedTuple):
     """An instruction, and how often it runs in one execution of the program."""
 
     line: Instruction
@@ -259,19 +244,19 @@ class Placed(NamedTuple):
     in_fusion: bool
 
 
-def executed(module: Module) -> Iterator[Placed]:
-    """Every instruction that runs; of the branches of a conditional all (at most one of them runs).
+def executed(module: Module) -> Iterator[Executed]:
+    """Every instruction that runs, and those of all branches of a conditional, though at most one of them runs.
 
     Raises:
-        ValueError: a loop of which nobody knows how often it runs.
+        ValueError: as `trip_count` does.
 
     """
     yield from _walk(module, module.computations[module.entry], 1, in_fusion=False)
 
 
-def _walk(module: Module, computation: Computation, times: int, *, in_fusion: bool) -> Iterator[Placed]:
+def _walk(module: Module, computation: Computation, times: int, *, in_fusion: bool) -> Iterator[Executed]:
     for line in computation.instructions.values():
-        yield Placed(line, computation, times, in_fusion)
+        yield Executed(line, computation, times, in_fusion)
         if line.opcode == "while":
             turns = trip_count(module, line, computation)
             inner = module.computations[line.called("body") or ""]
@@ -285,38 +270,24 @@ def _walk(module: Module, computation: Computation, times: int, *, in_fusion: bo
 
 
 def memory_traffic(module: Module) -> int:
-    """Bytes read from and written to HBM by one device in one execution.
-
-    Raises:
-        ValueError: a loop of which nobody knows how often it runs.
-
-    """
+    """Bytes read from and written to HBM; raises as `trip_count` does."""
     return sum(moved(module, placed) for placed in executed(module) if not placed.in_fusion)
 
 
-def moved(module: Module, placed: Placed) -> int:
-    """Bytes of `memory_traffic` that are those of one instruction outside fusions."""
-    return placed.times * _bytes_of(module, placed.computation, placed.line)
-
-
-def _bytes_of(module: Module, computation: Computation, line: Instruction) -> int:
-    opcode = line.opcode
-    if opcode in FREE or any(f'custom_call_target="{name}"' in line.text for name in FREE_CALLS):
+def moved(module: Module, placed: Executed) -> int:
+    """The bytes of `memory_traffic` that belong to one instruction outside fusions."""
+    computation, line = placed.computation, placed.line
+    if line.opcode in FREE or any(f'custom_call_target="{name}"' in line.text for name in FREE_CALLS):
         return 0
-    if opcode.endswith(("-start", "-update", "async-done")):
+    if line.opcode.endswith(("-start", "-update", "async-done")):
         return 0  # counted where it ends
-    if opcode.endswith("-done"):
+    if line.opcode.endswith("-done"):  # of a copy, slice or collective that ran beside other instructions
         started = computation.instructions[line.operands[0]]
-        return _finished(computation, started, line)
-    return _read(module, computation, line) + _written(module, computation, line)
-
-
-def _finished(computation: Computation, started: Instruction, done: Instruction) -> int:
-    """An operation that ran beside others: a copy, a slice, a collective."""
-    sources = [array for name in started.operands for array in computation.instructions[name].arrays]
-    full = sum(array.num_bytes for array in sources if array.space == HBM)
-    result = sum(array.num_bytes for array in done.arrays)
-    return (min(full, result) if started.opcode == "slice-start" else full) + done.num_bytes
+        full = sum(computation.instructions[name].num_bytes for name in started.operands)
+        result = sum(array.num_bytes for array in line.arrays)
+        read = min(full, result) if started.opcode == "slice-start" else full
+        return placed.times * (read + line.num_bytes)
+    return placed.times * (_read(module, computation, line) + _written(module, computation, line))
 
 
 def _read(module: Module, computation: Computation, line: Instruction) -> int:
@@ -330,7 +301,7 @@ def _read(module: Module, computation: Computation, line: Instruction) -> int:
 
 
 def _touched(module: Module, line: Instruction, place: int, source: Instruction) -> tuple[int, bool]:
-    """(bytes of `source`, operand `place`, that `line` reads, whether the result is still the operand itself)."""
+    """(bytes of `source`, operand number `place`, that `line` reads; whether the result is the operand itself)."""
     if line.opcode in SLICES and place == 0:
         return sum(array.num_bytes for array in line.arrays), False
     if line.opcode in ("dynamic-update-slice", "scatter") and place == 0:
@@ -344,7 +315,7 @@ def _touched(module: Module, line: Instruction, place: int, source: Instruction)
 
 
 def _used(module: Module, computation: Computation, name: str, source: Instruction) -> tuple[int, bool]:
-    """As `_touched`, for all that a fusion does with `source`, which it calls `name`."""
+    """As `_touched`, for all uses of `source` in a fusion, where its name is `name`."""
     total, escapes = 0, computation.root.name == name
     for user, place in computation.users(name):
         read, passed_on = _touched(module, user, place, source)
@@ -356,18 +327,17 @@ def _used(module: Module, computation: Computation, name: str, source: Instructi
 
 
 def _written(module: Module, computation: Computation, line: Instruction) -> int:
-    """Bytes of the result that are really written: an update in place writes the update alone."""
+    """Bytes of the result that are really written: an update in place writes only the update."""
     outputs = [array.num_bytes if array.space == HBM else 0 for array in line.arrays]
     changed = _updates(module, computation, line)
     return sum(min(size, change) if change is not None else size for size, change in zip(outputs, changed, strict=True))
 
 
 def _updates(module: Module, computation: Computation, line: Instruction) -> list[int | None]:
-    """For each result: bytes of the update, where it is an operand updated in place."""
-    if line.opcode == "dynamic-update-slice":
-        return [_size(computation, line.operands[1])]
-    if line.opcode == "scatter":
-        return [_size(computation, line.operands[-1])]
+    """For each result: bytes of the update where it is an operand that is updated in place, else None."""
+    if line.opcode in ("dynamic-update-slice", "scatter"):
+        update = computation.instructions[line.operands[1 if line.opcode == "dynamic-update-slice" else -1]]
+        return [sum(array.num_bytes for array in update.arrays)]
     if line.opcode == "bitcast" and line.operands[0] in computation.instructions:
         return _updates(module, computation, computation.instructions[line.operands[0]])
     if line.opcode == "tuple":
@@ -379,10 +349,6 @@ def _updates(module: Module, computation: Computation, line: Instruction) -> lis
     return [None] * len(line.arrays)
 
 
-def _size(computation: Computation, name: str) -> int:
-    return sum(array.num_bytes for array in computation.instructions[name].arrays)
-
-
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*(?:\([^)]*\))?[^)]*)\))? ?\{([^}]*)\}")
 """mesh['a'=2,'b'=4], device_ids=([2,4]T(1,0)) {'b'}"""
@@ -390,7 +356,7 @@ _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*(?:\
 
 @dataclass(frozen=True)
 class Collective:
-    """Collectives of one kind, dtype and group, added up over a step."""
+    """Sum over the collectives of one kind, dtype and group in one execution."""
 
     kind: str
     dtype: str
@@ -399,94 +365,63 @@ class Collective:
     group: int
     """Devices in a group."""
     links: str
-    """What carries it: "ICI x, y", "NVLink", "outer network"."""
+    """What carries them: "ICI x, y", "NVLink", "network between hosts"."""
     count: int
     payload: int
     """Bytes of the whole (gathered or reduced) arrays, on one device."""
     sent: float
-    """Bytes that one device sends, as a ring does it."""
+    """Bytes that one device sends, by the ring algorithm."""
     seconds: float
-    """At the bandwidth of the links, nothing else running."""
+    """At the bandwidth of the links, with nothing else running."""
     origin: str
     """Where in the program the largest of them comes from."""
 
 
 def collectives(module: Module, mesh: Mesh, target: Target) -> list[Collective]:
-    """All collectives of one execution, largest first.
+    """All collectives of one execution, those that send most first.
 
     Raises:
-        ValueError: groups in a notation that is not known.
+        ValueError: groups in an unknown notation.
 
     """
-    found: dict[tuple[str, str, tuple[str, ...], int, str], list[_Part]] = {}
-    for placed in _each_once(module):
-        kind = placed.line.opcode.removesuffix("-start")
-        groups = _groups(placed.line, mesh.size)
-        if len(groups[0]) == 1:
+    found: dict[tuple[str, str, tuple[str, ...], int, str], list[tuple[int, int, float, float, str]]] = {}
+    for line, times in _each_once(module):
+        kind = line.opcode.removesuffix("-start")
+        groups = _groups(line, mesh.size)
+        size = len(groups[0])
+        if size == 1:
             continue
         axes, links, speed = _carried_by(groups, mesh, target)
-        origin = re.search(r'op_name="([^"]*)"', placed.line.text)
-        for dtype, payload in _payload(kind, placed.line):
-            part = _Part(placed.times, payload, _share(kind, len(groups[0])) * payload, speed)
-            part = part._replace(origin=origin.group(1) if origin else "")
-            found.setdefault((kind, dtype, axes, len(groups[0]), links), []).append(part)
-    rows = [
-        Collective(
-            *key,
-            count=sum(part.times for part in parts),
-            payload=sum(part.times * part.payload for part in parts),
-            sent=sum(part.times * part.sent for part in parts),
-            seconds=sum(part.times * part.sent / part.speed for part in parts),
-            origin=max(parts, key=lambda part: part.times * part.payload).origin,
-        )
-        for key, parts in found.items()
-    ]
+        origin = re.search(r'op_name="([^"]*)"', line.text)
+        share = {"collective-permute": 1.0, "all-reduce": 2 * (size - 1) / size}.get(kind, (size - 1) / size)
+        arrays = line.arrays
+        if line.opcode.endswith("-start") and len(arrays) > 1 and kind != "all-reduce":
+            arrays = arrays[1:2]  # (operand, result, and what the runtime needs)
+        for array in arrays:
+            payload = math.prod(array.dims) * BITS[array.dtype] // 8 * (size if kind == "reduce-scatter" else 1)
+            sent = times * (share * payload)
+            part = times, times * payload, sent, sent / speed, origin.group(1) if origin else ""
+            found.setdefault((kind, array.dtype, axes, size, links), []).append(part)
+    rows = []
+    for key, parts in found.items():
+        counts, payloads, sent_bytes, seconds, origins = zip(*parts, strict=True)
+        origin_of_largest = origins[payloads.index(max(payloads))]
+        rows.append(Collective(*key, sum(counts), sum(payloads), sum(sent_bytes), sum(seconds), origin_of_largest))
     return sorted(rows, key=lambda row: -row.sent)
 
 
-def _each_once(module: Module) -> Iterator[Placed]:
-    """The collectives of a module. For v5e libtpu spreads one over several fusions of products; each names it whole."""
+def _each_once(module: Module) -> Iterator[tuple[Instruction, int]]:
+    """(collective, how often it runs). libtpu may spread one over several fusions, each of which names it whole."""
     spread: set[str] = set()
-    for placed in executed(module):
-        text = placed.line.text
-        if placed.line.opcode.removesuffix("-start") not in KINDS:
+    for line, _, times, _ in executed(module):
+        if line.opcode.removesuffix("-start") not in KINDS:
             continue
-        if "async_collective_fusion_config" in text and (channel := re.search(r"channel_id=(\d+)", text)):
+        channel = re.search(r"channel_id=(\d+)", line.text)
+        if "async_collective_fusion_config" in line.text and channel:
             if channel.group(1) in spread:
                 continue
             spread.add(channel.group(1))
-        yield placed
-
-
-class _Part(NamedTuple):
-    """One instruction."""
-
-    times: int
-    payload: int
-    sent: float
-    speed: float
-    origin: str = ""
-
-
-def _payload(kind: str, line: Instruction) -> list[tuple[str, int]]:
-    """(dtype, bytes) of the larger side: what is gathered, what is reduced."""
-    arrays = line.arrays
-    if line.opcode.endswith("-start") and len(arrays) > 1 and kind != "all-reduce":
-        arrays = arrays[1:2]  # (operand, result, and what the runtime needs)
-    scale = _group_size_of_scatter(line) if kind == "reduce-scatter" else 1
-    return [(array.dtype, math.prod(array.dims) * BITS[array.dtype] // 8 * scale) for array in arrays]
-
-
-def _group_size_of_scatter(line: Instruction) -> int:
-    return len(_groups(line, 0)[0])
-
-
-def _share(kind: str, group: int) -> float:
-    """Bytes sent by one device for each byte of payload, on a ring."""
-    if kind == "collective-permute":
-        return 1.0
-    once = (group - 1) / group
-    return 2 * once if kind == "all-reduce" else once
+        yield line, times
 
 
 def _groups(line: Instruction, num_devices: int) -> list[list[int]]:
@@ -540,13 +475,12 @@ def _named_groups(sizes: str, order: str | None, axes: str) -> list[list[int]]:
     return groups
 
 
-def _carried_by(groups: Sequence[Sequence[int]], mesh: Mesh, target: Target) -> tuple[tuple[str, ...], str, float]:
-    """(mesh axes, links, bytes a second that a device can send over them) of the first, largest group."""
+def _carried_by(groups: list[list[int]], mesh: Mesh, target: Target) -> tuple[tuple[str, ...], str, float]:
+    """(mesh axes, links, bytes a second that a device can send over them) of the first of the largest groups."""
     members = max(groups, key=len)
     places = np.array(np.unravel_index(np.asarray(members), mesh.devices.shape))
     axes = tuple(name for name, row in zip(mesh.axis_names, places, strict=True) if len(set(row.tolist())) > 1)
-    devices = [mesh.devices.flat[place] for place in members]
-    links, speed = _links(devices, target)
+    links, speed = _links([mesh.devices.flat[place] for place in members], target)
     return axes, links, speed
 
 
@@ -555,7 +489,7 @@ def _links(devices: Sequence[jax.Device], target: Target) -> tuple[str, float]:
     if target.platform == "cuda":
         hosts = {device.process_index for device in devices}
         return ("NVLink", chip.link) if len(hosts) == 1 else ("network between hosts", chip.outer)
-    if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
+    if len({slice_of(device) for device in devices}) > 1:
         return "network between slices", chip.outer
     coords = np.array([device.coords for device in devices])
     everywhere = np.array([device.coords for device in target.devices])

@@ -1,23 +1,20 @@
-"""FLOPs of the matrix products and convolutions of a traced program, loops counted as often as they run.
+"""From a config to the compiled and counted programs of its run on a target.
 
-Counted in the jaxpr, before the compiler: what the mathematics asks for, recomputation included, on all devices
-together.
-A multiplication and an addition are two. Element-wise work is left out: it does not run on the matrix units.
-
-One program of a run, compiled for a target and counted.
-
-From a config to its counted programs on a target, and to the cost of the whole run.
+FLOPs are those of matrix products and convolutions, counted in the jaxpr before the compiler sees it: what the
+mathematics asks for, recomputation included, loops as often as they run. A multiplication and an addition are two
+FLOPs. Element-wise work does not run on the matrix units and is left out.
 """
 
 import json
 import math
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -25,13 +22,12 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jax.sharding import Mesh
 from jax.stages import Traced
 
-from wavlm_jax.plan import targets as partitioner
 from wavlm_jax.plan.cost import Collective, Module, collectives, memory_traffic
-from wavlm_jax.plan.targets import GIB, Target
+from wavlm_jax.plan.targets import GIB, Target, replicated_arrays
 from wavlm_jax.settings import read_sections
-from wavlm_jax.training.sharding import RULES, WAVLM_AXES, AxesTable, make_mesh, row_shards
+from wavlm_jax.training.sharding import RULES, make_mesh, row_shards
 from wavlm_jax.training.start import RunSettings, make_builder
-from wavlm_jax.training.task import BatchSpec, LabelStep, Task, Topology
+from wavlm_jax.training.task import Task, TaskKind, Topology
 
 
 def matrix_flops(jaxpr: ClosedJaxpr | Jaxpr, platform: str | None = None) -> int:
@@ -136,22 +132,22 @@ class Memory:
     limit: int
     """What a program may use."""
     peak: int
-    """What the program reserves, as the compiler has laid it out: arguments, results that are not updated in place,
-    temporaries. Where it gave up, what it says it would need."""
+    """What the program reserves: arguments, results that are not updated in place, temporaries. If the compiler gave
+    up, what it says the program would need."""
     fits: bool
     arguments: int
-    """State and batch; 0 where the compiler gave up."""
+    """State and batch; 0 if the compiler gave up."""
     aliased: int
-    """Of those, what is updated in place."""
+    """Of the arguments, what is updated in place."""
     temporaries: int
-    """Everything else that lives while the program runs, activations included."""
+    """Everything else, activations included."""
     kept: int
-    """Activations that the layer loop keeps for the backward pass: part of the temporaries, before padding to tiles."""
+    """Activations that the layer loop keeps for the backward pass: part of the temporaries, without padding."""
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """Seconds that one execution takes at least, whichever resource is the narrowest."""
+    """Lower bounds of the seconds of one execution, by the peak of each resource of the chip."""
 
     compute: float
     memory: float
@@ -164,39 +160,39 @@ class Roofline:
 
     @property
     def bound(self) -> str:
-        """Which one it is."""
+        """Name of the largest: the bottleneck."""
         return max(("compute", "memory", "network"), key=lambda name: getattr(self, name))
 
 
 @dataclass(frozen=True)
 class Counted:
-    """What one program costs on one device."""
+    """The cost of one execution of a program on one device."""
 
     name: str
     audio_seconds: float
-    """In its global batch."""
+    """Of the global batch."""
     microbatches: int
     memory: Memory
     flops: float
-    """Of matrix products and convolutions, a device."""
+    """Of matrix products and convolutions, per device."""
     traffic: int
     """Bytes to and from HBM."""
     collectives: tuple[Collective, ...]
     roofline: Roofline
     audio_rate: float
-    """Seconds of audio a second and chip, at the roofline."""
+    """Seconds of audio per second and chip, at the roofline."""
     replicated: tuple[str, ...]
-    """Arrays that the partitioner brought whole to every device for want of another way; there should be none."""
+    """Arrays that XLA's partitioner copied whole to every device because it knew no better; there should be none."""
     compile_seconds: float
 
 
 def count(
     name: str, traced: Traced, target: Target, mesh: Mesh, *, audio_seconds: float, microbatches: int
 ) -> Counted | Memory:
-    """Compiles a traced program for the target, and counts; only its memory where that is too small.
+    """Compiles a traced program for the target and counts it; if it does not fit, returns its memory only.
 
     Raises:
-        jax.errors.JaxRuntimeError: the compiler gave up for another reason than memory.
+        jax.errors.JaxRuntimeError: the compiler failed for another reason than memory.
 
     """
     started = time.monotonic()
@@ -205,7 +201,7 @@ def count(
     with tempfile.TemporaryDirectory(prefix="wavlm-plan-") as folder:
         dump: dict[str, Any] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         try:
-            with partitioner.replicated() as replicated:
+            with replicated_arrays() as replicated:
                 compiled = traced.lower().compile(compiler_options=dump if target.platform == "tpu" else _UNTUNED)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
@@ -237,20 +233,12 @@ def count(
     )
 
 
-@runtime_checkable
-class Printable(Protocol):
-    """What is asked of a `jax.stages.Compiled`."""
-
-    def as_text(self) -> str | None:
-        """The optimized HLO."""
-
-
-def program_text(compiled: Printable, dumped: Path) -> str:
-    """The optimized program.
+def program_text(compiled: Any, dumped: Path) -> str:
+    """The optimized HLO.
 
     Args:
-        compiled: says it itself, unless jaxlib cannot read what a newer libtpu wrote (so with v5p's `async-update`).
-        dumped: where the compiler has put its own text then.
+        compiled: a `jax.stages.Compiled`. jaxlib may fail to print what a newer libtpu wrote (v5p's `async-update`);
+        dumped: then the text is taken from here, where the compiler has dumped it.
 
     """
     try:
@@ -261,9 +249,9 @@ def program_text(compiled: Printable, dumped: Path) -> str:
 
 
 def _memory(stats: Any, limit: int, kept: int) -> Memory:
-    """Without `peak_memory_in_bytes`: what lives at the fullest moment, with what then lies on the chip and not in HBM.
+    """Not by `peak_memory_in_bytes`, which is what is alive at the fullest moment, and counts VMEM too.
 
-    The temporaries are reserved as one block, which is larger than what lives in it at any moment.
+    The temporaries are reserved as one block, which is larger than what is alive in it at any moment.
     """
     results = stats.output_size_in_bytes - stats.alias_size_in_bytes
     peak = int(stats.argument_size_in_bytes + results + stats.temp_size_in_bytes)
@@ -279,15 +267,11 @@ def _memory(stats: Any, limit: int, kept: int) -> Memory:
 
 
 def _needed(message: str) -> int:
-    """Bytes that the compiler says the program would need; 0 where it does not say."""
+    """Bytes that the program would need, from the compiler's message; 0 if it does not say."""
     found = re.search(r"\((\d+(?:\.\d+)?)([KMGT])\) exceeds", message) or re.search(
         r"Used (\d+(?:\.\d+)?)([KMGT]) of", message
     )
     return int(float(found.group(1)) * _UNITS[found.group(2)]) if found else 0
-
-
-Outline = Callable[[Mapping[str, Any], Topology], Task]
-"""A task that knows its shapes without its data."""
 
 
 @dataclass(frozen=True)
@@ -339,81 +323,81 @@ class Plan:
 
 def plan_run(
     config: Mapping[str, Any],
-    outline: Outline,
+    kind: TaskKind,
     target: Target,
     *,
     every_bucket: bool = False,
     splits: tuple[str, ...] | None = None,
-    label_step: LabelStep | None = None,
-    table: AxesTable = WAVLM_AXES,
-    on_program: Callable[[str], None] = lambda _: None,
 ) -> Plan:
-    """Compiles the steps of a run for a target, and counts.
+    """Compiles the programs of a run for a target, and counts them; says on stderr which one it is at.
 
     Args:
         config: resolved, as JSON values.
-        outline: its task without data.
+        kind: of `config["task"]`.
         target: where it is to run.
-        every_bucket: compile every static shape; else the longest of each split, which asks for the most memory.
-        splits: which ones; None: "train" and the evaluation splits.
-        label_step: of tasks that make labels first.
-        table: logical axes of the parameters.
-        on_program: is told the name of what is compiled next.
+        every_bucket: compile every static shape; else the longest of each split, which needs the most memory.
+        splits: of "train", the evaluation splits and "labels"; None: all that there are.
 
     Raises:
         ValueError: a config that cannot run on so many devices and hosts.
 
     """
-    settings = read_sections(dict(config), RunSettings)
-    mesh = make_mesh(settings.mesh, target.devices)
-    task = outline(config, Topology(row_shards(mesh), 0, target.num_processes))
-    builder = make_builder(task, settings, mesh, table)
+    settings, mesh, task = _set_up(config, kind, target)
+    builder = make_builder(task, settings, mesh)
+    if splits is None:
+        splits = ("train", *settings.train.eval_splits, *(["labels"] if kind.label_step else []))
     programs: dict[str, Counted | Memory] = {}
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        for split in ("train", *settings.train.eval_splits) if splits is None else splits:
-            for spec in _chosen(task.stream(split).specs, every_bucket):
+        for split in (split for split in splits if split != "labels"):
+            specs = task.stream(split).specs
+            for spec in specs if every_bucket else [max(specs, key=lambda spec: spec.arrays["waveform"].shape[1])]:
                 name = f"{split} {spec.name}"
-                on_program(name)
+                _say_compiling(name, target)
                 traced = builder.trace(split, spec)
                 programs[name] = count(
                     name, traced, target, mesh, audio_seconds=spec.seconds, microbatches=spec.microbatches
                 )
-    if label_step is not None:
-        on_program("labels")
-        name, traced, seconds, rows = label_step(config, target.devices)
+    if kind.label_step and "labels" in splits:
+        _say_compiling("labels", target)
+        name, traced, seconds, rows = kind.label_step(config, target.devices)
         programs[name] = count(name, traced, target, rows, audio_seconds=seconds, microbatches=1)
     return Plan(
         mesh=dict(mesh.shape),
         devices=mesh.size,
         processes=target.num_processes,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(builder.state.params)),
-        state_bytes=held(builder.state),
+        state_bytes=bytes_per_device(builder.state),
         num_steps=settings.train.num_steps,
         programs=programs,
     )
 
 
-def same_programs(config: Mapping[str, Any], outline: Outline, target: Target, splits: tuple[str, ...]) -> str:
-    """A key that two configs share if their steps are the same programs, however their batches come about.
+def same_programs(config: Mapping[str, Any], kind: TaskKind, target: Target, splits: tuple[str, ...]) -> str:
+    """A key that two configs share if their programs are the same, though `batch.seconds_per_device` differs.
 
     Raises:
-        ValueError: as `plan_run`.
+        ValueError: as `plan_run` does.
 
     """
-    settings = read_sections(dict(config), RunSettings)
-    mesh = make_mesh(settings.mesh, target.devices)
-    task = outline(config, Topology(row_shards(mesh), 0, target.num_processes))
-    shapes = [[(spec.name, spec.microbatches) for spec in task.stream(split).specs] for split in splits]
+    _, _, task = _set_up(config, kind, target)
+    streams = [task.stream(split).specs for split in splits if split != "labels"]
+    shapes = [[(spec.name, spec.microbatches) for spec in specs] for specs in streams]
     batch = {name: value for name, value in config["batch"].items() if name != "seconds_per_device"}
     return json.dumps([{**config, "batch": batch}, shapes])
 
 
-def _chosen(specs: tuple[BatchSpec, ...], every_bucket: bool) -> tuple[BatchSpec, ...]:
-    return specs if every_bucket else (max(specs, key=lambda spec: spec.arrays["waveform"].shape[1]),)
+def _set_up(config: Mapping[str, Any], kind: TaskKind, target: Target) -> tuple[RunSettings, Mesh, Task]:
+    settings = read_sections(config, RunSettings)
+    mesh = make_mesh(settings.mesh, target.devices)
+    return settings, mesh, kind.outline(config, Topology(row_shards(mesh), 0, target.num_processes))
 
 
-def held(state: Any) -> int:
-    """Bytes of a sharded tree on one device."""
+def _say_compiling(name: str, target: Target) -> None:
+    print(f"compiling {name} for {target.topology} ...", file=sys.stderr, flush=True)
+
+
+def bytes_per_device(state: Any) -> int:
+    """Bytes of a sharded tree, arrays or shapes, on one device."""
     return sum(
         leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state)
     )

@@ -1,7 +1,4 @@
-"""What to change when a run does not fit: settings near the config's that do, found by compiling them.
-
-A plan for people, and for programs.
-"""
+"""The plan for people and for programs, and the search for settings that fit where the config does not."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,37 +9,37 @@ from wavlm_jax.plan.program import Counted, Memory, Plan
 from wavlm_jax.plan.targets import GIB, Target
 
 REMAT = ("none", "dots", "full")
-"""From the fastest to the smallest."""
+"""Fastest first, least memory last."""
 SHARES = (0.75, 0.5, 0.375, 0.25, 0.125, 0.0625)
-"""Of the audio in a micro-batch."""
+"""Of the seconds of audio in a micro-batch, in the order in which they are tried."""
 LEAST_ROWS = 16
-"""Rows of a kernel that a shard keeps: fewer are below a tile, and XLA sends the whole kernel instead."""
+"""A shard keeps at least so many rows of a kernel: with less than a tile XLA sends the whole kernel instead."""
 
 Ladder = list[dict[str, Any]]
-"""Changes of one knob, the smallest first."""
+"""Changes of one setting, the smallest first."""
 Attempt = Callable[[Mapping[str, Any]], Memory]
 """From a config to the memory of its largest program."""
 
 
 @dataclass(frozen=True)
 class Cure:
-    """A change of the config that was tried."""
+    """A change of the config that was compiled and fits."""
 
     changes: Mapping[str, Any]
-    """Dotted key -> value: what to give as --config.KEY=VALUE."""
+    """Dotted key -> value, for --config.KEY=VALUE."""
     memory: Memory
 
     def flags(self) -> str:
-        """For the command line."""
+        """The changes as flags of the command line."""
         return " ".join(f"--config.{key}={value}" for key, value in self.changes.items())
 
 
 def find_cures(config: Mapping[str, Any], attempt: Attempt, devices_a_slice: int) -> list[Cure]:
-    """One change a knob, the smallest of it that fits: recomputation, rows a device, fsdp; where none does, several.
+    """The smallest change that fits of each: recomputation, rows per device, fsdp. If none fits, several at once.
 
     Args:
         config: the one that does not fit.
-        attempt: compiles; a ValueError means that the batches or the mesh cannot be cut so.
+        attempt: compiles a changed config; a ValueError means that its batches or mesh are impossible.
         devices_a_slice: fsdp stays inside a slice.
 
     """
@@ -92,7 +89,7 @@ def _remat(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _rows(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Less and less audio in a micro-batch; groups of mixing partners shrink with it where they have to fit in."""
+    """Less and less audio in a micro-batch, also with smaller groups of mixing partners."""
     now = config["batch"]["seconds_per_device"]
     group = config["mixing"]["group"] if "mixing" in config else 1
     for share in SHARES:
@@ -115,7 +112,7 @@ _HEAD = (
 
 
 def as_text(plan: Plan, target: Target, name: str, cures: Sequence[Cure]) -> str:
-    """The table, the collectives, the cost of the run, and what helps where it does not fit."""
+    """The table, the collectives, the cost of the run, and the cures if it does not fit."""
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     slices = f" in {target.slices} slices" if target.slices > 1 and target.platform == "tpu" else ""
     lines = [

@@ -1,9 +1,6 @@
-"""What XLA's partitioner complains about: arrays that it brings whole to every device, because it knows no other way.
+"""The accelerators that a run can be planned for: their figures, their network, and their compilers without the chips.
 
-It says so on the process's standard error and nowhere else; libtpu does not even that, unless it is told to
-(`SPEAKING`).
-
-The accelerators that a run can be planned for: what they are, how they are wired, and their stand-ins in JAX.
+Also `replicated_arrays`: what XLA's partitioner warns about while it compiles for them.
 """
 
 import importlib.util
@@ -12,7 +9,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,60 +17,18 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-SPEAKING: Mapping[str, str] = {"TPU_MIN_LOG_LEVEL": "1", "TPU_STDERR_LOG_LEVEL": "1"}
-"""Environment in which libtpu prints warnings; it is read when libtpu is loaded."""
-_MARK = "nvoluntary full rematerialization"
-_PLACE = re.compile(r"from sharding (\{.*?\}) to (\{.*?\}) (?:efficiently|without).*? HLO operation:? %?\S+ = (\S+)")
-_NAME = re.compile(r'op_name="([^"]*)"')
-_WARNING = re.compile(r"W\d{4} \d\d:\d\d:\d\d")
-_STDERR = 2
-
-
-@contextmanager
-def replicated() -> Iterator[list[str]]:
-    """Collects, while entered, each array that a compilation replicates against its will: once, with its place.
-
-    The list is filled when the block is left. Whatever else is printed to standard error meanwhile is printed then;
-    other warnings of the compiler are dropped.
-    """
-    found: list[str] = []
-    sys.stderr.flush()
-    before = os.dup(_STDERR)
-    with tempfile.TemporaryFile() as said:
-        os.dup2(said.fileno(), _STDERR)
-        try:
-            yield found
-        finally:
-            sys.stderr.flush()
-            os.dup2(before, _STDERR)
-            os.close(before)
-            said.seek(0)
-            lines = said.read().decode(errors="replace").splitlines(keepends=True)
-            found += dict.fromkeys(_described(line) for line in lines if _MARK in line)
-            rest = "".join(line for line in lines if _MARK not in line and not _WARNING.match(line))
-            os.write(_STDERR, rest.encode())
-
-
-def _described(line: str) -> str:
-    """The array, its place in the program, and the shardings; the line itself where it is written in another way."""
-    place, name = _PLACE.search(line), _NAME.search(line)
-    if place is None:
-        return line.strip()
-    return f"{place.group(3)} of {name.group(1) if name else 'unknown'} from {place.group(1)} to {place.group(2)}"
-
-
 GIB = 2**30
 TPU_CHIPS_A_HOST = 4
 GPUS_A_HOST = 8
 
 
 class PlanTargetError(ValueError):
-    """A topology that is not known, or whose compiler is not installed."""
+    """An unknown topology, or one whose compiler is not installed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One accelerator, as its maker describes it.
+    """Figures of one accelerator.
 
     Peaks and bandwidths of the TPUs: the tables of "How to Scale Your Model" (jax-ml.github.io/scaling-book) and Google
     Cloud's pages; usable memory is what libtpu's compiler itself allows (its out-of-memory message names it).
@@ -81,19 +36,19 @@ class Chip:
 
     name: str
     peak_flops: float
-    """bfloat16, a second."""
+    """bfloat16, per second."""
     memory: int
     """Bytes that a program may use."""
     bandwidth: float
-    """Bytes a second to and from that memory."""
+    """Bytes per second to and from that memory."""
     link: float
-    """Bytes a second that one link of the inner network carries in one direction."""
+    """Bytes per second in one direction over one link of the inner network (ICI, NVLink)."""
     outer: float
-    """Bytes a second that one chip's share of the network between slices or hosts carries in one direction."""
+    """Bytes per second in one direction over one chip's share of the network between slices or hosts."""
     full_axis: int | None = None
-    """Chips along a physical axis from which on it is a ring; None: not a torus."""
+    """A physical axis of a multiple of so many chips is a ring; None: not a torus."""
     cores: str = "default"
-    """libtpu's name for how the cores of a chip are used."""
+    """libtpu's name for the use of a chip's cores."""
     axes: int = 0
     """Physical axes of the torus; 0: a switch."""
 
@@ -161,15 +116,15 @@ class Target:
     """As given: v5e:16x16."""
     chip: Chip
     slices: int
-    """TPU slices, or hosts of GPUs: between them runs the outer network."""
+    """Number of TPU slices, or of GPU hosts: the outer network connects them."""
     platform: str
     """tpu or cuda."""
     devices: tuple[jax.Device, ...]
-    """Described, not there: programs are compiled for them and cannot run."""
+    """Descriptions only: programs can be compiled for them, but not run."""
 
     @property
     def num_processes(self) -> int:
-        """Hosts."""
+        """Number of hosts."""
         return len({device.process_index for device in self.devices})
 
 
@@ -199,7 +154,7 @@ def open_target(topology: str, slices: int = 1) -> Target:
 
 
 def with_memory(target: Target, gib: float) -> Target:
-    """The same machine with less memory for a program: what else is to live on it, or how near the edge it may be.
+    """The same machine with `gib` GiB for a program: to leave room for something else, or a margin.
 
     Raises:
         PlanTargetError: none, or more than there is.
@@ -212,7 +167,7 @@ def with_memory(target: Target, gib: float) -> Target:
 
 
 def installed(module: str) -> bool:
-    """Whether a module could be imported; it is not."""
+    """Whether a module can be imported, without importing it."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:
@@ -220,7 +175,7 @@ def installed(module: str) -> bool:
 
 
 def has_cuda() -> bool:
-    """Whether JAX's CUDA plugin is there, of either CUDA that there is one for."""
+    """Whether JAX's CUDA plugin is installed, for either version of CUDA."""
     return any(installed(f"jax_plugins.xla_cuda{version}") for version in (12, 13))
 
 
@@ -231,7 +186,7 @@ def _tpu_devices(topology: str, chip: Chip, sizes: tuple[int, ...], slices: int)
         raise PlanTargetError(f"--topology: {topology} has {len(sizes)} axes, {chip.name} has {chip.axes}")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU in this machine to ask about
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # and nobody else to share it with
-    for name, level in SPEAKING.items():
+    for name, level in _LOG_WARNINGS.items():
         os.environ.setdefault(name, level)
     options: dict[str, Any] = {"chip_config_name": chip.cores}
     if math.prod(sizes) < TPU_CHIPS_A_HOST:
@@ -258,6 +213,51 @@ def _gpu_devices(count: int) -> Sequence[jax.Device]:
         platform="cuda", target_config=_H100, topology=shape
     ).devices
     return described
+
+
+_LOG_WARNINGS = {"TPU_MIN_LOG_LEVEL": "1", "TPU_STDERR_LOG_LEVEL": "1"}
+"""Environment in which libtpu prints warnings; it is read when libtpu is loaded."""
+_MARK = "nvoluntary full rematerialization"
+_SHARDINGS = re.compile(
+    r"from sharding (\{.*?\}) to (\{.*?\}) (?:efficiently|without).*? HLO operation:? %?\S+ = (\S+)"
+)
+_NAME = re.compile(r'op_name="([^"]*)"')
+_WARNING = re.compile(r"W\d{4} \d\d:\d\d:\d\d")
+_STDERR = 2
+
+
+@contextmanager
+def replicated_arrays() -> Iterator[list[str]]:
+    """Collects each array that a compilation copies whole to every device ("involuntary full rematerialization").
+
+    XLA's partitioner does so where it knows no other way between two shardings, and only says so on the process's
+    standard error. The list is filled when the block is left. Other text on standard error is printed then; other
+    warnings of the compiler are dropped.
+    """
+    found: list[str] = []
+    sys.stderr.flush()
+    before = os.dup(_STDERR)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), _STDERR)
+        try:
+            yield found
+        finally:
+            sys.stderr.flush()
+            os.dup2(before, _STDERR)
+            os.close(before)
+            said.seek(0)
+            lines = said.read().decode(errors="replace").splitlines(keepends=True)
+            found += dict.fromkeys(_described(line) for line in lines if _MARK in line)
+            rest = "".join(line for line in lines if _MARK not in line and not _WARNING.match(line))
+            os.write(_STDERR, rest.encode())
+
+
+def _described(line: str) -> str:
+    """Shape, place in the program and shardings of the array in a warning; the whole line if it is in another form."""
+    place, name = _SHARDINGS.search(line), _NAME.search(line)
+    if place is None:
+        return line.strip()
+    return f"{place.group(3)} of {name.group(1) if name else 'unknown'} from {place.group(1)} to {place.group(2)}"
 
 
 _H100 = """
