@@ -38,7 +38,7 @@ _WORKDIR = flags.DEFINE_string(
 
 
 def train(config: dict[str, Any], workdir: Workdir) -> int:
-    """Reads, builds, runs; the exit code."""
+    """Reads the settings, builds the task, trains; returns the exit code."""
     settings = read_sections(config, RunSettings)
     if config["task"] not in TASKS:
         raise ValueError(f"config.task: found {config['task']!r}, expected one of {', '.join(TASKS)}")
@@ -49,7 +49,7 @@ def train(config: dict[str, Any], workdir: Workdir) -> int:
 
 
 def attempt(workdir: Workdir) -> int:
-    """The exit code; what a person can put right is one message, its traceback a file."""
+    """Returns the exit code. A user's mistake is one message; its traceback is written to error.txt."""
     try:
         hosts.join_from_flags()
         config = json.loads(_CONFIG.value.to_json())
@@ -59,14 +59,14 @@ def attempt(workdir: Workdir) -> int:
         return train(config, workdir)
     except (ValueError, OSError, OutOfMemory, HostsMissing) as error:
         print(f"train.py: {error}", file=sys.stderr)
-        with contextlib.suppress(OSError):  # the disk may be what is wrong
+        with contextlib.suppress(OSError):  # the disk may be the problem
             (workdir.folder / "error.txt").write_text(traceback.format_exc())
             print(f"(traceback: {workdir.lasting('error.txt')})", file=sys.stderr)
         return EXIT_WRONG
 
 
 def main(_: Sequence[str]) -> None:
-    """From flags to an exit code."""
+    """Opens the workdir, trains, exits."""
     code = 0
     try:
         with open_workdir(str(_WORKDIR.value)) as workdir:

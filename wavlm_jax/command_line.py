@@ -1,4 +1,4 @@
-"""What the programmes with a config file share: overrides that are checked, and messages instead of tracebacks."""
+"""Shared by the commands with a `--config` file: checked overrides, and messages instead of tracebacks."""
 
 import sys
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ from ml_collections import config_flags
 from wavlm_jax.settings import nearest
 
 EXIT_WRONG = 2
-"""Something in flags, config or data is wrong, and the message says what."""
+"""Exit code: something in flags, config or data is wrong, and the message says what."""
 
 
 def parse(arguments: Sequence[str]) -> list[str]:
-    """Flags of a programme that has `--config`; for `app.run(main, flags_parser=parse)`.
+    """Parses the flags of a command with `--config`; for `app.run(main, flags_parser=parse)`.
 
-    Ends the programme with one message for an override that the config does not have, naming the nearest key.
+    Exits with one message for an override that the config does not have, naming the nearest key.
     """
     program = Path(arguments[0]).name
     try:
@@ -36,7 +36,7 @@ def parse(arguments: Sequence[str]) -> list[str]:
 
 
 def run(main: Any, required: Sequence[str]) -> None:
-    """Runs `main` once the `required` flags are there."""
+    """Runs `main`; the flags `required` have to be given."""
     flags.mark_flags_as_required(list(required))
     app.run(main, flags_parser=parse)
 

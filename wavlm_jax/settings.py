@@ -1,7 +1,6 @@
-"""From an untyped config section to a frozen dataclass, once, at the border.
+"""From an untyped config section to a frozen dataclass, once: the code after it never sees ml_collections.
 
-Nothing behind the border knows ml_collections. Unknown, missing and mistyped keys are errors that name the section,
-what was found, what was expected, and the nearest key.
+Unknown, missing and mistyped keys are errors that name the key, what was found, what was expected, and the nearest key.
 """
 
 import dataclasses
@@ -15,11 +14,11 @@ T = TypeVar("T")
 
 
 class SettingsError(ValueError):
-    """A config that cannot be right; the message names the key and the cure."""
+    """A mistake in a config; the message names the key and what to do."""
 
 
 def read(section: Any, kind: type[T], where: str) -> T:
-    """The settings dataclass `kind` filled from `section`.
+    """Fills the settings dataclass `kind` from `section`.
 
     Args:
         section: a ConfigDict or dict; nested sections fill nested dataclasses.
@@ -27,8 +26,8 @@ def read(section: Any, kind: type[T], where: str) -> T:
         where: the section's path in the config, for messages ("optim").
 
     Raises:
-        SettingsError: unknown key (with the nearest known one), missing key, wrong type, or whatever ValueError the
-            dataclass itself raises.
+        SettingsError: unknown key (with the nearest known one), missing key, wrong type, or a ValueError of the
+            dataclass itself.
 
     """
     if not hasattr(section, "items"):
@@ -53,7 +52,7 @@ def read(section: Any, kind: type[T], where: str) -> T:
 
 
 def read_sections(config: Mapping[str, Any], kind: type[T]) -> T:
-    """`kind` filled from the sections of a whole config that it has fields for; the other sections are somebody else's.
+    """Fills `kind` from those sections of a whole config that it has fields for.
 
     Raises:
         SettingsError: a section or key that is missing, unknown or of the wrong type.
@@ -67,10 +66,10 @@ def read_sections(config: Mapping[str, Any], kind: type[T]) -> T:
 
 
 def refuse_unknown_sections(config: Mapping[str, Any], *kinds: type) -> None:
-    """Whether each section of a config is a field of one of the dataclasses that are read from it.
+    """Checks that each section of a config is a field of one of the dataclasses `kinds`.
 
     Raises:
-        SettingsError: naming the section, and the nearest one that is known.
+        SettingsError: naming the section, and the nearest known one.
 
     """
     known = {"task": None}
@@ -88,7 +87,7 @@ def nearest(key: str, known: Mapping[str, Any]) -> str:
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the type `hint`; an int passes for a float, a list for a tuple, nothing else is bent."""
+    """`value` as the type `hint`. An int may stand for a float and a list for a tuple; nothing else is converted."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
@@ -108,7 +107,7 @@ def convert(value: Any, hint: Any, where: str) -> Any:
 
 
 def describe(hint: Any) -> str:
-    """A type as a person would say it."""
+    """A type in words, for messages."""
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(repr(choice) for choice in get_args(hint))
     return getattr(hint, "__name__", str(hint)) if get_origin(hint) is None else str(hint)

@@ -18,7 +18,7 @@ from wavlm_jax.training.hosts import Preemption, listening, meet
 from wavlm_jax.training.metric_writers import Clock, Interval, Jsonl, Metrics, Totals, open_metrics, say
 from wavlm_jax.training.sharding import RULES, WAVLM_AXES, AxesTable, describe, place
 from wavlm_jax.training.start import RunSettings, Start, begin, make_builder, summarize
-from wavlm_jax.training.step import Programs, Report, num_compilations, out_of_memory_explained, use_cache
+from wavlm_jax.training.step import Builder, Programs, Report, num_compilations, out_of_memory_explained, use_cache
 from wavlm_jax.training.task import BatchSpec, BatchStream, Score, Task
 from wavlm_jax.training.watchdog import Outcome, Status, Watchdog
 from wavlm_jax.training.workdir import Workdir
@@ -198,6 +198,16 @@ class _Session:
             raise CheckpointError(complaint)
 
 
+# Invariants of a run:
+# 1. Shapes and shardings are checked before memory is allocated, and the workdir is shown to hold a checkpoint's bytes
+#    before anything is computed.
+# 2. Every shape of every stream is compiled before the first step; a compilation after that is counted as a fault.
+# 3. A step is dispatched before the report of the step before is read, so that the devices never wait for the host.
+# 4. Where a checkpoint or an evaluation is made, state, log and data position are of the same step (`settle_last`), so
+#    that a resumed run computes the same bits.
+# 5. A stop saves first. Whatever ends the run, saves under way are finished and the writers closed.
+
+
 def run(
     task: Task,
     settings: RunSettings,
@@ -223,14 +233,6 @@ def run(
         OutOfMemory: the devices are too small.
 
     """
-    # Invariants.
-    # 1. Shapes and shardings are checked before any memory is allocated, and the workdir is filled with a checkpoint's
-    #    bytes before anything is computed.
-    # 2. Every shape of every stream is compiled before the first step; a compilation after that is counted as a fault.
-    # 3. A step is dispatched before the report of the step before is read, so that the devices never wait for the host.
-    # 4. State, log and data position agree wherever a checkpoint or an evaluation is made (`settle_last`), so that a
-    #    resumed run gives the same bits.
-    # 5. A stop saves first. Whatever ends the run, saves are finished and writers closed.
     clock = Clock()
     with ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
@@ -245,10 +247,7 @@ def run(
             stack.callback(checkpoints.close)
             start = begin(builder, checkpoints, seed=settings.seed, config=config)
             streams = {split: task.stream(split) for split in ("train", *settings.train.eval_splits)}
-            if jax.process_index() == 0:
-                say(summarize(builder, start, workdir.place))
-                table_of_parameters = describe(builder.state.params, builder.shardings)
-                (workdir.folder / "parameters.txt").write_text(table_of_parameters + "\n")
+            _introduce(builder, start, workdir)
         with clock.bucket("compile"):
             programs = builder.compile({split: stream.specs for split, stream in streams.items()})
             if jax.process_index() == 0:
@@ -263,6 +262,12 @@ def run(
             clock.on_switch = watchdog.enter
         parts = streams, programs, checkpoints, metrics, nonfinite, clock, preemption, task.score
         return _Session(settings, mesh, start, *parts).train()
+
+
+def _introduce(builder: Builder, start: Start, workdir: Workdir) -> None:
+    if jax.process_index() == 0:
+        say(summarize(builder, start, workdir.place))
+        (workdir.folder / "parameters.txt").write_text(describe(builder.state.params, builder.shardings) + "\n")
 
 
 def _open_logs(settings: RunSettings, workdir: Workdir, start: Start) -> tuple[Metrics, Jsonl]:
