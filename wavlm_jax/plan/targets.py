@@ -26,7 +26,7 @@ class PlanTargetError(ValueError):
     """An unknown topology, or one whose compiler is not installed."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Chip:
     """Figures of one accelerator.
 
@@ -54,56 +54,11 @@ class Chip:
 
 
 CHIPS = {
-    "v4": Chip(
-        name="TPU v4",
-        peak_flops=275e12,
-        memory=int(30.75 * GIB),
-        bandwidth=1.2e12,
-        link=4.5e10,
-        outer=6.25e9,
-        full_axis=4,
-        cores="megacore",
-        axes=3,
-    ),
-    "v5e": Chip(
-        name="TPU v5e",
-        peak_flops=197e12,
-        memory=int(15.75 * GIB),
-        bandwidth=8.1e11,
-        link=4.5e10,
-        outer=3.125e9,
-        full_axis=16,
-        axes=2,
-    ),
-    "v5p": Chip(
-        name="TPU v5p",
-        peak_flops=459e12,
-        memory=int(95.73 * GIB),
-        bandwidth=2.8e12,
-        link=9e10,
-        outer=6.25e9,
-        full_axis=4,
-        cores="megacore",
-        axes=3,
-    ),
-    "v6e": Chip(
-        name="TPU v6e",
-        peak_flops=918e12,
-        memory=int(31.24 * GIB),
-        bandwidth=1.6e12,
-        link=9e10,
-        outer=1.25e10,
-        full_axis=16,
-        axes=2,
-    ),
-    "h100": Chip(
-        name="H100 SXM",
-        peak_flops=989e12,
-        memory=int(0.92 * 84_942_979_072),
-        bandwidth=3.35e12,
-        link=4.5e11,
-        outer=5e10,
-    ),
+    "v4": Chip("TPU v4", 275e12, int(30.75 * GIB), 1.2e12, 4.5e10, 6.25e9, full_axis=4, cores="megacore", axes=3),
+    "v5e": Chip("TPU v5e", 197e12, int(15.75 * GIB), 8.1e11, 4.5e10, 3.125e9, full_axis=16, axes=2),
+    "v5p": Chip("TPU v5p", 459e12, int(95.73 * GIB), 2.8e12, 9e10, 6.25e9, full_axis=4, cores="megacore", axes=3),
+    "v6e": Chip("TPU v6e", 918e12, int(31.24 * GIB), 1.6e12, 9e10, 1.25e10, full_axis=16, axes=2),
+    "h100": Chip("H100 SXM", 989e12, int(0.92 * 84_942_979_072), 3.35e12, 4.5e11, 5e10),
 }
 """H100: 0.92 of the memory, which is what launch/slurm.sh reserves; NVLink 4 inside a host, 400 Gb/s a GPU outside."""
 

@@ -162,17 +162,16 @@ def _resume(manifest: Manifest, builder: Builder, checkpoints: Checkpoints, conf
 
 def config_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """One line for every leaf that differs between two resolved configs."""
-    old, new = _leaves(json.loads(json.dumps(before))), _leaves(json.loads(json.dumps(now)))
+    old, new = _leaves(before), _leaves(now)
     names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
     return [f"{name}: {old.get(name, 'absent')} -> {new.get(name, 'absent')}" for name in names]
 
 
-def _leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    result = {}
-    for name, value in config.items():
-        inner = _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
-        result.update(inner)
-    return result
+def _leaves(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted key -> value, as JSON has it; an empty section is a value."""
+    plain = json.loads(json.dumps(config))
+    found = jax.tree_util.tree_leaves_with_path(plain, is_leaf=lambda node: not isinstance(node, dict) or not node)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): value for path, value in found}
 
 
 def _place(params: Params, shardings: Mapping[str, NamedSharding]) -> Params:
