@@ -285,7 +285,7 @@ def test_a_save_takes_bounded_host_memory_and_says_so(tmp_path: Path, monkeypatc
     monkeypatch.setattr(checkpoint, "_WRITE_AHEAD", 64 * 2**20)
     zero, lines = jnp.zeros((), jnp.int32), []
     params = {f"part{index}": jnp.full((2**20, 4), index, jnp.float32) for index in range(16)}
-    state = TrainState(zero, params, {"count": zero}, zero, zero)
+    state = TrainState(zero, params, {"count": zero}, zero, {}, zero, zero)
     checkpoints = Checkpoints(
         open_storage(tmp_path), CheckpointSettings(every=1, keep_last=1, keep_every=None), lines.append
     )
