@@ -345,7 +345,7 @@ def test_a_run_of_ours_is_a_teacher(tmp_path):
     model = WavLM(config)
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8000)))["params"]
     zero = jnp.zeros((), jnp.int32)
-    state = TrainState(zero, {"wavlm": params, "head": {"bias": jnp.ones(3)}}, {"m": zero}, zero, zero)
+    state = TrainState(zero, {"wavlm": params, "head": {"bias": jnp.ones(3)}}, {"m": zero}, zero, {}, zero, zero)
     checkpoints = Checkpoints(open_storage(tmp_path), CheckpointSettings(every=1, keep_last=1, keep_every=None))
     record = RunRecord(run_id="run", config={"model": dataclasses.asdict(config)}, fingerprints={})
     checkpoints.save(state, 7, record, 0.0)

@@ -76,7 +76,7 @@ def fine_tuned(root: Path) -> dict:
     settings = CheckpointSettings(every=1, keep_last=1, keep_every=None)
     checkpoints = Checkpoints(open_storage(place), settings)
     record = RunRecord(run_id="body", config={"model": config["model"]}, fingerprints={})
-    checkpoints.save(TrainState(zero, {"wavlm": params}, {"m": zero}, zero, zero), 1, record, 0.0)
+    checkpoints.save(TrainState(zero, {"wavlm": params}, {"m": zero}, zero, {}, zero, zero), 1, record, 0.0)
     assert checkpoints.wait() is None
     config["init"]["path"] = place
     return config
