@@ -133,7 +133,7 @@ def to_torch(params: Params, expected: Params | None = None) -> dict[str, np.nda
         if wrong:
             names = ", ".join("/".join(path) for path in sorted(wrong)[:8])
             raise ConversionError(f"{len(wrong)} parameters missing, unknown, of another shape or not finite: {names}")
-    return {place.name: place.view(arrays) for place in places(params)}
+    return {place.name: place.view(arrays) for place in places(params if expected is None else expected)}
 
 
 def from_torch(
