@@ -105,12 +105,13 @@ def jax_side(waveform: np.ndarray, weights: dict[str, np.ndarray]) -> tuple[Run,
 
     from wavlm_jax.config import WavLMConfig
     from wavlm_jax.convert.state_dict import from_torch
-    from wavlm_jax.model.wavlm import WavLM, parameter_shapes
+    from wavlm_jax.model.heads import tree_shapes
+    from wavlm_jax.model.wavlm import WavLM
 
     config = WavLMConfig.base(**NO_DROPOUT, feature_grad_mult=1.0)
     model = WavLM(config)
     optimizer = optax.adamw(LEARNING_RATE, weight_decay=1e-2)
-    params = jax.tree.map(jnp.asarray, from_torch(weights, parameter_shapes(config)))
+    params = jax.tree.map(jnp.asarray, from_torch(weights, tree_shapes(config)))
     state = (params, jax.jit(optimizer.init)(params))
     batch = jnp.asarray(waveform)
 

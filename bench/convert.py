@@ -56,7 +56,7 @@ from wavlm_jax.model.heads import tree_shapes
 from wavlm_jax.weights import Weights
 config = getattr(WavLMConfig, sys.argv[2])()
 random = np.random.default_rng(0)
-shapes = tree_shapes(config, None, None)
+shapes = tree_shapes(config)
 params = jax.tree.map(lambda leaf: random.standard_normal(leaf.shape, np.float32), shapes)
 export_huggingface(Weights(config, params, None), Path(sys.argv[1]))
 export_microsoft(Weights(config, params, None), Path(sys.argv[1]).with_suffix(".pt"))

@@ -1,9 +1,7 @@
-"""What a WavLM is: sizes, norms, masks and dropouts (FACTS A11), and how it is to be computed.
+"""Configs of a model: the encoder (FACTS A11), its head (FACTS B), and how both are computed.
 
 Field names are Hugging Face's, so that `config.json` is read and written by name. What Hugging Face keeps elsewhere
-(gradient multiplier, wave normalisation, padding convention) stands here too.
-
-What stands on top of a WavLM: sizes of the heads, field names as in Hugging Face's config.json (FACTS A11, B).
+(gradient multiplier, normalisation of the waveform, padding convention) is here too.
 """
 
 import dataclasses
@@ -23,23 +21,23 @@ BASE_KERNELS = (10, 3, 3, 3, 3, 2, 2)
 
 @dataclass(frozen=True, kw_only=True)
 class Compute:
-    """How the model is computed: never part of what the model is, so never stored with its weights."""
+    """How the model is computed. No property of the model, so it is not stored with its weights."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Activations and matrix products. Parameters, norms, softmax, gate and loss stay float32."""
     remat: Remat = "none"
-    """What a Transformer layer recomputes in the backward pass: nothing, everything, or ("dots") all but its
-    matrix products and attention; docs/performance.md has what each costs."""
+    """What a Transformer layer recomputes in the backward pass: nothing, everything ("full"), or all but its matrix
+    products and attention ("dots"); docs/performance.md says what each costs."""
     unroll: int = 1
-    """Transformer layers per iteration of the layer scan: 1 compiles fastest, the number of layers unrolls it entirely
-    (docs/performance.md: nothing gained on a wide model, a little on the demo's)."""
+    """Transformer layers per iteration of the layer scan. 1 compiles fastest, the number of layers unrolls the scan
+    (docs/performance.md: no gain on a wide model, a little on the demo's)."""
     attention: AttentionImplementation = "auto"
-    """All compute the same (`model/attention.py`); "auto" takes what suits the device and the frames of a row."""
+    """All give the same result (`model/attention.py`); "auto" chooses by the device and the frames of a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WavLMConfig:
-    """A WavLM, or with `position_bias=False` a HuBERT. Immutable and hashable: it can be a static argument of jit."""
+    """A WavLM, or with `position_bias=False` a HuBERT. Immutable and hashable: can be a static argument of `jit`."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -50,7 +48,7 @@ class WavLMConfig:
     do_stable_layer_norm: bool
     """False: norm after the residual sum (Base). True: norm before each block, one more at the end (Large)."""
     do_normalize: bool
-    """Each waveform is brought to mean 0 and variance 1 before the model (Large)."""
+    """Whether each waveform is normalised to mean 0 and variance 1 before the model (Large)."""
     normalize_eps: float = 1e-5
     """Added to the variance: 1e-5 in pre-training (authors), 1e-7 in Hugging Face's feature extractor (FACTS E12)."""
 
@@ -74,7 +72,7 @@ class WavLMConfig:
     activation_dropout: float = 0.0
     layerdrop: float = 0.0
     layerdrop_first: bool = True
-    """Whether layer 0 can be dropped. Hugging Face never drops it (FACTS E4); the bias survives either way here."""
+    """Whether layer 0 can be dropped. Hugging Face never drops it (FACTS E4). The position bias is kept either way."""
 
     mask_time_prob: float = 0.8
     mask_time_length: int = 10
@@ -121,9 +119,9 @@ class WavLMConfig:
         return tuple(zip(self.conv_dim, self.conv_kernel, self.conv_stride, strict=True))
 
     def another_function(self, found: "WavLMConfig") -> list[str]:
-        """Why weights of `found` mean something else in this model, a line a field; empty where they do not.
+        """Why weights of a model with the config `found` compute another function here: one line per field.
 
-        Only what decides the result of a forward pass and cannot be chosen freely: not dropouts, masks, padding.
+        Compares the fields that decide the result of a forward pass, so not dropouts, masks and padding.
         """
         without_bias = set() if self.position_bias else {"num_buckets", "max_bucket_distance"}
         return [
@@ -139,7 +137,7 @@ class WavLMConfig:
 
     @classmethod
     def base_plus(cls, **changes: Any) -> "WavLMConfig":
-        """WavLM Base+: Base's shape, trained on 94k hours; not one model value differs."""
+        """WavLM Base+: Base trained on 94k hours; no value of the model differs."""
         return cls.base(**changes)
 
     @classmethod
@@ -149,7 +147,7 @@ class WavLMConfig:
 
     @classmethod
     def tiny(cls, **changes: Any) -> "WavLMConfig":
-        """A Base for tests and first tries: two layers, 32 wide, the same frames."""
+        """A Base for tests and first experiments: two layers, 32 wide, the same frames."""
         return cls(**(_TINY | changes))
 
     @classmethod
@@ -161,7 +159,7 @@ class WavLMConfig:
             do_normalize: from `preprocessor_config.json`; None: True for layer-normed conv encoders, else False.
 
         Raises:
-            ValueError: where the JSON asks for something that this model does not do, naming the key.
+            ValueError: a value that this model does not support; the key is named.
 
         """
         kind = values.get("model_type", "wavlm")
@@ -262,7 +260,7 @@ _FREE = {
     *("mask_time_prob", "mask_time_length", "mask_time_min_masks"),
     *("mask_feature_prob", "mask_feature_length", "mask_feature_min_masks"),
 }
-"""Fields that whoever uses given weights may choose."""
+"""Fields that may be chosen freely for given weights."""
 
 _NOT_HUGGINGFACE = {"do_normalize", "normalize_eps", "position_bias", "feature_grad_mult", "layerdrop_first", "padding"}
 """Fields that have no place in `config.json`."""
@@ -277,8 +275,8 @@ class HeadConfig:
     """The head of a model; each kind of head reads the fields that concern it. Immutable and hashable."""
 
     compat: Compat = "exact"
-    """"exact": padding changes nothing. "huggingface": as transformers computes it, where it differs (docs/parity.md):
-    frames that x-vectors are pooled over, adapters that read padding, layer weights that WavLMForCTC does not have."""
+    """"exact": padding changes nothing. "huggingface": as transformers computes it (docs/parity.md) the frames that
+    x-vectors are pooled over, adapters, which read padding there, and no layer weights in WavLMForCTC."""
 
     vocab_size: int = 32
     """CTC: characters, the blank among them."""
@@ -355,7 +353,7 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class TaskHead:
-    """What stands on the encoder of a fine-tuned model."""
+    """The head of a fine-tuned model, with its parameters."""
 
     kind: str
     """A key of `model.heads.HEADS`: "WavLMForCTC"."""
@@ -363,4 +361,4 @@ class TaskHead:
     params: Params
     """Everything beside the encoder: {"lm_head": ...}."""
     labels: tuple[str, ...] | None = None
-    """Names of the classes in order (`id2label` of a config.json); None: not told."""
+    """Names of the classes in order (`id2label` of a config.json); None: unknown."""

@@ -1,9 +1,10 @@
-"""Names of the tensor kinds that cross module borders, and how many frames a number of samples makes.
+"""Names of array types that several modules use, and how many frames a number of samples gives.
 
-Shapes are jaxtyping strings; they cost nothing in production and are checked in every test (tests/conftest.py
-installs the import hook).
+Shapes are jaxtyping strings. They cost nothing in production and are checked in every test (tests/conftest.py installs
+the import hook). Functions that count frames and samples take plain ints, numpy arrays or JAX arrays and return the
+same kind.
 
-Legend of the axes
+Axes
     rows      utterances of a batch (global batch inside jit, one host's share in the loader)
     samples   16 kHz samples
     frames    20 ms steps of the conv encoder (320 samples; receptive field 400)
@@ -11,11 +12,6 @@ Legend of the axes
     width     Transformer width (768 for Base)
     heads     attention heads; head_dim = width / heads
     layers    stacked Transformer layers
-
-Frames of other conventions: the authors' padding rule, and labels of any rate (FACTS A7, C5).
-
-How many frames a number of samples makes stands in `wavlm_jax.shapes`. Everything takes plain ints, numpy arrays or JAX
-arrays and gives back the same kind.
 """
 
 from collections.abc import Mapping
@@ -45,7 +41,7 @@ Probabilities = Float[Array, "rows heads queries frames"]
 """How much each query frame attends to each frame."""
 Scalar = Float[Array, ""]
 RowKeys = Key[Array, "rows"]
-"""One typed PRNG key a row of the global batch, so that results do not depend on how rows are spread over devices."""
+"""One typed PRNG key for each row of the global batch: results do not depend on how rows are spread over devices."""
 StepKey = Key[Array, ""]
 
 SAMPLE_RATE = 16_000
@@ -119,7 +115,7 @@ def huggingface_num_frames(num_samples: Any, padded_samples: int, geometry: Geom
 
 
 def label_index(frame: Count, label_rate: int, geometry: Geometry = STANDARD) -> Count:
-    """The label that frame number `frame` takes: floor(frame * r), r labels a frame (FACTS C5).
+    """The label of frame number `frame`: floor(frame * r), with r labels per frame (FACTS C5).
 
     At 50 Hz every label, at 100 Hz the first of each pair.
     """
@@ -127,5 +123,5 @@ def label_index(frame: Count, label_rate: int, geometry: Geometry = STANDARD) ->
 
 
 def expected_labels(num_samples: Count, label_rate: int, geometry: Geometry = STANDARD) -> Count:
-    """Labels that `num_samples` samples should carry at `label_rate` Hz, give or take one frame."""
+    """Labels that `num_samples` samples should have at `label_rate` Hz, within one frame."""
     return label_index(num_frames(num_samples, geometry), label_rate, geometry)

@@ -19,33 +19,33 @@ from wavlm_jax.shapes import FrameMask, Hidden, NumSamples, Params, Waveform
 
 @dataclass(frozen=True)
 class Origin:
-    """Where weights come from, for people and for the model card."""
+    """Where weights come from, for messages and for the model card."""
 
     dialect: str = "none"
-    """Whose layout it was: "run", "huggingface", "microsoft", "torchaudio"."""
+    """Layout of the source: "run", "huggingface", "microsoft", "torchaudio"."""
     path: str = ""
     notes: tuple[str, ...] = ()
     """What was left out, filled in or assumed, in sentences."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """Name -> text, for the model card: step, data, metrics."""
     files: Mapping[str, bytes] = field(default_factory=dict)
-    """Name -> content: vocabulary and tokenizer files that travel with a CTC model as they are."""
+    """Name -> content: vocabulary and tokenizer files that are copied unchanged with a CTC model."""
     trained_seconds: float | None = None
-    """The longest rows that it was trained on; None: not known, as of every file that is no run of ours."""
+    """The longest rows that it was trained on; None: unknown, as for everything but our own runs."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A model without what computes it; arrays are numpy, on the host."""
+    """Config and parameters of a model; arrays are numpy, on the host."""
 
     config: WavLMConfig
     """With the conventions of the source (`padding`, `do_normalize`, `normalize_eps`)."""
     params: Params
-    """Of `wavlm_jax.model.wavlm.WavLM`, float32."""
+    """Parameters of `wavlm_jax.model.wavlm.WavLM`, float32."""
     head: Params | None
-    """Of the pre-training head: {"final_proj": {"kernel", "bias"}, "label_embeddings": (rows, final_dim)}, if any."""
+    """The pre-training head: {"final_proj": {"kernel", "bias"}, "label_embeddings": (rows, final_dim)}; None: none."""
     task: TaskHead | None = None
-    """Of a fine-tuned model."""
+    """The head of a fine-tuned model; None: none."""
     origin: Origin = Origin()
 
     @property
@@ -55,7 +55,7 @@ class Weights:
 
 
 class Output(NamedTuple):
-    """What a call gives."""
+    """Result of a call."""
 
     last_hidden_state: Hidden
     """Output of the last layer; for Large after the encoder's final norm."""
@@ -64,21 +64,21 @@ class Output(NamedTuple):
     frame_mask: FrameMask
     """True where a frame is speech."""
     logits: Array | None
-    """Of the head, as transformers' class of the same name has it; None: no head."""
+    """Scores of the head, as transformers' class of the same name returns them; None: no head."""
     embeddings: Float[Array, "rows embedding"] | None
-    """Speaker embeddings of `WavLMForXVector`."""
+    """Speaker embeddings; None: the head computes none."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """Frozen; `dataclasses.replace(model, params=...)` makes another with other parameters."""
+    """A model that can be called. Frozen; `dataclasses.replace(model, params=...)` gives one with other parameters."""
 
     config: WavLMConfig
     params: Params
-    """On the device. `module.apply({"params": params}, ...)` is the functional way in."""
+    """On the device. `module.apply({"params": params}, ...)` is the functional interface."""
     module: WavLM | Headed
     weights: Weights
-    """Where the parameters came from: pre-training head, vocabulary files, notes."""
+    """What the model was made from, with pre-training head, vocabulary files and notes."""
 
     def __call__(self, waveform: Waveform | np.ndarray, num_samples: NumSamples | np.ndarray | None = None) -> Output:
         """One deterministic, compiled forward pass; each shape is compiled once.
@@ -100,7 +100,7 @@ class Model:
 
     @property
     def current(self) -> Weights:
-        """`weights` with the config and the parameters that the model has now: what is saved."""
+        """`weights` with the model's present config and parameters: what is saved."""
         task = self.weights.task
         if task is None:
             return replace(self.weights, config=self.config, params=self.params)

@@ -14,7 +14,8 @@ from tests.support.torch_twins import small_config, torch_model, waveforms
 from wavlm_jax.convert.huggingface import export_huggingface, import_huggingface
 from wavlm_jax.convert.state_dict import ConversionError, to_torch
 from wavlm_jax.files import DamagedFile
-from wavlm_jax.model.wavlm import WavLM, parameter_shapes
+from wavlm_jax.model.heads import tree_shapes
+from wavlm_jax.model.wavlm import WavLM
 from wavlm_jax.settings import SettingsError
 from wavlm_jax.weights import Weights
 
@@ -186,7 +187,7 @@ def test_folder_without_weights_says_what_it_has(folder):
 
 
 def test_parameters_of_another_config_are_not_exported(tmp_path):
-    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), parameter_shapes(CONFIGS["base"]))
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), tree_shapes(CONFIGS["base"]))
     with pytest.raises(ConversionError, match="missing"):
         export(CONFIGS["large"], params, tmp_path)
     assert not list(tmp_path.iterdir())

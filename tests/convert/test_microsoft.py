@@ -35,7 +35,8 @@ from wavlm_jax.convert.microsoft import export_microsoft, format_conv_layers, im
 from wavlm_jax.convert.state_dict import ConversionError, from_torch
 from wavlm_jax.convert.torchaudio import import_torchaudio
 from wavlm_jax.files import DamagedFile, HostileFile
-from wavlm_jax.model.wavlm import WavLM, parameter_shapes
+from wavlm_jax.model.heads import tree_shapes
+from wavlm_jax.model.wavlm import WavLM
 
 BASE = {}
 LARGE = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "do_normalize": True}
@@ -70,7 +71,7 @@ def saved(folder: Path, kind: str = "base", *, head: bool = False) -> tuple[torc
 
 def expected_params(model: torch.nn.Module, config) -> dict:
     tensors = {name: tensor.detach().float().numpy() for name, tensor in model.state_dict().items()}
-    return from_torch(tensors, parameter_shapes(config))
+    return from_torch(tensors, tree_shapes(config))
 
 
 def assert_equal_trees(found, expected) -> None:

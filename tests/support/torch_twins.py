@@ -10,7 +10,8 @@ import transformers
 
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.convert.state_dict import from_torch
-from wavlm_jax.model.wavlm import WavLM, parameter_shapes
+from wavlm_jax.model.heads import tree_shapes
+from wavlm_jax.model.wavlm import WavLM
 
 torch.set_num_threads(2)
 
@@ -65,7 +66,7 @@ def twins(config: WavLMConfig, seed: int = 0) -> Twins:
     """transformers' model and ours with the same random weights."""
     model = torch_model(config, seed)
     tensors = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
-    params = jax.tree.map(jnp.asarray, from_torch(tensors, parameter_shapes(config)))
+    params = jax.tree.map(jnp.asarray, from_torch(tensors, tree_shapes(config)))
     return Twins(model, WavLM(config), params)
 
 

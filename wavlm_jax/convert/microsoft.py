@@ -33,7 +33,7 @@ from wavlm_jax.convert.state_dict import (
     to_torch,
 )
 from wavlm_jax.convert.torch_file import LazyTensor, read_torch_file, write_torch_file
-from wavlm_jax.model.wavlm import parameter_shapes
+from wavlm_jax.model.heads import tree_shapes
 from wavlm_jax.weights import Origin, Weights
 
 ConvLayer = tuple[int, int, int]
@@ -153,7 +153,7 @@ def import_microsoft(path: Path) -> Weights:
     def name_of(name: str) -> str:
         return microsoft_name(name, model)
 
-    params = from_torch(encoder, parameter_shapes(model), path, name_of=name_of, absent=identity(model))
+    params = from_torch(encoder, tree_shapes(model), path, name_of=name_of, absent=identity(model))
     notes += _training_only(fields)
     return Weights(model, params, head, origin=Origin("microsoft", str(path), tuple(notes)))
 
@@ -411,7 +411,7 @@ def microsoft_tensors(weights: Weights, path: Path) -> dict[str, np.ndarray]:
     config = weights.config
     if config.layer_norm_eps != 1e-5:  # noqa: PLR2004 (the authors' code knows no other)
         raise ConversionError(f"layer_norm_eps is {config.layer_norm_eps}; the authors' layout has no place for it")
-    tensors = to_torch(weights.params, parameter_shapes(config))
+    tensors = to_torch(weights.params, tree_shapes(config))
     for name, array in identity(config).items():
         if not np.array_equal(tensors.pop(name), array):
             raise ConversionError(

@@ -148,7 +148,7 @@ def from_torch(
 
     Args:
         found: all of the model's tensors and no other, in the names of their dialect.
-        shapes: the tree to fill, as `parameter_shapes` gives it.
+        shapes: the tree to fill, as `model.heads.tree_shapes` gives it.
         path: the file's name, for messages.
         name_of: Hugging Face's name of a tensor -> the dialect's.
         absent: Hugging Face's name -> what stands for a tensor that the dialect does not have.

@@ -24,7 +24,7 @@ from wavlm_jax.convert.state_dict import (
     tensors_of,
 )
 from wavlm_jax.convert.torch_file import LazyTensor, read_torch_file
-from wavlm_jax.model.wavlm import parameter_shapes
+from wavlm_jax.model.heads import tree_shapes
 from wavlm_jax.weights import Origin, Weights
 
 _PRE_TRAINING = "wav2vec2."
@@ -80,7 +80,7 @@ def import_torchaudio(path: Path, **changes: Any) -> Weights:
     )
     check_layers(config.num_hidden_layers, encoder, path)
     absent = {_OUR_MASK_VECTOR: _mask_vector(vector, config, notes, path)}
-    params = from_torch(encoder, parameter_shapes(config), path, name_of=torchaudio_name, absent=absent)
+    params = from_torch(encoder, tree_shapes(config), path, name_of=torchaudio_name, absent=absent)
     origin = Origin("torchaudio", str(path), tuple(notes))
     return Weights(config, params, _head(head, config.hidden_size, path), origin=origin)
 

@@ -228,34 +228,34 @@ def mix(
 
 
 DENSE_FRAMES = 800
-"""Up to 16 s the logits of one row and head fit in 2.5 MB, and recomputing them costs more than it saves."""
+"""Up to this length (16 s) the logits of one row and head fit in 2.5 MB, and chunks cost more than they save."""
 KERNEL_FRAMES = 5120
-"""The longest row that the TPU kernel is compiled for in the slow tests (102 s): its blocks stay in fast memory."""
+"""The longest row (102 s) that the slow tests compile the TPU kernel for: its blocks have to fit in fast memory."""
 SMALL_MEMORY_FRAMES = 1024
-"""The same where a core has 16 MB of fast memory."""
+"""The same for a core with 16 MB of fast memory."""
 KERNEL_KINDS = {
     "TPU v4": SMALL_MEMORY_FRAMES,
     "TPU v5 lite": KERNEL_FRAMES,
     "TPU v5": KERNEL_FRAMES,
     "TPU v6 lite": KERNEL_FRAMES,
 }
-"""Device kinds that the kernel is compiled for in the tests, and the most frames of a row there."""
+"""Kinds of TPU that the tests compile the kernel for, and the most frames of a row there."""
 GPUS = ("gpu", "cuda")
 GPU_HEAD_DIMS = (16, 32, 64, 128)
-"""Widths of heads that the GPU kernels' tiles can have."""
+"""Head widths that the GPU kernels have tiles for."""
 GPU_FRAMES = KERNEL_FRAMES
-"""The longest row for them: the gradient of the bias of all pairs is 1.3 GB there."""
+"""The longest row for the GPU kernels: at this length the gradient of the bias of all pairs takes 1.3 GB."""
 OLD_GPUS = ("GTX", "RTX 20", "TITAN", "Quadro")
-"""In the names of NVIDIA GPUs before Ampere, which Triton does not compile for; others of that age are called Tesla."""
+"""Parts of the names of NVIDIA GPUs before Ampere, which Triton does not support. V100 and older are "Tesla ..."."""
 
 
 class Device(NamedTuple):
-    """What the choice depends on of a device."""
+    """The properties of a device that the choice depends on."""
 
     platform: str
     """"cpu", "gpu", "tpu"."""
     kind: str
-    """As JAX names it: "TPU v5 lite"."""
+    """JAX's name for it: "TPU v5 lite"."""
 
 
 class Choice(NamedTuple):
@@ -266,7 +266,7 @@ class Choice(NamedTuple):
 
 
 def current_device() -> Device:
-    """Of the mesh that is set, also one that is only compiled for, else the one that JAX takes by default."""
+    """The device of the current mesh, which may exist for compilation only; without a mesh JAX's default device."""
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None:
         return Device(abstract.platform, abstract.device_kind)
@@ -300,11 +300,11 @@ def _gpu_obstacle(config: WavLMConfig, num_frames: int, kind: str) -> str | None
     return f"take up to {GPU_FRAMES} frames, these are {num_frames}" if num_frames > GPU_FRAMES else None
 
 
-def check_platform(compute: Compute, device: Device) -> None:
-    """Checks that an implementation that is asked for by name can run on the device.
+def describe(config: WavLMConfig, compute: Compute, frames: tuple[int, ...], device: Device) -> list[str]:
+    """One line for each implementation that the buckets of a training run get, to be printed at its start.
 
     Raises:
-        ValueError: a TPU kernel without a TPU, a GPU kernel without a GPU.
+        ValueError: a TPU kernel is asked for without a TPU, or a GPU kernel without a GPU.
 
     """
     needed = {"pallas_tpu": ("tpu",), "pallas_gpu": GPUS}.get(compute.attention)
@@ -313,16 +313,6 @@ def check_platform(compute: Compute, device: Device) -> None:
             f"config.compute.attention: {compute.attention!r} needs a {needed[0].upper()}, found {device.kind}; "
             "'auto' takes what suits the device"
         )
-
-
-def describe(config: WavLMConfig, compute: Compute, frames: tuple[int, ...], device: Device) -> list[str]:
-    """One line for each implementation that the buckets of a training run get, to be printed at its start.
-
-    Raises:
-        ValueError: as `check_platform`.
-
-    """
-    check_platform(compute, device)
     found: dict[Choice, list[int]] = {}
     for bucket in frames:
         found.setdefault(choose(config, compute, bucket, device), []).append(bucket)

@@ -1,8 +1,9 @@
 """A small ECAPA-TDNN: speaker embeddings from frames, as the authors verify speakers (FACTS D4, UniSpeech).
 
-Batch norms keep their running mean and variance among the parameters (`mean`, `variance`), which are not learned: in
-training they follow what each batch says (collection `averages`, `LossSums.averages`). Padding changes nothing: padded
-frames are 0 before every convolution and count in no statistic. Names: ours, transformers has no such head.
+Batch norms have their running mean and variance among the parameters (`mean`, `variance`). These are not learned: in
+training each batch returns its statistics in the Flax collection `averages` (`LossSums.averages`), and the step moves
+the running values towards them. Padding changes nothing: padded frames are 0 before every convolution and count in no
+statistic. The names are ours, since transformers has no such head.
 """
 
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from jaxtyping import Array, Float
 from wavlm_jax.shapes import FrameMask, Hidden
 
 AVERAGES = "averages"
-"""Flax collection: path of a parameter -> (sum, count) of what a training batch says about it."""
+"""Flax collection: path of a running statistic -> its (sum, count) over a training batch."""
 _SCALE = 8
 _BOTTLENECK = 128
 _BLOCKS = (2, 3, 4)
@@ -32,7 +33,7 @@ class Frames(NamedTuple):
 
 
 class ECAPA(nn.Module):
-    """Frames to one vector a row. The authors add 1e-6 to the frames first, which the normalisation takes off again."""
+    """Frames to one vector per row. The authors add 1e-6 to the frames first, which the normalisation removes again."""
 
     width: int
     """A multiple of 8."""
@@ -44,8 +45,8 @@ class ECAPA(nn.Module):
 
         Args:
             hidden: of the encoder, float32.
-            frame_mask: True where a frame is speech; the first is taken in any case.
-            training: whether batch norms take the statistics of this batch, and report them.
+            frame_mask: True where a frame is speech; the first frame always counts.
+            training: whether batch norms use the statistics of this batch, and return them in `averages`.
 
         """
         mask = frame_mask.at[:, 0].set(True)
@@ -66,7 +67,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Hidden, mask: FrameMask, training: bool) -> Hidden:
-        """As torch's BatchNorm1d, over the frames of the mask alone."""
+        """As torch's BatchNorm1d, over the frames of the mask."""
         shape = (x.shape[-1],)
         scale = self.param("scale", nn.initializers.ones, shape)
         bias = self.param("bias", nn.initializers.zeros, shape)
@@ -88,7 +89,7 @@ class BatchNorm(nn.Module):
 
 
 class Unit(nn.Module):
-    """Convolution, ReLU, batch norm; as many frames as before."""
+    """Convolution, ReLU, batch norm; as many frames as the input has."""
 
     width: int
     taps: int = 1
@@ -98,20 +99,20 @@ class Unit(nn.Module):
     def __call__(
         self, x: Float[Array, "rows frames inputs"], mask: FrameMask, training: bool
     ) -> Float[Array, "rows frames outputs"]:
-        """Frames, of which the padded ones are anything."""
+        """The frames; padded ones have no meaning."""
         convolved = _conv(self.width, self.taps, self.dilation, name="conv")(_speech(mask, x))
         return BatchNorm(name="bn")(jax.nn.relu(convolved), mask, training)
 
 
 class SERes2Block(nn.Module):
-    """A Res2 block with squeeze and excitation, plus its input: of the 8 parts each is heard with the one before it."""
+    """A Res2 block with squeeze and excitation, plus its input. Each of 8 parts is convolved with the one before."""
 
     width: int
     dilation: int
 
     @nn.compact
     def __call__(self, x: Hidden, mask: FrameMask, training: bool) -> Hidden:
-        """Frames, of which the padded ones are anything."""
+        """The frames; padded ones have no meaning."""
         entered = Unit(self.width, name="unit1")(x, mask, training)
         parts = jnp.split(entered, _SCALE, axis=-1)
         heard = [Unit(self.width // _SCALE, 3, self.dilation, name="res2_0")(parts[0], mask, training)]

@@ -1,4 +1,4 @@
-"""The Transformer: position embedding, stacked layers scanned with one body, layer drop (FACTS A3, A4, A6)."""
+"""The Transformer: position embedding, layers stacked on one axis and scanned, layer drop (FACTS A3, A4, A6)."""
 
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from wavlm_jax.model.position import PairBias, PositionalConvolution, Profile, R
 from wavlm_jax.shapes import FrameMask, Hidden, RowKeys, StepKey
 
 AXES = ("rows", "frames", "width")
-"""Logical axes of the residual stream; the training tower says which mesh axes they lie on."""
+"""Logical axes of the residual stream; `training.sharding.RULES` maps them to mesh axes."""
 
 
 class Wanted(NamedTuple):
@@ -27,14 +27,14 @@ class Wanted(NamedTuple):
 
 
 class LayerInput(NamedTuple):
-    """What differs from layer to layer: its number, and whether layer drop keeps it (None: no layer drop)."""
+    """Input that each layer has of its own: its number, and whether layer drop keeps it (None: no layer drop)."""
 
     number: Int[Array, "*layers"]
     keep: Bool[Array, "*layers"] | None
 
 
 class LayerContext(NamedTuple):
-    """What all layers share."""
+    """Input that all layers share."""
 
     position: Profile | PairBias | None
     frame_mask: FrameMask | None
@@ -42,7 +42,7 @@ class LayerContext(NamedTuple):
 
 
 class EncoderOutput(NamedTuple):
-    """Hidden states and attention maps; None where they were not wanted."""
+    """Hidden states and attention maps; None where they were not asked for."""
 
     last_hidden_state: Hidden
     hidden_states: Float[Array, "states rows frames width"] | None
@@ -83,7 +83,7 @@ class EncoderLayer(nn.Module):
         self.final_layer_norm = layer_norm(self.config)
 
     def __call__(self, hidden: Hidden, layer: LayerInput, context: LayerContext) -> tuple[Hidden, tuple[Any, Any]]:
-        """The layer's output as carry, and what is wanted of it (hidden state, attention map) to be stacked."""
+        """The layer's output as the scan's carry, and the (hidden state, attention map) that the scan stacks."""
         keys = None if context.row_keys is None else site_keys(context.row_keys, layer.number)
         order = self._norm_first if self.config.do_stable_layer_norm else self._norm_last
         output, attention = order(hidden, context._replace(row_keys=keys))
@@ -110,7 +110,7 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Position embedding, layers, and the norm that Base has before them and Large after."""
+    """Position embedding, layers, and the norm that Base has before the layers and Large behind them."""
 
     config: WavLMConfig
     compute: Compute
@@ -129,7 +129,7 @@ class Encoder(nn.Module):
         norm = layer_norm(config, name="layer_norm")
         hidden = hidden + PositionalConvolution(config, self.compute, name="pos_conv_embed")(hidden)
         if frame_mask is not None and config.padding == "exact":
-            # Base's norm would blow up what rounding leaves in frames that hold nothing.
+            # Base's norm would scale up the rounding errors in empty frames.
             hidden = keep_where(frame_mask, hidden)
         if not config.do_stable_layer_norm:
             hidden = norm(hidden).astype(hidden.dtype)
@@ -142,7 +142,7 @@ class Encoder(nn.Module):
         position = None
         if config.position_bias:
             profile = RelativePositionTable(config, name="rel_attn_embed")(hidden.shape[1])
-            # Written out once for all layers: in each of them, its gradient would cost a pass over as much again.
+            # Written out once for all layers: in each layer its gradient would cost another pass over the matrix.
             position = toeplitz(profile, hidden.shape[1], hidden.shape[1]) if implementation == "dense" else profile
         layers = LayerInput(jnp.arange(config.num_hidden_layers), kept_layers(config, step_key))
         stack = scanned_layers(self.compute, config)(config, self.compute, wanted, implementation, name="layers")
@@ -156,10 +156,10 @@ class Encoder(nn.Module):
 
 
 def kept_layers(config: WavLMConfig, step_key: StepKey | None) -> Bool[Array, "layers"] | None:
-    """Which layers this step keeps: one draw a layer for the whole global batch; None: all of them (FACTS A6).
+    """Which layers this step keeps: one draw per layer for the whole global batch; None: all of them (FACTS A6).
 
-    The position bias is computed outside the layers and survives when layer 0 is dropped, unlike in the authors' code;
-    without `layerdrop_first` layer 0 is never dropped, as in Hugging Face's.
+    The position bias is computed outside of the layers, so it is kept when layer 0 is dropped, unlike in the authors'
+    code. Without `layerdrop_first` layer 0 is never dropped, as in Hugging Face's.
     """
     if step_key is None or config.layerdrop == 0:
         return None

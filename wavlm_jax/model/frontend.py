@@ -1,12 +1,10 @@
-"""The first conv layer, from the wave up to its GELU: convolution and norm, over time in Base, over channels in Large.
+"""From waveform to the Transformer's input: normalisation, strided convolutions with norms, projection (FACTS A2).
 
-The wave has one channel, so a frame of the layer is a linear map of its ten samples, its window. A mean over time is
-taken off the windows, a mean over channels off the kernel, which is the same as taking it off the frames; and what else
-a norm does, a factor for each row and channel or for each frame, goes into the kernel or into the windows. So the layer
-is one matrix product, and the norm never sees the frames, which are fifty times as large as the windows.
-docs/performance.md has what that saves.
-
-From waveform to conv features: normalisation, the strided convolutions, their norms, the projection (FACTS A2).
+The first convolution and its norm are computed as one matrix product. The waveform has one channel, so a frame of this
+layer is a linear map of its ten samples, its window. Subtracting a mean over time from the frames is the same as
+subtracting it from the windows, and a mean over channels is subtracted from the kernel. The norm's factor, one for each
+row and channel or for each frame, is multiplied into the kernel or into the windows. So the norm never reads the
+frames, which are fifty times as large as the windows (docs/performance.md says what that saves).
 """
 
 import math
@@ -27,11 +25,11 @@ Kernel = Float[Array, "taps channels"]
 Vector = Float[Array, " channels"]
 EXACT = jax.lax.Precision.HIGHEST
 BLOCK = 1024
-"""Frames whose squares a CPU sums at a time: 2 MB of Base's 512 channels."""
+"""Frames whose squares a CPU sums at a time: 2 MB with Base's 512 channels."""
 
 
-class Layer(NamedTuple):
-    """The layer's parameters, float32, and how it is computed."""
+class FirstLayerParams(NamedTuple):
+    """Parameters of the first layer, float32, and how it is computed."""
 
     kernel: Float[Array, "taps 1 channels"]
     conv_bias: Vector | None
@@ -39,23 +37,23 @@ class Layer(NamedTuple):
     bias: Vector
     stride: int
     dtype: Any
-    """Of matrix products and result; statistics are float32."""
+    """Dtype of matrix products and result; statistics are float32."""
     eps: float = 1e-5
     """Added to the variance."""
 
 
-def group_normed(layer: Layer, waveform: Waveform, count: Int[Array, " rows"]) -> ConvFeatures:
-    """With GroupNorm, one group a channel: mean and variance over the valid frames of a row.
+def group_normed(layer: FirstLayerParams, waveform: Waveform, count: Int[Array, " rows"]) -> ConvFeatures:
+    """The first layer with GroupNorm, one group per channel: mean and variance over the valid frames of a row.
 
     Args:
-        layer: its bias of the convolution changes nothing, the norm removes it.
+        layer: a bias of the convolution has no effect, because the norm removes it.
         waveform: float32 (rows, samples).
-        count: (rows,) valid frames a row; those past them are 0. A row without any is finite.
+        count: (rows,) valid frames of each row; the others become 0. A row without any stays finite.
 
     """
     windows, inside = valid_windows(layer, waveform, count)
     number = jnp.maximum(count, 1)
-    for _ in range(2):  # the first mean of a wave with a large offset is itself rounded
+    for _ in range(2):  # twice: the first mean of a waveform with a large offset is rounded
         windows = jnp.where(inside, windows - windows.sum(axis=2, keepdims=True) / number[:, None, None], 0.0)
     kernel = layer.kernel[:, 0]
     variance = channel_squares(windows.astype(layer.dtype), kernel) / number[:, None]
@@ -64,8 +62,8 @@ def group_normed(layer: Layer, waveform: Waveform, count: Int[Array, " rows"]) -
     return product(layer, [windows, inside], weights)
 
 
-def layer_normed(layer: Layer, waveform: Waveform, count: Int[Array, " rows"]) -> ConvFeatures:
-    """With LayerNorm over the channels of a frame; arguments as of `group_normed`."""
+def layer_normed(layer: FirstLayerParams, waveform: Waveform, count: Int[Array, " rows"]) -> ConvFeatures:
+    """The first layer with LayerNorm over the channels of a frame; arguments as for `group_normed`."""
     windows, inside = valid_windows(layer, waveform, count)
     kernel = layer.kernel[:, 0]
     if layer.conv_bias is not None:
@@ -80,9 +78,9 @@ def layer_normed(layer: Layer, waveform: Waveform, count: Int[Array, " rows"]) -
 
 
 def valid_windows(
-    layer: Layer, waveform: Waveform, count: Int[Array, " rows"]
+    layer: FirstLayerParams, waveform: Waveform, count: Int[Array, " rows"]
 ) -> tuple[Windows, Bool[Array, "rows 1 frames"]]:
-    """[r, k, t] = sample k of frame t, 0 in frames that are not valid; and which are."""
+    """[row, k, t] = sample k of frame t, 0 in frames that are not valid; and which frames are valid."""
     taps = layer.kernel.shape[0]
     frames = (waveform.shape[1] - taps) // layer.stride + 1
     span = (frames - 1) * layer.stride + 1
@@ -91,8 +89,8 @@ def valid_windows(
     return jnp.where(inside, windows, 0.0), inside
 
 
-def product(layer: Layer, windows: list[Array], weights: list[Array]) -> ConvFeatures:
-    """[r, t, c] = the sum over k of windows[r, k, t] * weights[r, k, c], the parts of both put together."""
+def product(layer: FirstLayerParams, windows: list[Array], weights: list[Array]) -> ConvFeatures:
+    """[r, t, c] = sum over k of windows[r, k, t] * weights[r, k, c], the parts of both concatenated along k."""
     left, right = (
         jnp.concatenate([part.astype(layer.dtype) for part in parts], axis=1) for parts in (windows, weights)
     )
@@ -101,10 +99,10 @@ def product(layer: Layer, windows: list[Array], weights: list[Array]) -> ConvFea
 
 @jax.custom_vjp
 def channel_squares(windows: Windows, kernel: Kernel) -> Float[Array, "rows channels"]:
-    """Of the frames (windows times kernel), the sum over time of the squares, float32.
+    """The sum over time of the squared frames (windows times kernel), float32.
 
-    Squares are summed as they are: from the moments of the windows, a channel that listens to what is soft in a wave
-    would be lost in rounding. The gradient has no such difference in it and is made of the moments alone.
+    The squares themselves are summed. Computed from the windows' second moments, the variance of a channel with little
+    energy would be lost in rounding. The gradient has no such cancellation and is computed from the moments.
     """
     return jax.lax.platform_dependent(
         windows,
@@ -115,7 +113,7 @@ def channel_squares(windows: Windows, kernel: Kernel) -> Float[Array, "rows chan
 
 
 def _channel_squares_in_blocks(windows: Windows, kernel: Kernel) -> Float[Array, "rows channels"]:
-    """A block of frames at a time, which stays in a core's cache: a CPU writes the product out before it squares it."""
+    """A block of frames at a time, which fits a core's cache: a CPU writes the product out before it squares it."""
     rows, taps, frames = windows.shape
     blocks = -(-frames // BLOCK)
     padded = jnp.pad(windows, ((0, 0), (0, 0), (0, blocks * BLOCK - frames)))
@@ -140,7 +138,7 @@ channel_squares.defvjp(_channel_forward, _channel_backward)
 
 @jax.custom_vjp
 def frame_squares(windows: Windows, kernel: Kernel) -> Float[Array, "rows frames"]:
-    """Of the frames (windows times kernel), the sum over channels of the squares, float32; see `channel_squares`."""
+    """The sum over channels of the squared frames (windows times kernel), float32; see `channel_squares`."""
     return jnp.square(_frames(windows, kernel)).sum(axis=2)
 
 
@@ -165,11 +163,11 @@ def _frames(windows: Array, kernel: Array) -> Array:
 
 
 def normalize_waveform(waveform: Waveform, num_samples: NumSamples | None = None, eps: float = 1e-5) -> Waveform:
-    """Each row brought to mean 0 and variance 1 over its real samples; padding becomes 0 (FACTS B6, E13).
+    """Each row normalised to mean 0 and variance 1 over its real samples; padding becomes 0 (FACTS B6, E13).
 
     Args:
         waveform: float32 (rows, samples), 16 kHz.
-        num_samples: (rows,) real samples a row; None: all of them.
+        num_samples: (rows,) real samples of each row; None: all of them.
         eps: added to the (population) variance; 1e-5 in the authors' code, 1e-7 in Hugging Face's feature extractor.
 
     Returns:
@@ -186,11 +184,13 @@ def normalize_waveform(waveform: Waveform, num_samples: NumSamples | None = None
 
 
 INT16_SCALE = 32_768.0
-"""int16 on the wire is divided by this: [-1, 1)."""
+"""int16 samples of a batch are divided by this: [-1, 1)."""
 
 
 def model_waveform(batch: Batch, config: WavLMConfig) -> Waveform:
-    """float32 rows; where the model wants it, normalised by the statistics of the *whole* utterance (FACTS C4).
+    """The int16 rows of a batch as the model's input: float32 (rows, samples).
+
+    Where `config.do_normalize` says so, normalised by the statistics of the *whole* utterance (FACTS C4).
 
     Args:
         batch: `waveform` int16 (rows, samples), `num_samples`; `mean` and `variance` of each whole utterance.
@@ -211,8 +211,7 @@ def strided_convolution(
 ) -> Float[Array, "rows frames features"]:
     """A convolution without padding: floor((length - taps) / stride) + 1 frames.
 
-    On a CPU a matrix product with the patches written out, elsewhere XLA's own convolution: the CPU backend is good at
-    the first and bad at the second, at its gradient above all (docs/LOG.md).
+    On a CPU as matrix products, elsewhere as XLA's convolution, whose gradient is slow on a CPU (docs/LOG.md).
     """
     return jax.lax.platform_dependent(
         x, kernel, cpu=partial(patch_convolution, stride=stride), default=partial(direct_convolution, stride=stride)
@@ -228,8 +227,9 @@ def direct_convolution(x: Array, kernel: Array, stride: int) -> Array:
 def patch_convolution(x: Array, kernel: Array, stride: int) -> Array:
     """`strided_convolution` as matrix products.
 
-    With the input cut into blocks of `stride` steps, a patch is a block and the first steps of those that follow it.
-    Each of these parts has its own product, and their sum is the frame: side by side they would have to be written out.
+    The input is cut into blocks of `stride` steps. A patch is a block and the first steps of the blocks that follow it.
+    Each of these parts has its own product, and a frame is their sum; a single product would need the patches written
+    out in memory.
     """
     rows, length, channels = x.shape
     taps, _, features = kernel.shape
@@ -249,7 +249,7 @@ def patch_convolution(x: Array, kernel: Array, stride: int) -> Array:
 
 
 class Convolution(nn.Module):
-    """A strided 1-D convolution without padding; kernel (taps, channels, features), Kaiming-normal."""
+    """A strided 1-D convolution without padding; kernel (taps, channels, features), Kaiming-normal initialisation."""
 
     features: int
     taps: int
@@ -276,7 +276,7 @@ class Convolution(nn.Module):
 
 
 class ChannelNorm(nn.Module):
-    """What a norm learns: one scale and one bias a channel."""
+    """The parameters of a norm: one scale and one bias per channel."""
 
     features: int
 
@@ -288,7 +288,7 @@ class ChannelNorm(nn.Module):
 
 
 class FirstLayer(nn.Module):
-    """Convolution from the wave, norm, GELU (`first_layer.py`)."""
+    """Convolution of the waveform, norm, GELU, as one matrix product (see the top of this module)."""
 
     config: WavLMConfig
     compute: Compute
@@ -301,9 +301,9 @@ class FirstLayer(nn.Module):
         self.layer_norm = ChannelNorm(features)
 
     def __call__(self, x: Float[Array, "rows samples 1"], mask: FrameMask | None) -> ConvFeatures:
-        """The layer's frames; those outside the mask (rows, frames) are 0, and in no statistic (FACTS E9)."""
+        """The layer's frames; those outside of the mask (rows, frames) are 0 and count in no statistic (FACTS E9)."""
         kernel, bias = self.conv.parameters(1)
-        layer = Layer(kernel, bias, *self.layer_norm(), self.stride, self.dtype)
+        layer = FirstLayerParams(kernel, bias, *self.layer_norm(), self.stride, self.dtype)
         frames = num_frames(x.shape[1], Geometry((kernel.shape[0],), (self.stride,)))
         count = jnp.full(x.shape[:1], frames) if mask is None else mask.sum(axis=1)
         normed = layer_normed if self.config.feat_extract_norm == "layer" else group_normed
@@ -341,7 +341,7 @@ class FeatureExtractor(nn.Module):
     compute: Compute
 
     def setup(self) -> None:
-        """One module a conv layer, named as Hugging Face's."""
+        """One module per conv layer, named as Hugging Face's."""
         later = range(1, len(self.config.conv_dim))
         layers = [ConvLayer(self.config, self.compute, i) for i in later]
         self.conv_layers = [FirstLayer(self.config, self.compute), *layers]
@@ -349,8 +349,8 @@ class FeatureExtractor(nn.Module):
     def __call__(self, waveform: Waveform, num_samples: NumSamples | None) -> ConvFeatures:
         """Conv features (rows, frames, channels).
 
-        With `num_samples`, samples past a row's end are zeroed before the first layer and frames past it after every
-        layer, so that nothing a row is padded with can reach a number.
+        With `num_samples`, samples behind a row's end become 0 before the first layer and frames behind it after every
+        layer, so that no result depends on what a row is padded with.
         """
         if num_samples is not None:
             waveform = jnp.where(prefix_mask(num_samples, waveform.shape[1]), waveform, 0.0)
@@ -374,7 +374,7 @@ class FeatureProjection(nn.Module):
     compute: Compute
 
     def setup(self) -> None:
-        """Norm and projection; the projection starts as torch's default linear map (FACTS A9)."""
+        """Norm and projection; the projection is initialised as torch's default linear map (FACTS A9)."""
         bound = uniform(1 / math.sqrt(self.config.conv_dim[-1]))
         dtype = jnp.dtype(self.compute.dtype)
         self.layer_norm = layer_norm(self.config)

@@ -28,7 +28,7 @@ Seeds = UInt32[Array, "rows heads words=2"]
 
 
 class AttentionDropout(NamedTuple):
-    """A share threshold / RESOLUTION of the probabilities is dropped, the rest scaled up; nothing without seeds."""
+    """A share threshold / RESOLUTION of the probabilities is dropped, the rest scaled up. Without seeds: no dropout."""
 
     threshold: int
     seeds: Seeds | None
@@ -66,11 +66,11 @@ HALF = 64
 BLOCK = 2 * HALF
 """Queries of a block of the fused kernels, which pad frames to a multiple of it."""
 ATTENDED = "attended"
-"""Name of the mixed values for recomputation policies: a fused kernel is no matrix product that they would know."""
+"""Name of attention's result for recomputation policies, which would not recognise a fused kernel as a product."""
 
 
 class Facts(NamedTuple):
-    """What a fused kernel knows beforehand."""
+    """What a fused kernel knows when it is compiled."""
 
     num_heads: int
     head_dim: int
@@ -79,40 +79,40 @@ class Facts(NamedTuple):
     has_bias: bool
     has_fill: bool
     drop_threshold: int
-    """Of `AttentionDropout`; 0: no dropout."""
+    """As in `AttentionDropout`; 0: no dropout."""
     group: int = 1
-    """Heads that are one block."""
+    """Heads that are handled together in one block."""
 
     @property
     def width(self) -> int:
-        """Numbers of a frame in a group."""
+        """Numbers per frame in a group of heads."""
         return self.group * self.head_dim
 
     @property
     def num_groups(self) -> int:
-        """Blocks in which the heads are handled."""
+        """Groups of heads."""
         return self.num_heads // self.group
 
 
 class Operands(NamedTuple):
-    """What all kernels read, as references inside of them; each module of kernels says in which blocks."""
+    """What all kernels read, as references inside of them; `tpu_attention` and `gpu_attention` say in which blocks."""
 
     query: Any
     key: Any
     value: Any
     profile: Any
-    """float32: the bias of distance d at place frames + d."""
+    """float32: the bias of distance d is at index frames + d."""
     gate: Any
-    """float32, one a query."""
+    """float32, one per query."""
     fill: Any
-    """float32, one a key: 0, or what stands in for the logits of a key that is padding."""
+    """float32, one per key: 0, or the value that replaces the logits of a key that is padding."""
     seeds: Any
-    """int32, two a row and head."""
+    """int32, two per row and head."""
 
 
 OPERANDS = Operands._fields
 Differentiable = tuple[Array, Array, Array, Array, Array]
-"""Query, key, value (rows, frames, width), profile (heads, 2 * frames) with distance d at place frames + d, and gate
+"""Query, key, value (rows, frames, width), profile (heads, 2 * frames) with distance d at index frames + d, and gate
 (rows, heads, frames)."""
 Fixed = tuple[Array, Array]
 """Fill (rows, frames): 0 for a key that counts, else what its logit becomes; and int32 seeds (rows, heads, 2)."""
@@ -159,7 +159,7 @@ _AXES = {
     "seeds": ("rows", "heads", None),
     "statistics": ("rows", "heads", None),
 }
-"""Logical axes of what goes into a fused kernel and comes out; the training tower says which mesh axes they lie on."""
+"""Logical axes of a fused kernel's arguments and results; `training.sharding.RULES` maps them to mesh axes."""
 
 
 def on_each_device(

@@ -1,18 +1,17 @@
-"""The bodies of the GPU kernels: attention with a gated Toeplitz bias, of one row and head, tile by tile.
+"""Attention on a GPU: fused kernels forward and backward, in Pallas and Triton, with bias and dropout inside.
 
-A tile is HALF queries by KEYS keys. Its bias is read from the profile, where neighbouring keys are neighbours, so it
-never exists in memory. Two tiles, of queries q and q + HALF, share the random words of dropout. The forward kernel
-keeps the largest logit and the sum of exponentials of each query; the backward kernels compute probabilities anew:
-one for keys and values, one for queries and gates, and one for the bias of pairs, which sums over rows.
+The results are those of "dense" up to rounding, dropout included. Frames are padded to a multiple of 128 inside. Under
+a mesh each device runs the kernels on its own rows and heads. Only one array grows with the square of the frames: the
+gradient of the bias of all pairs, (heads, frames, frames), which has no axis of rows.
 
-The blocks of `Operands`, of one row and head: query, key and value (frames, head_dim), as many frames as the kernel
-needs, profile (2 * frames), gate (queries), fill (frames), seeds (2).
+A kernel handles one row and head, tile by tile. A tile is HALF queries by KEYS keys. Its bias is read from the profile,
+where neighbouring keys are neighbours in memory, so the bias of a tile is never written out. Two tiles, of queries q
+and q + HALF, share the random words of dropout. The forward kernel stores the largest logit and the sum of exponentials
+of each query. The backward kernels recompute the probabilities: one kernel for keys and values, one for queries and
+gates, and one for the bias of pairs, which sums over rows.
 
-Attention on a GPU: fused kernels forward and backward, by Pallas and Triton, with bias and dropout inside.
-
-Numbers are those of "dense" up to rounding, dropout included. Frames are padded to a multiple of 128 inside. Under a
-mesh each device runs the kernels on its own rows and heads. What grows with the square of the frames is the gradient of
-the bias of all pairs, (heads, frames, frames), which has no rows.
+The blocks of `Operands` here are those of one row and head: query, key and value (frames, head_dim) with as many frames
+as the kernel needs, profile (2 * frames), gate (queries), fill (frames), seeds (2).
 """
 
 from functools import partial
@@ -48,67 +47,67 @@ KEYS = 64
 
 
 class Known(NamedTuple):
-    """References to what the backward kernels know besides, float32 (queries) but for `direction`."""
+    """References to what the backward kernels read besides `Operands`: float32 (queries), except `direction`."""
 
     direction: Any
-    """(queries, head_dim): the gradient of the mixed values."""
+    """(queries, head_dim): the gradient of the loss for the mixed values."""
     highest: Any
     """Largest logit of each query."""
     total: Any
     """Sum of exp(logit - highest)."""
     mean: Any
-    """Mean gradient of the probabilities: mixed values times their gradient, summed."""
+    """Sum of mixed values times their gradient: the mean gradient of the probabilities, weighted by them."""
 
 
 class Tile(NamedTuple):
-    """Where a tile lies, and which way round."""
+    """Position and orientation of a tile."""
 
     query: Any
     """Frame of its first query."""
     local: Any
-    """Of the queries that the kernel was given, its first."""
+    """Number of its first query among those in the kernel's block."""
     key: Any
     """Frame of its first key."""
     row: Array | None = None
-    """Where references hold all rows; None: they hold one."""
+    """Index of the row where references hold all rows; None: they hold one."""
     keys_first: bool = False
-    """Whether it is (KEYS, HALF): a product that sums over queries then needs no transposition."""
+    """Whether its shape is (KEYS, HALF): a product that sums over queries then needs no transposition."""
 
     @property
     def queries(self) -> Any:
-        """Of what the kernel was given, its queries."""
+        """Its queries in the kernel's block."""
         return pl.ds(self.local, HALF)
 
     def in_row(self, index: Any) -> Any:
-        """`index` in a reference that may hold all rows."""
+        """`index`, preceded by the row in a reference that holds all rows."""
         return index if self.row is None else (self.row, index)
 
     def by_query(self, numbers: Array) -> Array:
-        """One number a query, to broadcast over keys."""
+        """One number per query, to broadcast over keys."""
         return numbers[None, :] if self.keys_first else numbers[:, None]
 
     def by_key(self, numbers: Array) -> Array:
-        """One number a key, to broadcast over queries."""
+        """One number per key, to broadcast over queries."""
         return numbers[:, None] if self.keys_first else numbers[None, :]
 
     def product(self, of_queries: Array, of_keys: Array) -> Array:
-        """Of each query's vector with each key's."""
+        """Inner product of each query's vector with each key's."""
         pair = (of_keys, of_queries) if self.keys_first else (of_queries, of_keys)
         return matmul(*pair, 1, 1)
 
 
 class Backward(NamedTuple):
-    """Of a tile, float32."""
+    """Values of the backward pass in one tile, float32."""
 
     weights: Array
     """Probabilities after dropout."""
     to_logits: Array
     bias: Array | None
-    """Of each pair, before the gate."""
+    """Bias of each pair, before the gate."""
 
 
 def forward_kernel(facts: Facts, operands: Operands, result: Any, highest: Any, total: Any) -> None:
-    """Mixed values of BLOCK queries, and their statistics; grid (query block, head, row)."""
+    """Mixed values of BLOCK queries, and their softmax statistics; grid (query block, head, row)."""
     block = pl.program_id(0)
     queries = [operands.query[_half(half), :] for half in range(2)]
 
@@ -184,7 +183,7 @@ def query_kernel(facts: Facts, operands: Operands, known: Known, to_query: Any, 
 def pair_kernel(facts: Facts, rows: int, operands: Operands, known: Known, to_pairs: Any) -> None:
     """Gradient of the bias of BLOCK x KEYS pairs, summed over rows; grid (key block, query block, head).
 
-    All references have the rows as their first axis but those of the profile and of the result.
+    The first axis of all references is rows, except for the profile and the result.
     """
     first, block = pl.program_id(0) * KEYS, pl.program_id(1)
 
@@ -205,7 +204,7 @@ def pair_kernel(facts: Facts, rows: int, operands: Operands, known: Known, to_pa
 
 
 def _tiles(block: Any, first_key: Any, **more: Any) -> list[Tile]:
-    """The two of a query block."""
+    """The two tiles of a query block."""
     return [Tile(block * BLOCK + half * HALF, half * HALF, first_key, **more) for half in range(2)]
 
 
@@ -255,7 +254,7 @@ def _gate(operands: Operands, tile: Tile) -> Array:
 
 
 def _keep(facts: Facts, operands: Operands, block: Any, tile: Tile) -> list[Array | None]:
-    """`attention_rules.kept` of the two tiles of a block, the first of them given: two decisions a word."""
+    """`fused_attention.kept` for the two tiles of a block, of which `tile` is the first: two decisions per word."""
     if not facts.drop_threshold:
         return [None, None]
     pairs = tile.by_query(block * HALF + jnp.arange(HALF))
@@ -288,7 +287,7 @@ def _forward(facts: Facts, inputs: Differentiable, fixed: Fixed) -> tuple[Array,
 
 
 def _fused_forward(facts: Facts, inputs: Differentiable, fixed: Fixed) -> tuple[Array, Any]:
-    # Named here too: as far as a recomputation policy can see, what is named outside is not what is saved here.
+    # Named here too: a recomputation policy does not see that the array named outside is the one saved here.
     mixed, highest, total = (checkpoint_name(x, ATTENDED) for x in _forward(facts, inputs, fixed))
     return mixed, (inputs, fixed, mixed, highest, total)
 
@@ -337,7 +336,7 @@ def _backward_call(facts: Facts, num_heads: int, *arguments: Array) -> list[Arra
 
 
 def _one_row(facts: Facts, arguments: tuple[Array, ...], body: Any, along: str, like: tuple[Array, Array]) -> Any:
-    """Gradients of the form of `like`, by a kernel that handles a block of keys or queries of one row and head."""
+    """Gradients with the shapes of `like`, by a kernel that handles a block of keys or queries of one row and head."""
 
     def kernel(*references: Any) -> None:
         body(facts, Operands(*references[:7]), Known(*references[7:11]), *references[11:])
@@ -360,7 +359,7 @@ def _one_row(facts: Facts, arguments: tuple[Array, ...], body: Any, along: str, 
 
 
 def _specs(facts: Facts, *, queries: int | None, keys: int | None) -> list[pl.BlockSpec]:
-    """What grid step (block, head, row) sees of operands and `Known`; the axis without a block size is whole."""
+    """Blocks of `Operands` and `Known` in grid step (block, head, row); an axis without a block size is whole."""
 
     def frames(size: int | None) -> tuple[int, Any]:
         return (facts.frames, lambda _: 0) if size is None else (size, lambda block: block)
@@ -377,7 +376,7 @@ def _specs(facts: Facts, *, queries: int | None, keys: int | None) -> list[pl.Bl
 
 
 def _pair_specs(facts: Facts, rows: int) -> list[pl.BlockSpec]:
-    """What grid step (key block, query block, head) sees of them, of all rows."""
+    """The same in grid step (key block, query block, head), with all rows."""
     return _in_order(
         query=pl.BlockSpec((rows, BLOCK, facts.head_dim), lambda _, block, head: (0, block, head)),
         key=pl.BlockSpec((rows, KEYS, facts.head_dim), lambda block, _, head: (0, block, head)),
@@ -389,12 +388,12 @@ def _pair_specs(facts: Facts, rows: int) -> list[pl.BlockSpec]:
 
 
 def _in_order(*, query: Any, key: Any, profile: Any, number: Any, fill: Any, seeds: Any) -> list[Any]:
-    """One for each of `Operands`, then of `Known`."""
+    """One block for each of `Operands`, then of `Known`."""
     return [query, key, key, profile, number, fill, seeds, query, number, number, number]
 
 
 def _profile_gradient(facts: Facts, arguments: tuple[Array, ...]) -> Array:
-    """(heads, 2 * frames): the gradient of the bias of all pairs, folded."""
+    """(heads, 2 * frames): the gradient of the bias of all pairs, summed over each diagonal."""
     rows = arguments[0].shape[0]
 
     def kernel(*references: Any) -> None:

@@ -516,7 +516,7 @@ def module_of(config: WavLMConfig, kind: str | None, head: HeadConfig | None) ->
 
 
 @cache
-def tree_shapes(config: WavLMConfig, kind: str | None, head: HeadConfig | None) -> Params:
+def tree_shapes(config: WavLMConfig, kind: str | None = None, head: HeadConfig | None = None) -> Params:
     """The parameters of `module_of` as shapes (`jax.ShapeDtypeStruct`); nothing is computed."""
     module, frames = module_of(config, kind, head), 1
     if head is not None:

@@ -31,7 +31,7 @@ from wavlm_jax.shapes import num_frames as frames_of
 
 
 class Masks(NamedTuple):
-    """SpecAugment in a forward pass: which frames are replaced, which channels are set to 0; None: none."""
+    """SpecAugment of a forward pass: frames to be replaced, channels to be set to 0; None: none."""
 
     time: TimeMask | None = None
     channel: ChannelMask | None = None
@@ -45,7 +45,10 @@ class Keys(NamedTuple):
 
 
 def mesh_axes(sizes: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
-    """Logical axis -> the mesh axes that its size can be spread over; without a mesh, or indivisible: none."""
+    """Logical axis -> mesh axes over which its size is spread, by the training tower's rules (`RULES`).
+
+    No axes without a mesh, or where the size is not a multiple of them.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return dict.fromkeys(sizes, ())
@@ -59,7 +62,7 @@ def mesh_axes(sizes: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
 
 
 class Site(IntEnum):
-    """Where a random number is used. Each site folds its own number into the key, so no two sites share a draw."""
+    """Places that use random numbers. Each folds its own number into the key, so that no two share a draw."""
 
     TIME_MASK = 0x5741_0001
     CHANNEL_MASK = 0x5741_0002
@@ -74,17 +77,17 @@ class Site(IntEnum):
 
 
 def site_keys(row_keys: RowKeys, number: Int[Array, ""] | int) -> RowKeys:
-    """One new key a row, for the site or the layer `number`."""
+    """One new key per row, for the site or the layer `number`."""
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(row_keys, number)
 
 
 def dropout(
     x: Float[Array, "rows *rest"], rate: float, row_keys: RowKeys | None, site: Site
 ) -> Float[Array, "rows *rest"]:
-    """`x` with a share `rate` of its values set to 0 and the others scaled up; `x` itself without keys.
+    """`x` with a share `rate` of its values set to 0 and the others scaled up; without keys `x` itself.
 
-    Every row draws from its own key, so what is dropped does not depend on how rows are spread over micro-batches,
-    devices and hosts.
+    Every row draws from its own key, so the result does not depend on how rows are spread over micro-batches, devices
+    and hosts.
     """
     if row_keys is None or rate == 0:
         return x
@@ -95,7 +98,7 @@ def dropout(
 
 
 _RESOLUTION = 1 << 16
-"""Dropout probabilities are rounded to 1 / 65,536: two decisions out of each 32-bit random word, half the cost."""
+"""Dropout rates are rounded to 1 / 65,536: two decisions from each 32-bit random word, at half the cost."""
 
 
 def _random_uint16(key: Array, shape: tuple[int, ...]) -> Array:
@@ -108,7 +111,7 @@ def _random_uint16(key: Array, shape: tuple[int, ...]) -> Array:
 
 @jax.custom_vjp
 def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The exact (erf) GELU, x Phi(x), that every released WavLM uses (FACTS A2); float32 inside."""
+    """The exact (erf) GELU, x Phi(x), of every released WavLM (FACTS A2); computed in float32."""
     wide = x.astype(jnp.float32)
     return (wide * _normal_cdf(wide)).astype(x.dtype)
 
@@ -118,7 +121,7 @@ def _gelu_forward(x: Array) -> tuple[Array, Array]:
 
 
 def _gelu_backward(x: Array, gradient: Array) -> tuple[Array]:
-    """The slope Phi(x) + x phi(x), from x alone: the barrier keeps XLA from saving erf and exp of the forward pass."""
+    """The slope Phi(x) + x phi(x), from x alone: the barrier stops XLA from saving erf and exp of the forward pass."""
     wide = jax.lax.optimization_barrier(x).astype(jnp.float32)
     density = jnp.exp(-0.5 * wide * wide) * (2 * jnp.pi) ** -0.5
     slope = _normal_cdf(wide) + wide * density
@@ -172,14 +175,14 @@ def matrix_product(
 ) -> Float[Array, "*rows outputs"]:
     """`x @ kernel` with all axes but the last (rows and frames) as one.
 
-    So the kernel's gradient contracts one axis instead of two, which XLA's CPU backend does without first transposing
-    both activations.
+    Then the kernel's gradient contracts one axis instead of two, and XLA's CPU backend does not transpose both
+    activations first.
     """
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def _matrix_dot_general(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
-    """`matrix_product` in the place of the `lax.dot_general` that nn.Dense calls."""
+    """`matrix_product` with the signature of the `lax.dot_general` that nn.Dense calls."""
     return matrix_product(x, kernel)
 
 
@@ -187,9 +190,9 @@ def frame_mask(num_samples: NumSamples, num_frames: int, padded_samples: int, co
     """The frames that are speech, by the padding convention of `config` (FACTS A7).
 
     Args:
-        num_samples: (rows,) real samples a row.
+        num_samples: (rows,) real samples of each row.
         num_frames: frames that the conv encoder makes of the padded row.
-        padded_samples: samples of a padded row; only "microsoft" asks.
+        padded_samples: samples of a padded row; only "microsoft" needs them.
         config: its `padding` and conv geometry.
 
     Returns:
@@ -230,12 +233,12 @@ def span_mask(
     one frame or none has no mask.
 
     Args:
-        row_keys: one key a row.
+        row_keys: one key per row.
         valid_frames: (rows,) frames of speech, at most `num_frames`.
         num_frames: frames of the padded row.
         prob: wanted share of masked frames before overlaps (0.8 gives 0.567).
-        length: frames a span.
-        min_masks: the fewest spans a row gets.
+        length: frames of a span.
+        min_masks: least number of spans of a row.
 
     """
 
@@ -257,7 +260,7 @@ def channel_mask(row_keys: RowKeys, width: int, *, prob: float, length: int, min
 
 
 def _spans(key: Array, valid: Array, size: int, prob: float, length: int, min_masks: int) -> Bool[Array, "size"]:
-    """The union of the spans of one row of `size` places, the first `valid` of which count."""
+    """The union of the spans of one row of `size` places, of which the first `valid` count."""
     rounding, order = jax.random.split(key)
     wanted = jnp.floor(prob * valid / length + jax.random.uniform(rounding)).astype(jnp.int32)
     wanted = jnp.maximum(wanted, min_masks)

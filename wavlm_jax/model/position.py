@@ -1,14 +1,13 @@
-"""Gated relative position bias (FACTS A5): which bucket a distance falls in, the bias of each distance, the gate.
+"""Position of a frame: the gated relative position bias (FACTS A5) and the convolutional position embedding (A3).
 
-The bias of an attention logit is gate[row, head, query] * profile[head, key - query]. The profile has one number a head
-and distance, comes from one table for all layers, and is computed once; the gate belongs to each layer.
+The bias of an attention logit is gate[row, head, query] * profile[head, key - query]. The profile has one number per
+head and distance. It comes from one table for all layers and is computed once; the gate belongs to each layer.
 
-The convolutional position embedding: a grouped convolution over 128 frames with its weight normalised tap by tap.
-
-XLA's CPU backend takes the gradient of a grouped convolution channel by channel, and cuDNN computes one without matrix
-units: a third of a training step on either. On a CPU the convolution therefore goes through the frequency domain, with
-the Fourier transforms as matrix products; on a GPU it is one product of windows with moved taps; elsewhere it is XLA's
-own. All give the same numbers up to rounding (docs/performance.md has the times).
+The position embedding is a grouped convolution over 128 frames whose weight is normalised tap by tap. XLA's CPU backend
+computes the gradient of a grouped convolution channel by channel, and cuDNN computes one without matrix units: a third
+of a training step on either. So on a CPU the convolution is computed in the frequency domain, with the Fourier
+transforms as matrix products, on a GPU as one product of windows with shifted taps, elsewhere as XLA's convolution. All
+give the same numbers up to rounding (docs/performance.md has the times).
 """
 
 import math
@@ -37,7 +36,7 @@ Gate = Float[Array, "rows frames heads"]
 class Bias(NamedTuple):
     """What is added to the logits: gate[row, query, head] * position[head, key - query].
 
-    `position` is the profile, or for "dense" also its matrix, so that layers can share one.
+    `position` is the profile, or for the "dense" attention its matrix, which all layers share.
     """
 
     position: Profile | PairBias
@@ -49,9 +48,9 @@ def relative_buckets(
 ) -> Int[np.ndarray, "*shape"]:
     """The bucket of each distance key - query, int32.
 
-    Half of the buckets are for keys after the query. Of each half, the first half holds one distance each, the rest is
-    logarithmic up to `max_distance`, beyond which all distances share the last. Computed on the host: an accelerator's
-    logarithm may round a bucket's edge the other way.
+    Half of the buckets are for keys after the query. In each half, the first half of the buckets holds one distance
+    each, and the others are logarithmic up to `max_distance`, beyond which all distances share the last bucket.
+    Computed on the host, because an accelerator's logarithm may round differently at the edge of a bucket.
     """
     half = num_buckets // 2
     exact = half // 2
@@ -81,7 +80,8 @@ def toeplitz(window: Float[Array, "heads distances"], queries: int, keys: int) -
     """The matrix whose entry (query, key) is `window[queries - 1 - query + key]`.
 
     `window` holds the queries + keys - 1 distances from the last query and first key to the first query and last key.
-    Reading a sequence of period p in rows of p - 1 shifts each row by one: no gather, and no scatter in the gradient.
+    Reading a sequence of period p in rows of p - 1 shifts each row by one, so there is no gather, and no scatter in the
+    gradient.
     """
     heads, period = window.shape[0], queries + keys
     repeated = jnp.tile(jnp.pad(window, ((0, 0), (0, 1))), (1, queries))
@@ -92,9 +92,9 @@ def toeplitz(window: Float[Array, "heads distances"], queries: int, keys: int) -
 class GateProjection(nn.Module):
     """The linear map from each head's slice of the layer input to its two gate logits, the same for all heads.
 
-    Stored with the authors' 8 outputs, which they add up in two groups of 4; adding up the weights instead is the same
-    function with the same gradients. All heads together are one product with a block diagonal matrix: slices of 64
-    numbers would be laid out anew, at many times the traffic of the hidden states themselves.
+    Stored with the authors' 8 outputs, which they add up in two groups of 4. Here the weights are added up instead: the
+    same function with the same gradients. All heads are one product with a block diagonal matrix, because slices of 64
+    numbers would have to be copied to another layout, at many times the memory traffic of the hidden states.
     """
 
     config: WavLMConfig
@@ -142,8 +142,8 @@ def grouped_convolution(x: Hidden, weight: TapWeights, groups: int) -> Hidden:
 def on_own_rows(convolve: Callable[[Hidden, TapWeights], Hidden], x: Hidden, weight: TapWeights) -> Hidden:
     """`convolve` on each device's own rows, so that the weight's gradient is summed over devices in its own size.
 
-    Left to XLA, or to a check of which values vary, the moved taps of `block_convolution` are what is summed: eighteen
-    times as many.
+    XLA on its own (and `shard_map` with `check_vma`) would sum the shifted taps of `block_convolution`, which are
+    eighteen times as large.
     """
     rows = mesh_axes({"rows": x.shape[0]})["rows"]
     if not rows:
@@ -167,11 +167,11 @@ def direct_convolution(x: Hidden, weight: TapWeights, groups: int) -> Hidden:
 
 
 def block_convolution(x: Hidden, weight: TapWeights, groups: int) -> Hidden:
-    """`grouped_convolution` as one matrix product a group, of blocks of frames and the windows that they see.
+    """`grouped_convolution` as one matrix product per group, of windows of frames with shifted taps.
 
-    The outputs of BLOCK frames are a linear map of the taps + BLOCK - 1 frames around them: the taps, moved by each
-    place in the block. That is an eighth more arithmetic than the convolution has, in products that are wide enough for
-    matrix units.
+    The outputs of BLOCK frames are a linear map of the taps + BLOCK - 1 frames around them: the taps, shifted to each
+    place in the block. That is an eighth more arithmetic than the convolution needs, in products that are large enough
+    for matrix units.
     """
     rows, frames, width = x.shape
     taps, group_width = weight.shape[-1], width // groups
@@ -192,11 +192,11 @@ def block_convolution(x: Hidden, weight: TapWeights, groups: int) -> Hidden:
 
 
 BLOCK = 16
-"""Frames of one product of `block_convolution`: so many make windows and moved taps alike in size."""
+"""Frames of one product of `block_convolution`: with 16, windows and shifted taps have about the same size."""
 
 
 def spectral_convolution(x: Hidden, weight: TapWeights, groups: int) -> Hidden:
-    """`grouped_convolution` by overlap-save: in the frequency domain, one small matrix product a group and frequency.
+    """`grouped_convolution` by overlap-save: in the frequency domain, one small matrix product per group and frequency.
 
     Frames are cut into windows of taps + hop, each of which gives `hop` outputs free of wrap-around; float32 inside.
     """
@@ -235,7 +235,7 @@ def _fourier_matrices(length: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class WeightNormConvolution(nn.Module):
-    """The convolution's parameters in torch's layout: direction v, one gain g a tap, bias."""
+    """The convolution with its parameters in torch's layout: direction v, one gain g per tap, bias."""
 
     config: WavLMConfig
     compute: Compute

@@ -1,19 +1,18 @@
-"""The bodies of the TPU kernels: attention with a gated Toeplitz bias, of one row and one group of heads.
+"""Attention on a TPU: one fused kernel forward, one backward, whose memory grows with frames and not their square.
 
-A group is as many heads as fill 128 lanes, side by side as they come out of the projections: nothing is transposed or
-padded in HBM. A product with one head masks the lanes of the others, which a matrix unit 128 wide does for nothing.
+The results are those of "dense" up to rounding, dropout included. Frames are padded to a multiple of 128 inside. Under
+a mesh each device runs the kernels on its own rows and heads.
 
-The bias of 128 queries is a window of one sheared array: its line i is the profile moved i places to the right, so the
-tile of block n starts n * 128 places further left. It is built once a group of heads and serves all rows and blocks;
-its gradient gathers in an array of the same form and is folded back to the profile once.
+A kernel handles one row and one group of heads: as many heads as fill 128 lanes, side by side as the projections return
+them, so that nothing is transposed or padded in HBM. A product with one head masks the lanes of the others, which costs
+nothing on a matrix unit that is 128 wide.
 
-The blocks of `Operands`: query, key and value (1, frames, width), profile (1, group, 2 * frames), gate (1, 1, group,
-frames), fill (1, 1, frames), and all seeds, (rows * heads * 2), in scalar memory.
+The bias of 128 queries is a window of one sheared array, whose line i is the profile shifted i places to the right. The
+window of query block n starts n * 128 places further left. The array is built once for each group of heads and used for
+all rows and blocks. Its gradient is added up in an array of the same shape and folded back to the profile once.
 
-Attention on a TPU: one fused kernel forward, one backward, memory that grows with frames and not their square.
-
-Numbers are those of "dense" up to rounding, dropout included. Frames are padded to a multiple of 128 inside. Under a
-mesh each device runs the kernel on its own rows and heads.
+The blocks of `Operands` here: query, key and value (1, frames, width), profile (1, group, 2 * frames), gate
+(1, 1, group, frames), fill (1, 1, frames), and all seeds, (rows * heads * 2), in scalar memory.
 """
 
 import math
@@ -52,11 +51,11 @@ class Block(NamedTuple):
     number: Array
     head: int
     seeds: Array
-    """Where the head's two seeds stand."""
+    """Index of the head's first seed; the second follows."""
 
 
 class Scores(NamedTuple):
-    """Of one block: exponentials and their sums, float32 (BLOCK, frames) and (BLOCK, 1), and what they came from."""
+    """Softmax of one block: exponentials (BLOCK, frames) and their sums (BLOCK, 1), float32, and the bias in them."""
 
     exponentials: Array
     total: Array
@@ -65,7 +64,7 @@ class Scores(NamedTuple):
 
 
 def forward_kernel(facts: Facts, operands: Operands, output: Any, sheared: Any) -> None:
-    """Mixed values of one row and group; `sheared` (group, BLOCK, 2 * frames) stays from row to row."""
+    """Mixed values of one row and group; `sheared` (group, BLOCK, 2 * frames) is kept from row to row."""
     _shear_once(facts, operands, sheared)
     seeds = _first_seed(facts)
 
@@ -87,7 +86,7 @@ def forward_kernel(facts: Facts, operands: Operands, output: Any, sheared: Any) 
 
 
 class Gradients(NamedTuple):
-    """References to what the backward kernel writes, in the forms of `Operands`."""
+    """References to what the backward kernel writes, with the shapes of `Operands`."""
 
     query: Any
     key: Any
@@ -103,12 +102,12 @@ class Scratch(NamedTuple):
     """(frames, width): the gradient so far, as `value`."""
     value: Any
     sheared: Any
-    """(group, BLOCK, 2 * frames), stays from row to row as its gradient does."""
+    """(group, BLOCK, 2 * frames), kept from row to row, and so is its gradient."""
     sheared_gradient: Any
 
 
 def backward_kernel(facts: Facts, operands: Operands, direction: Any, gradients: Gradients, scratch: Scratch) -> None:
-    """Gradients of one row and group for the gradient `direction` of the mixed values; the softmax is computed anew."""
+    """Gradients of one row and group from `direction`, that of the mixed values; the softmax is recomputed."""
     _shear_once(facts, operands, scratch.sheared)
     if facts.has_bias:
 
@@ -141,7 +140,7 @@ def backward_kernel(facts: Facts, operands: Operands, direction: Any, gradients:
 def _backward_of_block(
     facts: Facts, operands: Operands, direction: Any, gradients: Gradients, scratch: Scratch, block: Block
 ) -> Array:
-    """Adds this block's share to the gradients; returns that of the query, right in the head's own lanes."""
+    """Adds this block's part to the gradients; returns the query's, which is valid in the head's own lanes."""
     scores = _scores(facts, operands, scratch.sheared, block)
     probabilities = scores.exponentials / scores.total
     arriving = _masked_to_head(facts, direction[0, _rows(block.number), :], block.head)
@@ -174,7 +173,7 @@ def _heads(facts: Facts, number: Array, first_seed: Array) -> Iterator[Block]:
 
 
 def _first_seed(facts: Facts) -> Array:
-    """Where the seeds of this row and group begin."""
+    """Index of the first seed of this row and group."""
     return 2 * (pl.program_id(1) * facts.num_heads + pl.program_id(0) * facts.group)
 
 
@@ -183,7 +182,7 @@ def _rows(number: Array) -> Any:
 
 
 def _window(facts: Facts, number: Array) -> Any:
-    """Where the tile of block `number` lies in the sheared profile."""
+    """Place of block `number`'s tile in the sheared profile."""
     return pl.ds(pl.multiple_of(facts.frames - number * BLOCK, BLOCK), facts.frames)
 
 
@@ -213,7 +212,7 @@ def _scores(facts: Facts, operands: Operands, sheared: Any, block: Block) -> Sco
 
 
 def _kept(facts: Facts, operands: Operands, block: Block) -> Array:
-    """`attention_rules.kept` for one block: two decisions a word."""
+    """`fused_attention.kept` for one block: two decisions per word."""
     pair = block.number * HALF + jax.lax.broadcasted_iota(jnp.int32, (HALF, 1), 0)
     key = jax.lax.broadcasted_iota(jnp.int32, (1, facts.frames), 1)
     words = random_words(operands.seeds[block.seeds], operands.seeds[block.seeds + 1], pair, key)
@@ -232,7 +231,7 @@ def _shear_once(facts: Facts, operands: Operands, sheared: Any) -> None:
 
 
 def shear(row: Array) -> Array:
-    """(BLOCK, length) from (1, length): line i is the row moved i places to the right, by doubling."""
+    """(BLOCK, length) from (1, length): line i is the row shifted i places to the right, built by doubling."""
     lines = jnp.broadcast_to(row, (SUBLANES, row.shape[1]))
     number = jax.lax.broadcasted_iota(jnp.int32, lines.shape, 0)
     for shift in (1, 2, 4):
@@ -243,7 +242,7 @@ def shear(row: Array) -> Array:
 
 
 def fold(lines: Array) -> Array:
-    """(1, length) from (BLOCK, length): the transpose of `shear`, by halving."""
+    """(1, length) from (BLOCK, length): the transpose of `shear`, computed by halving."""
     length = lines.shape[1]
     while lines.shape[0] > SUBLANES:
         half = lines.shape[0] // 2
@@ -255,7 +254,7 @@ def fold(lines: Array) -> Array:
 
 
 def column(row: Array) -> Array:
-    """(BLOCK, 1) from (1, BLOCK), exactly, where Mosaic has no such transposition."""
+    """(BLOCK, 1) from (1, BLOCK), exactly: Mosaic does not support this transposition."""
     return jnp.where(_diagonal(), row, 0.0).sum(axis=1, keepdims=True)
 
 
@@ -295,7 +294,7 @@ on_tpu.defvjp(_fused_forward, _fused_backward)
 
 
 def _grouped(facts: Facts, num_heads: int) -> Facts:
-    """The facts of a device with `num_heads` heads: groups that fill whole registers, else all heads at once."""
+    """The facts for a device with `num_heads` heads: groups that fill whole registers, else all heads in one group."""
     group = LANES // math.gcd(LANES, facts.head_dim)
     return facts._replace(num_heads=num_heads, group=group if num_heads % group == 0 else num_heads)
 
@@ -345,7 +344,7 @@ def _backward_call(facts: Facts, num_heads: int, *arguments: Array) -> list[Arra
 
 
 def _blocks(facts: Facts, arguments: tuple[Array, ...]) -> tuple[list[Array], list[pl.BlockSpec]]:
-    """The kernels' arguments with heads split into groups, and the block of each that grid step (group, row) sees."""
+    """The kernels' arguments with heads split into groups, and their blocks in grid step (group, row)."""
     query, key, value, profile, gate, fill, seeds, *direction = arguments
     rows, groups = query.shape[0], facts.num_groups
     profile = profile.reshape(groups, facts.group, 2 * facts.frames)
@@ -376,7 +375,7 @@ def _compiler_params(facts: Facts, itemsize: int) -> pltpu.CompilerParams:
 
 
 def vmem_bytes(facts: Facts, itemsize: int) -> int:
-    """Fast memory that the backward kernel's blocks, scratch and temporaries take, about."""
+    """Estimate of the fast memory (VMEM) for the backward kernel's blocks, scratch and temporaries, in bytes."""
     lanes = -(-facts.width // LANES) * LANES
     blocks = 2 * 7 * facts.frames * lanes * itemsize
     accumulators = 2 * facts.frames * lanes * 4
@@ -386,7 +385,7 @@ def vmem_bytes(facts: Facts, itemsize: int) -> int:
 
 
 def _cost(facts: Facts, inputs: list[Array], products: int) -> pl.CostEstimate:
-    """What XLA's scheduler is told: `products` matrix products of frames x frames x head_dim a row and head."""
+    """Cost for XLA's scheduler: `products` matrix products of frames x frames x head_dim per row and head."""
     rows = inputs[0].shape[0]
     logits = rows * facts.num_heads * facts.frames**2
     moved = sum(x.size * x.dtype.itemsize for x in inputs) + inputs[0].size * inputs[0].dtype.itemsize

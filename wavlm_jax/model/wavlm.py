@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
@@ -18,7 +17,6 @@ from wavlm_jax.shapes import (
     Geometry,
     Hidden,
     NumSamples,
-    Params,
     RowKeys,
     StepKey,
     TimeMask,
@@ -27,14 +25,14 @@ from wavlm_jax.shapes import (
 
 
 class WavLMOutput(NamedTuple):
-    """What a forward pass gives. All lists of layers have one fixed length, whatever layer drop did."""
+    """Result of a forward pass. Axes of layers have the same length whether layer drop skipped some or not."""
 
     last_hidden_state: Hidden
     """Output of the last layer; for Large (`do_stable_layer_norm`) after the encoder's final norm."""
     hidden_states: Float[Array, "states rows frames width"] | None
     """[0] the input of the first layer, [l] the raw output of layer l (1-based), never the final norm (FACTS A10)."""
     conv_features: ConvFeatures
-    """Output of the conv encoder after the gradient multiplier, before its norm: what the feature penalty takes."""
+    """Output of the conv encoder after the gradient multiplier, before its norm: input of the feature penalty."""
     frame_mask: FrameMask
     """True where a frame is speech."""
     attentions: Float[Array, "layers rows heads frames frames"] | None
@@ -52,7 +50,7 @@ class WavLM(nn.Module):
     compute: Compute = Compute()
 
     def setup(self) -> None:
-        """The three parts, and the vector that stands in for masked frames (starts in [0, 1))."""
+        """The three parts, and the vector that replaces masked frames (drawn from [0, 1))."""
         self.masked_spec_embed = self.param(
             "masked_spec_embed", nn.initializers.uniform(1.0), (self.config.hidden_size,)
         )
@@ -76,13 +74,13 @@ class WavLM(nn.Module):
 
         Args:
             waveform: float32 (rows, samples) at 16 kHz, normalised already where `config.do_normalize` says so.
-            num_samples: (rows,) real samples a row; None: no row is padded.
+            num_samples: (rows,) real samples of each row; None: no row is padded.
             time_mask: (rows, frames), True where a frame is replaced by the mask vector.
             channel_mask: (rows, width), True where a channel is set to 0 in all frames.
-            step_key: decides layer drop, once for the batch.
-            row_keys: one key a row, decide dropout. Both keys or neither; without them the pass is deterministic.
-            output_hidden_states: whether to keep the output of every layer.
-            output_attentions: whether to keep every attention map (rows * heads * frames^2 numbers a layer).
+            step_key: for layer drop, which is one decision for the whole batch.
+            row_keys: for dropout, one key per row. Both keys or neither; without them the pass is deterministic.
+            output_hidden_states: whether to return the output of every layer.
+            output_attentions: whether to return every attention map (rows * heads * frames^2 numbers per layer).
 
         Raises:
             ValueError: one key without the other, or rows shorter than one frame.
@@ -132,12 +130,3 @@ class WavLM(nn.Module):
                 f"waveform: found rows of {waveform.shape[1]} samples, expected at least {self.receptive_field} "
                 "(one frame); pad them with zeros and pass num_samples"
             )
-
-
-def parameter_shapes(config: WavLMConfig) -> Params:
-    """The parameter tree of a WavLM with `jax.ShapeDtypeStruct` leaves; nothing is computed."""
-    model = WavLM(config)
-    samples = model.receptive_field
-    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, samples))))
-    shapes: Params = variables["params"]
-    return shapes
