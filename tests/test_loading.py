@@ -24,8 +24,7 @@ from wavlm_jax.convert.state_dict import ConversionError
 from wavlm_jax.files import DamagedFile, HostileFile
 from wavlm_jax.loading import _task_head, load_weights
 from wavlm_jax.settings import read_sections
-from wavlm_jax.training import checkpoint as stored
-from wavlm_jax.training import loop
+from wavlm_jax.training import checkpoint, loop
 from wavlm_jax.training.sharding import MESH_AXES
 from wavlm_jax.training.start import RunSettings
 from wavlm_jax.training.task import Topology
@@ -165,14 +164,14 @@ def test_a_checkpoint_that_is_removed_while_it_is_read(run, monkeypatch, tmp_pat
     """Retention of a run that goes on: the newest one vanishes, another takes its place."""
     shutil.copytree(run, tmp_path / "run")
     newest = tmp_path / "run" / "checkpoints" / "2"
-    original = stored.orbax.load_checkpointables
+    original = checkpoint.orbax.load_checkpointables
 
     def vanishing(path, *arguments):
         if newest.is_dir():
             shutil.rmtree(newest)
         return original(path, *arguments)
 
-    monkeypatch.setattr(stored.orbax, "load_checkpointables", vanishing)
+    monkeypatch.setattr(checkpoint.orbax, "load_checkpointables", vanishing)
     assert_same(load_weights(tmp_path / "run"), load_weights(run, 1))
 
 

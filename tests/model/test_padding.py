@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.torch_twins import Twins, attention_mask, small_config, torch_model, twins, waveforms
-from wavlm_jax import shapes as frames
 from wavlm_jax.model.frontend import normalize_waveform
 from wavlm_jax.model.wavlm import WavLM
+from wavlm_jax.shapes import num_frames
 
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")  # transformers' own call
 PADDED = 6000
@@ -51,7 +51,7 @@ def test_padded_batch_equals_transformers_on_each_row_alone(exact):
         for row, length in enumerate(lengths):
             with torch.no_grad():
                 alone = exact.torch(torch.tensor(waveform[row : row + 1, :length]), output_hidden_states=True)
-            valid = frames.num_frames(length)
+            valid = num_frames(length)
             assert output.frame_mask[row].sum() == valid
             for ours, theirs in zip(output.hidden_states, alone.hidden_states, strict=True):
                 np.testing.assert_allclose(ours[row, :valid], theirs[0].numpy(), atol=1e-5, rtol=0)
@@ -76,7 +76,7 @@ def test_more_trailing_padding_changes_no_valid_frame(exact):
     lengths = np.array([3000, 5000])
     short = hidden_states(exact.model, exact.params, waveforms(lengths, 5000), lengths)
     long = hidden_states(exact.model, exact.params, waveforms(lengths, 9000), lengths)
-    for row, valid in enumerate(frames.num_frames(lengths)):
+    for row, valid in enumerate(num_frames(lengths)):
         np.testing.assert_allclose(
             short.hidden_states[:, row, :valid], long.hidden_states[:, row, :valid], atol=1e-5, rtol=0
         )
@@ -116,7 +116,7 @@ def test_microsoft_mode_equals_the_authors_masking(large):
     )
     twin = twins(config)
     lengths, padded = (16000, 8000, 5000, 400), 16000
-    count = frames.num_frames(padded)
+    count = num_frames(padded)
 
     def authors_rule(_, mask, add_adapter=None):  # noqa: ARG001 - called by name
         return mask[:, : padded - padded % count].reshape(len(mask), count, -1).any(-1)

@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 from tests.support.torch_twins import attention_mask, small_config, torch_model
 from wavlm_jax.config import WavLMConfig
-from wavlm_jax.model import layers as masking
+from wavlm_jax.model import layers
 from wavlm_jax.model.layers import frame_mask
 
 PRETRAINING = {"prob": 0.8, "length": 10, "min_masks": 2}
 
 
-span_mask = jax.jit(masking.span_mask, static_argnums=2, static_argnames=PRETRAINING)
-channel_mask = jax.jit(masking.channel_mask, static_argnums=1, static_argnames=PRETRAINING)
+span_mask = jax.jit(layers.span_mask, static_argnums=2, static_argnames=PRETRAINING)
+channel_mask = jax.jit(layers.channel_mask, static_argnums=1, static_argnames=PRETRAINING)
 
 
 def masks(valid, num_frames, seed=0, **settings_):
