@@ -2,14 +2,13 @@
 
 from typing import TYPE_CHECKING, Any
 
-from wavlm_jax.version import __version__
-
 if TYPE_CHECKING:
     from wavlm_jax.export import save_huggingface, save_microsoft
     from wavlm_jax.inference.api import align, classify, diarize, embed, transcribe, verify
     from wavlm_jax.loading import load
     from wavlm_jax.weights import Model
 
+__version__ = "0.1.0"
 __all__ = [
     "Model",
     "__version__",
@@ -23,21 +22,20 @@ __all__ = [
     "transcribe",
     "verify",
 ]
-_CALLS = ("align", "classify", "diarize", "embed", "transcribe", "verify")
 
 
 def __getattr__(name: str) -> Any:
-    """The functions that most people want, imported when they are asked for: `import wavlm_jax` alone costs nothing."""
+    """The public functions, imported when they are asked for: `import wavlm_jax` alone costs nothing."""
     if name in ("save_huggingface", "save_microsoft"):
-        from wavlm_jax import export as saving  # noqa: PLC0415
+        from wavlm_jax import export  # noqa: PLC0415
 
-        return getattr(saving, name)
-    if name in _CALLS:
-        from wavlm_jax.inference import api as calls  # noqa: PLC0415
-
-        return getattr(calls, name)
+        return getattr(export, name)
     if name in ("load", "Model"):
-        from wavlm_jax import loading as opening  # noqa: PLC0415
+        from wavlm_jax import loading  # noqa: PLC0415
 
-        return getattr(opening, name)
+        return getattr(loading, name)
+    if name in __all__:
+        from wavlm_jax.inference import api  # noqa: PLC0415
+
+        return getattr(api, name)
     raise AttributeError(f"module 'wavlm_jax' has no attribute {name!r}; it has {', '.join(__all__)}")
