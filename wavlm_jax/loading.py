@@ -1,8 +1,6 @@
-"""Weights from wherever they are, found out by looking: the one place that knows every kind of source.
+"""Loading of weights: the one module that knows every kind of source and finds out which one a path is.
 
-The body and the head that training starts from: an earlier run or a converted model, if it is that of the config.
-
-`wavlm_jax.load`: from a path or a name to a model that can be called.
+`load_weights` returns numpy arrays, `load` a model that can be called, `fitting_weights` what a training starts from.
 """
 
 import dataclasses
@@ -34,17 +32,18 @@ _PRETRAINING_HEAD = "head"
 
 
 def load_weights(path: Path | str, step: int | None = None) -> Weights:
-    """What is in `path`, as numpy arrays on the host.
+    """The weights in `path`, as numpy arrays on the host.
 
     Args:
-        path: the workdir of a run of ours, a folder or a gs:// address, or one checkpoint in it (adapters are folded
-            in); a Hugging Face folder
-            (safetensors or pytorch_model.bin, whole or in shards; WavLM or HuBERT, with or without a head); a `.pt` of
-            the authors', of fairseq or UniSpeech; a torchaudio state dict; or the name of a model on the hub.
+        path: the workdir of one of our runs (a folder or a gs:// address) or one checkpoint in it, LoRA adapters merged
+            into the weights; a Hugging Face folder (safetensors or pytorch_model.bin, whole or in shards; WavLM or
+            HuBERT, with or without a head); a `.pt` of the authors, of fairseq or UniSpeech; a torchaudio state dict;
+            or the name of a model on the Hugging Face hub.
         step: checkpoint of the run; None: the newest that verifies.
 
     Raises:
-        ValueError: none of these, a step of something that has none, or what the source's own reader finds wrong.
+        ValueError: none of these, a step of something that has none, a head that `model.heads.HEADS` does not have, or
+            a damaged source.
         OSError: files that are missing or cannot be read.
 
     """
@@ -91,7 +90,7 @@ def _from_file(path: Path) -> Weights:
 
 
 def _from_bucket(place: str, step: int | None) -> Weights:
-    """A run of ours, read where it is. Readers of other kinds of models want files of this machine."""
+    """A run of ours, read from the bucket. Models of other kinds can be read from local files only."""
     workdir, _, last = place.rpartition("/")
     if step is None and last.isdecimal() and workdir.endswith(f"/{FOLDER}"):
         return _from_run(workdir.removesuffix(f"/{FOLDER}"), int(last))
@@ -158,7 +157,7 @@ def _facts(workdir: Path | str, manifest: Manifest) -> dict[str, str]:
 
 
 def _longest_row(stored: Mapping[str, Any], config: WavLMConfig) -> float | None:
-    """Seconds of the largest bucket of the training."""
+    """Seconds of the training's largest bucket; None: unknown."""
     buckets = stored["batch"].get("buckets") if isinstance(stored.get("batch"), dict) else None
     if not buckets:
         return None
@@ -166,14 +165,14 @@ def _longest_row(stored: Mapping[str, Any], config: WavLMConfig) -> float | None
 
 
 def _at(config: Any, *keys: str) -> str:
-    """A value of a stored config, which may be of an older version, as text."""
+    """A value of a stored config as text; "unknown" where an older version had none."""
     for key in keys:
         config = config[key] if isinstance(config, dict) and key in config else "unknown"
     return str(config)
 
 
 def _line(text: str) -> dict[str, Any]:
-    """A line of the log; the last one of a run that goes on may be half written."""
+    """A line of metrics.jsonl; {} for one that a running training has not finished writing."""
     try:
         values = json.loads(text)
     except json.JSONDecodeError:
