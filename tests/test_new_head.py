@@ -62,8 +62,9 @@ def config(tmp_path_factory):
     """The config of the classification task with the new head."""
     root = tmp_path_factory.mktemp("loudest")
     folders = [make_corpus(root, split, ten_texts()[:4]) for split in ("train", "same")]
-    changes = {"num_steps": 2, "eval_every": 2}
-    return tiny_classes(*folders, train=changes) | {"task": TASK}
+    values = tiny_classes(*folders) | {"task": TASK}
+    values["train"] |= {"num_steps": 2, "eval_every": 2}
+    return values
 
 
 @pytest.fixture(scope="module")
