@@ -2,13 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
+from wavlm_jax.version import __version__
+
 if TYPE_CHECKING:
     from wavlm_jax.export import save_huggingface, save_microsoft
     from wavlm_jax.inference.api import align, classify, diarize, embed, transcribe, verify
     from wavlm_jax.loading import load
     from wavlm_jax.weights import Model
 
-__version__ = "0.1.0"
 __all__ = [
     "Model",
     "__version__",

@@ -24,11 +24,11 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as orbax
 
-from wavlm_jax import __version__
 from wavlm_jax.training.hosts import Resident, agreed, from_first, meet
 from wavlm_jax.training.sharding import path_name
 from wavlm_jax.training.step import TrainState
 from wavlm_jax.training.storage import FOLDER, NAME, Files, Storage, open_storage
+from wavlm_jax.version import __version__
 
 
 @dataclass(frozen=True, kw_only=True)
