@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int64, Shaped
 
-from wavlm_jax.training.hosts import agreed, told
+from wavlm_jax.training.hosts import all_gather, all_succeed
 
 ROWS = PartitionSpec("rows")
 
@@ -120,18 +120,11 @@ def run_on_all_hosts(name: str, do: Callable[[], Result]) -> Result:
         HostsMissing: not all hosts came.
 
     """
-    error: Exception | None = None
-    result: list[Result] = []
-    try:
-        result.append(do())
-    except (ValueError, OSError) as found:
-        error = found
-    complaint = agreed(name, None if error is None else str(error), PATIENCE)
-    if error is not None and jax.process_count() == 1:
-        raise error
-    if complaint:
-        raise ValueError(f"{name}: {complaint}")
-    return result[0]
+
+    def failure(said: str) -> ValueError:
+        return ValueError(f"{name}: {said}")
+
+    return all_succeed(name, do, catch=(ValueError, OSError), failure=failure, seconds=PATIENCE)
 
 
 def max_over_hosts(name: str, counts: Mapping[int, int]) -> dict[int, int]:
@@ -146,7 +139,7 @@ def max_over_hosts(name: str, counts: Mapping[int, int]) -> dict[int, int]:
 
     """
     found: dict[int, int] = {}
-    for _, _, theirs in told(name, sorted(counts.items()), PATIENCE):
+    for _, _, theirs in all_gather(name, sorted(counts.items()), PATIENCE):
         for key, count in theirs:
             found[key] = max(found.get(key, 0), count)
     return found

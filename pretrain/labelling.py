@@ -43,7 +43,7 @@ from pretrain.quality import measure, report
 from wavlm_jax.data.corpus import Corpus
 from wavlm_jax.files import read_json, write_json
 from wavlm_jax.shapes import SAMPLE_RATE
-from wavlm_jax.training.hosts import from_first
+from wavlm_jax.training.hosts import broadcast_one_to_all
 
 REQUEST, CLUSTERS, FIT = "request.json", "kmeans.safetensors", "kmeans.progress.safetensors"
 TRAIN = "train"
@@ -114,7 +114,7 @@ class LabelRequest:
     def clusters(self) -> KMeans:
         """The clusters of this request: read, or learned."""
         file = self.folder / CLUSTERS
-        if from_first("whether the clusters are there", str(file.exists())) == str(True):
+        if broadcast_one_to_all("whether the clusters are there", file.exists()):
             return KMeans.load(file, self.digest)
         made = fit(
             sum_over_hosts(self._sample()),

@@ -137,7 +137,7 @@ def run(tmp_path_factory):
         build(config, Topology.of(mesh)),
         read_sections(config, RunSettings),
         mesh,
-        Workdir.at(root / "run"),
+        Workdir(root / "run"),
         config=config,
     )
     return root / "run"

@@ -23,8 +23,8 @@ from wavlm_jax.model.heads import HEADS, recognise
 from wavlm_jax.settings import SettingsError, read
 from wavlm_jax.shapes import SAMPLE_RATE, Geometry, Params, samples_for
 from wavlm_jax.text.vocabulary import files_of_record
-from wavlm_jax.training.checkpoint import Manifest, load_stored
-from wavlm_jax.training.storage import FOLDER, Bucket, address, open_storage
+from wavlm_jax.training.checkpoint import FOLDER, Manifest, load_stored
+from wavlm_jax.training.workdir import absolute, address, exists, list_names, read_bytes
 from wavlm_jax.weights import Model, Origin, Weights, ready
 
 _CONFIG = "config.json"
@@ -94,7 +94,7 @@ def _from_bucket(place: str, step: int | None) -> Weights:
     workdir, _, last = place.rpartition("/")
     if step is None and last.isdecimal() and workdir.endswith(f"/{FOLDER}"):
         return _from_run(workdir.removesuffix(f"/{FOLDER}"), int(last))
-    if FOLDER not in Bucket(place).entries():
+    if FOLDER not in list_names(place):
         raise ValueError(
             f"{place}: no run here (no {FOLDER}/); anything else has to be on this machine: "
             f"gcloud storage cp -r {place} ."
@@ -147,9 +147,9 @@ def _facts(workdir: Path | str, manifest: Manifest) -> dict[str, str]:
     facts |= {"task": _at(manifest.config, "task"), "training data": _at(manifest.config, "data", "train")}
     for name, fingerprint in manifest.fingerprints.items():
         facts[f"fingerprint of {name}"] = fingerprint
-    files = open_storage(workdir).files
-    if files.exists("metrics.jsonl"):
-        for line in files.read("metrics.jsonl").decode().splitlines():
+    log = f"{absolute(workdir)}/metrics.jsonl"
+    if exists(log):
+        for line in read_bytes(log).decode().splitlines():
             values = _line(line)
             if str(values.pop("kind", "")).startswith("eval/") and values.get("step", 0) <= manifest.step:
                 facts["last evaluation"] = ", ".join(f"{key} {value}" for key, value in values.items())

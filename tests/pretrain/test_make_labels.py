@@ -35,7 +35,6 @@ from wavlm_jax.model.frontend import normalize_waveform
 from wavlm_jax.model.wavlm import WavLM
 from wavlm_jax.training.checkpoint import Checkpoints, CheckpointSettings, RunRecord
 from wavlm_jax.training.step import TrainState
-from wavlm_jax.training.storage import open_storage
 
 MFCC = dataclasses.replace(SETTINGS, rate_hz=100, num_clusters=12, kmeans=dataclasses.replace(KMEANS, passes=4))
 
@@ -346,7 +345,7 @@ def test_a_run_of_ours_is_a_teacher(tmp_path):
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8000)))["params"]
     zero = jnp.zeros((), jnp.int32)
     state = TrainState(zero, {"wavlm": params, "head": {"bias": jnp.ones(3)}}, {"m": zero}, zero, {}, zero, zero)
-    checkpoints = Checkpoints(open_storage(tmp_path), CheckpointSettings(every=1, keep_last=1, keep_every=None))
+    checkpoints = Checkpoints(tmp_path, CheckpointSettings(every=1, keep_last=1, keep_every=None))
     record = RunRecord(run_id="run", config={"model": dataclasses.asdict(config)}, fingerprints={})
     checkpoints.save(state, 7, record, 0.0)
     assert checkpoints.wait() is None

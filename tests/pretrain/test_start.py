@@ -65,7 +65,7 @@ def run(config, workdir: Path, **init) -> dict:
     config["init"].update(init)
     settings = read_sections(config, RunSettings)
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
-    loop.run(build(config, Topology.of(mesh)), settings, mesh, Workdir.at(workdir), config=config)
+    loop.run(build(config, Topology.of(mesh)), settings, mesh, Workdir(workdir), config=config)
     return {step: stored.load_params(workdir, step)[1] for step in stored.steps(workdir)}
 
 

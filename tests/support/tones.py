@@ -132,4 +132,4 @@ def train(build, config: dict, workdir: Path):
     settings = read_sections(config, RunSettings)
     task = build(config, ONE)
     workdir.mkdir(parents=True, exist_ok=True)
-    return loop.run(task, settings, one_device(), Workdir.at(workdir), config={**config, **task.resolved})
+    return loop.run(task, settings, one_device(), Workdir(workdir), config={**config, **task.resolved})

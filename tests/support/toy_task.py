@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -226,7 +227,7 @@ def main() -> int:
         task.stream("train").stall = batch if process == jax.process_index() else None
     if options.full:
         fill(*map(int, options.full.split(",")))
-    workdir._VISIBLE_WITHIN = options.visible
+    workdir.VISIBLE_WITHIN = options.visible
     if options.kill_at:
         arm(options.kill_at)
     with workdir.open_workdir(options.workdir) as place:
@@ -237,7 +238,7 @@ def main() -> int:
 
 def arm(where: str) -> None:
     """SIGKILL to ourselves on entering a chosen phase: the process gets no chance to tidy up."""
-    from wavlm_jax.training import checkpoint, storage
+    from wavlm_jax.training import checkpoint
 
     phase, _, detail = where.partition(":")
     calls = iter(range(1, 1000))
@@ -247,12 +248,13 @@ def arm(where: str) -> None:
 
     if phase == "step":
         loop._Session.boundary = lethal(loop._Session.boundary, before=lambda self: self.step == int(detail))
-    elif phase in ("describe_files", "write"):
+    elif phase in ("hash_files", "write_manifest"):
         setattr(checkpoint, phase, lethal(getattr(checkpoint, phase), before=now))
-    elif phase == "push":  # renamed
-        storage.push = lethal(storage.push, before=now)
+    elif phase == "renamed":
+        store = checkpoint.CheckpointStore
+        store.commit = lethal(store.commit, after=now)
     elif phase == "written":  # the manifest is there, the rename is not
-        checkpoint.write = lethal(checkpoint.write, after=now)
+        checkpoint.write_manifest = lethal(checkpoint.write_manifest, after=now)
     elif phase == "prune":  # out of sight, not yet gone
         shutil.rmtree = lethal(shutil.rmtree, before=lambda path, *_: Path(path).name.startswith("removed-"))
     elif phase == "arrays":  # Orbax's thread is writing
@@ -273,7 +275,9 @@ def fill(process: int, step: int) -> None:
         if (jax.process_index(), Path(place).name) != (process, str(step)):
             return response
         response.result()
-        return checkpoint._Failed(OSError(28, "No space left on device"))
+        failed = Future()
+        failed.set_exception(OSError(28, "No space left on device"))
+        return failed
 
     checkpoint.orbax.save_checkpointables_async = full
 

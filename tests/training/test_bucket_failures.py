@@ -18,11 +18,10 @@ from tests.support.buckets import NAME, Objects
 from tests.support.pods import free_port
 from tests.training.test_train_processes import STEPS as TOY_STEPS
 from tests.training.test_train_processes import Runner
-from wavlm_jax.training import checkpoint as stored
 from wavlm_jax.training import loop
+from wavlm_jax.training.checkpoint import MARK, CheckpointStore, load_params, steps
 from wavlm_jax.training.sharding import make_mesh
-from wavlm_jax.training.storage import MARK, Bucket, open_storage
-from wavlm_jax.training.workdir import open_workdir
+from wavlm_jax.training.workdir import check_room, open_workdir
 
 DIVERGED, STUCK = 76, 77
 
@@ -31,11 +30,11 @@ def test_stuck_it_ends_with_its_code_and_leaves_the_stacks_in_the_bucket(objects
     runner, workdir = Runner(tmp_path / "programs"), f"gs://{NAME}/runs/stuck"
     code, output = runner.run(workdir, stall="0,5", max_step_seconds=15)
     assert code == STUCK, output
-    assert stored.steps(workdir) == [3]
+    assert steps(workdir) == [3]
     (stacks,) = (name for name in objects.names("runs/stuck/") if "/stacks-" in name)
     assert b"toy_task.py" in objects.read(stacks)
     assert runner.run(workdir)[0] == 0
-    assert stored.steps(workdir) == [9, TOY_STEPS]
+    assert steps(workdir) == [9, TOY_STEPS]
 
 
 def test_diverged_it_ends_with_its_code_and_the_last_good_state(objects: Objects) -> None:
@@ -44,8 +43,8 @@ def test_diverged_it_ends_with_its_code_and_the_last_good_state(objects: Objects
     with open_workdir(place) as workdir:
         outcome = loop.run(task, settings, make_mesh(settings.mesh), workdir, config={}, table=toy_task.TABLE)
     assert int(outcome.status) == DIVERGED
-    params = stored.load_params(place)[1]
-    assert stored.steps(place)[-1] == outcome.step
+    params = load_params(place)[1]
+    assert steps(place)[-1] == outcome.step
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
     assert [line["step"] for line in objects.lines("runs/diverged/nonfinite.jsonl")][:3] == [6, 7, 8]
 
@@ -63,11 +62,11 @@ def test_a_bucket_that_does_not_answer_loses_no_checkpoint(objects: Objects, mon
         return await ask(self, method, path, *arguments, **named)
 
     monkeypatch.setattr(GCSFileSystem, "_call", unanswered)
-    for do in ("steps", "sweep"):
+    for do in ("steps", "clean_up"):
         with pytest.raises(
             OSError, match=rf"gs://{NAME}/flaky/checkpoints/3/manifest.json: cannot be read .*try later"
         ):
-            getattr(open_storage(f"gs://{NAME}/flaky"), do)()
+            getattr(CheckpointStore(f"gs://{NAME}/flaky"), do)()
     assert "flaky/checkpoints/3/model" in objects.names("flaky/")
 
 
@@ -83,7 +82,7 @@ def test_what_cannot_be_written_is_said_at_the_start(monkeypatch: pytest.MonkeyP
         open_workdir("s3://bucket/run").__enter__()
     monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://127.0.0.1:{free_port()}")
     with pytest.raises(OSError, match=f"gs://{NAME}/run: {cure}") as error:
-        Bucket(f"gs://{NAME}/run").check_room(1000)
+        check_room(f"gs://{NAME}/run", 1000)
     assert "Could not connect" in str(error.value)
 
 
@@ -114,7 +113,7 @@ def test_a_bucket_that_one_may_not_write_to_is_said_at_the_start(monkeypatch: py
         Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://127.0.0.1:{server.server_port}")
         with pytest.raises(OSError, match=r"a checkpoint cannot be written here .*roles/storage.objectUser") as error:
-            Bucket(f"gs://{NAME}/forbidden").check_room(1000)
+            check_room(f"gs://{NAME}/forbidden", 1000)
         server.shutdown()
     assert "does not have storage.objects.create access" in str(error.value)
 
@@ -123,4 +122,4 @@ def test_without_its_packages_it_says_what_to_install(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     monkeypatch.delitem(_registry, "gcs", raising=False)
     with pytest.raises(OSError, match=r"pip install 'wavlm-jax\[gcs\]', or give a folder"):
-        Bucket("gs://bucket/run").check_room(1000)
+        check_room("gs://bucket/run", 1000)

@@ -30,11 +30,30 @@ from wavlm_jax.data.corpus import DataSettings, open_corpora
 from wavlm_jax.loading import load_weights
 from wavlm_jax.model.wavlm import WavLM
 from wavlm_jax.settings import read
-from wavlm_jax.training import checkpoint as stored
-from wavlm_jax.training.checkpoint import CheckpointError, Checkpoints, CheckpointSettings, RunRecord
+from wavlm_jax.training.checkpoint import (
+    MARK,
+    CheckpointError,
+    Checkpoints,
+    CheckpointSettings,
+    CheckpointStore,
+    RunRecord,
+    load_params,
+    newest_valid,
+    steps,
+)
 from wavlm_jax.training.step import TrainState
-from wavlm_jax.training.storage import MARK, Bucket, Folder, address, open_storage
-from wavlm_jax.training.workdir import Mirror
+from wavlm_jax.training.workdir import (
+    Workdir,
+    address,
+    check_room,
+    exists,
+    file_sizes,
+    list_names,
+    read_bytes,
+    remove,
+    sha256,
+    write_object,
+)
 
 PREEMPTED = 75
 
@@ -74,7 +93,7 @@ def fine_tuned(root: Path) -> dict:
     params = jax.jit(WavLM(sizes).init)(jax.random.key(0), jnp.zeros((1, 8000)))["params"]
     zero = jnp.zeros((), jnp.int32)
     settings = CheckpointSettings(every=1, keep_last=1, keep_every=None)
-    checkpoints = Checkpoints(open_storage(place), settings)
+    checkpoints = Checkpoints(place, settings)
     record = RunRecord(run_id="body", config={"model": config["model"]}, fingerprints={})
     checkpoints.save(TrainState(zero, {"wavlm": params}, {"m": zero}, zero, {}, zero, zero), 1, record, 0.0)
     assert checkpoints.wait() is None
@@ -94,7 +113,7 @@ def test_stopped_and_harmed_it_goes_on_to_the_bits_of_a_run_in_a_folder(
     session(tmp_path / "alone", config, alone)
     config["train"]["compilation_cache"] = "programs"  # in the bucket, too
     session(tmp_path / "first", config, place, stop="0,4", code=PREEMPTED)
-    stopped, refused = stored.newest_valid(place)
+    stopped, refused = newest_valid(place)
     assert (stopped.step >= 4, refused) == (True, {})
     assert objects.lines(f"{run}/metrics.jsonl")[-1]["step"] == stopped.step
     harmed = max(stopped.files, key=lambda name: stopped.files[name][0])
@@ -105,13 +124,13 @@ def test_stopped_and_harmed_it_goes_on_to_the_bits_of_a_run_in_a_folder(
     assert "(0 of them found in the cache)" not in output
     lines = [json.loads(line) for line in (alone / "metrics.jsonl").read_text().splitlines()]
     assert trained(objects.lines(f"{run}/metrics.jsonl")) == trained(lines)
-    assert toy_task.digest(stored.load_params(place)[1]) == toy_task.digest(stored.load_params(alone)[1])
+    assert toy_task.digest(load_params(place)[1]) == toy_task.digest(load_params(alone)[1])
     holds_what_a_folder_would(objects, run, steps, stopped.run_id)
 
 
 def holds_what_a_folder_would(objects: Objects, run: str, steps: int, run_id: str) -> None:
     """By plain HTTP: the small files, the two newest checkpoints and no other, every file as its manifest says."""
-    found, refused = stored.newest_valid(f"gs://{NAME}/{run}")
+    found, refused = newest_valid(f"gs://{NAME}/{run}")
     assert (found.step, found.run_id, refused) == (steps, run_id, {})
     names = [name.removeprefix(f"{run}/") for name in objects.names(f"{run}/")]
     assert {"config.json", "metrics.jsonl", "nonfinite.jsonl", "parameters.txt"} <= set(names)
@@ -144,16 +163,16 @@ def test_what_is_no_run_has_to_be_copied_first(objects: Objects) -> None:
 def test_killed_before_the_manifest_there_is_no_checkpoint(objects: Objects, tmp_path: Path) -> None:
     """Everything else is there; two processes go on from the checkpoint before it, to the bits of one in a folder."""
     runner, workdir = Runner(tmp_path / "programs"), f"gs://{NAME}/runs/toy"
-    code, output = runner.run(workdir, kill_at="write:2")
+    code, output = runner.run(workdir, kill_at="write_manifest:2")
     assert code == -signal.SIGKILL, output
     left = objects.names("runs/toy/checkpoints/6/")
     assert any(name.endswith("commit_success.txt") for name in left)  # Orbax was done
-    assert stored.steps(workdir) == [3]
+    assert steps(workdir) == [3]
     port = free_port()
     finish([runner.start(workdir, coordinator=f"127.0.0.1:{port},{index},2", devices=1) for index in range(2)])
     assert runner.run(tmp_path / "run")[0] == 0
     assert digest(workdir) == digest(tmp_path / "run")
-    assert stored.steps(workdir) == [9, TOY_STEPS]
+    assert steps(workdir) == [9, TOY_STEPS]
     assert {name.split("/")[3] for name in objects.names("runs/toy/checkpoints/")} == {MARK, "9", str(TOY_STEPS)}
     lines = [(line["kind"], line["step"]) for line in objects.lines("runs/toy/metrics.jsonl")]
     assert [step for kind, step in lines if kind == "train"] == list(range(1, TOY_STEPS + 1))
@@ -164,34 +183,34 @@ def test_only_a_workdir_with_our_mark_is_swept(objects: Objects) -> None:
     place = f"gs://{NAME}/theirs"
     objects.write("theirs/checkpoints/7/model", b"x")
     with pytest.raises(CheckpointError, match=rf"{place}/checkpoints/7/manifest\.json: missing"):
-        stored.load_params(place)
-    open_storage(place).sweep()
+        load_params(place)
+    CheckpointStore(place).clean_up()
     assert "theirs/checkpoints/7/model" in objects.names("theirs/")
 
 
-@pytest.mark.parametrize("kind", [Folder, Bucket])
-def test_a_folder_and_a_bucket_keep_one_contract(tmp_path: Path, kind: type) -> None:
-    files = Folder(tmp_path) if kind is Folder else Bucket(f"gs://{NAME}/contract")
-    assert (files.entries(), files.below("nothing").sizes()) == ([], {})
-    files.check_room(1000)
-    assert files.entries() == []
-    if kind is Folder:
+@pytest.mark.parametrize("where", ["folder", "bucket"])
+def test_a_folder_and_a_bucket_keep_one_contract(tmp_path: Path, where: str) -> None:
+    place = str(tmp_path) if where == "folder" else f"gs://{NAME}/contract"
+    assert (list_names(place), file_sizes(f"{place}/nothing")) == ([], {})
+    check_room(place, 1000)
+    assert list_names(place) == []
+    if where == "folder":
         (tmp_path / "inner").mkdir()
     content = np.random.default_rng(1).bytes(100_000)
-    files.below("inner").write("b", content)
-    files.write("a", b"")
-    assert files.sizes() == {"a": 0, "inner/b": 100_000}
-    assert files.entries() == ["a", "inner"]
-    assert files.below("inner").read("b") == content
-    assert files.digest("inner/b", 100_000) == hashlib.sha256(content).hexdigest()
-    assert files.digest("a", 0) == hashlib.sha256(b"").hexdigest()
-    assert [files.exists(name) for name in ("a", "inner/b", "inner/c")] == [True, True, False]
+    write_object(f"{place}/inner/b", content)
+    write_object(f"{place}/a", b"")
+    assert file_sizes(place) == {"a": 0, "inner/b": 100_000}
+    assert list_names(place) == ["a", "inner"]
+    assert read_bytes(f"{place}/inner/b") == content
+    assert sha256(f"{place}/inner/b", 100_000) == hashlib.sha256(content).hexdigest()
+    assert sha256(f"{place}/a", 0) == hashlib.sha256(b"").hexdigest()
+    assert [exists(f"{place}/{name}") for name in ("a", "inner", "inner/b", "inner/c")] == [True, False, True, False]
     with pytest.raises(FileNotFoundError):
-        files.read("nothing")
+        read_bytes(f"{place}/nothing")
     for _ in range(2):
-        files.delete("a")
-        files.below("inner").clear()
-    assert files.sizes() == {}
+        remove(f"{place}/a")
+        remove(f"{place}/inner")
+    assert file_sizes(place) == {}
 
 
 def test_the_mirror_brings_what_was_there_and_uploads_what_changed(tmp_path: Path) -> None:
@@ -199,7 +218,8 @@ def test_the_mirror_brings_what_was_there_and_uploads_what_changed(tmp_path: Pat
     (home / "checkpoints").mkdir(parents=True)
     for name in ("metrics.jsonl", "config.json"):
         (home / name).write_text("old")
-    mirror = Mirror(Folder(home))
+    mirror = Workdir(home, tmp_path / "mirror")
+    mirror.folder.mkdir()
     (mirror.folder / "config.json").write_text("new")
     mirror.publish()
     assert (home / "config.json").read_text() == "old"  # nobody has shown yet that it may be written

@@ -1,6 +1,7 @@
 """Checkpoints: all or nothing, strict, verified; a damaged one is refused by name and the one before it is used."""
 
 import gc
+import hashlib
 import json
 import re
 import resource
@@ -16,15 +17,22 @@ import pytest
 
 from tests.support import toy_task
 from wavlm_jax.training import checkpoint
-from wavlm_jax.training import checkpoint as manifest
-from wavlm_jax.training import checkpoint as stored
-from wavlm_jax.training import storage as disk
-from wavlm_jax.training.checkpoint import CheckpointError, Checkpoints, CheckpointSettings, RunRecord
-from wavlm_jax.training.hosts import resident
+from wavlm_jax.training.checkpoint import (
+    MANIFEST,
+    CheckpointError,
+    Checkpoints,
+    CheckpointSettings,
+    RunRecord,
+    hash_files,
+    load_params,
+    steps,
+    verify,
+)
+from wavlm_jax.training.hosts import resident_bytes
 from wavlm_jax.training.sharding import MeshSettings, make_mesh
 from wavlm_jax.training.start import make_builder
 from wavlm_jax.training.step import Builder, TrainState, init_key
-from wavlm_jax.training.storage import Files, Folder, open_storage
+from wavlm_jax.training.workdir import check_room
 
 RECORD = RunRecord(run_id="abc", config={"optim": {"learning_rate": 1.0}}, fingerprints={"corpus": "1f"})
 
@@ -41,7 +49,7 @@ def state_of(plan: Builder, seed: int = 0):
 
 def keeper(workdir: Path, keep_last: int = 3, keep_every: int | None = None) -> Checkpoints:
     settings = CheckpointSettings(every=1, keep_last=keep_last, keep_every=keep_every)
-    return Checkpoints(open_storage(workdir), settings, report=lambda _: None)
+    return Checkpoints(workdir, settings, report=lambda _: None)
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +93,13 @@ def test_restores_the_same_bits_on_another_mesh(two: Path, plan: Builder, fsdp: 
 
 
 def test_parameters_load_on_the_host(two: Path, plan: Builder) -> None:
-    config, params = stored.load_params(two)
+    config, params = load_params(two)
     assert config == RECORD.config
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params))
     assert same(params, state_of(plan, 2).params)
-    assert same(stored.load_params(two, 1)[1], state_of(plan, 1).params)
+    assert same(load_params(two, 1)[1], state_of(plan, 1).params)
     with pytest.raises(CheckpointError, match=r"checkpoints/7/manifest\.json: missing"):
-        stored.load_params(two, 7)
+        load_params(two, 7)
 
 
 def test_the_state_may_be_overwritten_as_soon_as_save_returns(tmp_path: Path, plan: Builder) -> None:
@@ -103,7 +111,7 @@ def test_the_state_may_be_overwritten_as_soon_as_save_returns(tmp_path: Path, pl
         jax.block_until_ready(clobber(state))
     checkpoints.close()
     for step in range(1, 4):
-        assert same(stored.load_params(tmp_path, step)[1], state_of(plan, step).params)
+        assert same(load_params(tmp_path, step)[1], state_of(plan, step).params)
 
 
 def test_retention(tmp_path: Path, plan: Builder) -> None:
@@ -111,7 +119,7 @@ def test_retention(tmp_path: Path, plan: Builder) -> None:
     for step in range(1, 8):
         checkpoints.save(state_of(plan), step, RECORD, 0.0)
     checkpoints.close()
-    assert stored.steps(tmp_path) == [4, 6, 7]
+    assert steps(tmp_path) == [4, 6, 7]
     assert list((tmp_path / "checkpoints" / ".unfinished").iterdir()) == []
 
 
@@ -145,7 +153,7 @@ def test_every_damaged_file_is_named_and_the_step_before_is_used(two: Path, tmp_
             continue
         checkpoints = keeper(workdir)
         assert checkpoints.latest().step == 1, path
-        assert str(path) in checkpoints.refused[2] or path.name == manifest.NAME
+        assert str(path) in checkpoints.refused[2] or path.name == MANIFEST
         shutil.rmtree(workdir)
 
 
@@ -160,13 +168,13 @@ def _swap(path: Path, workdir: Path) -> bool:
 
 def test_with_no_valid_checkpoint_it_stops_and_never_starts_over(workdir: Path) -> None:
     for step in (1, 2):
-        (workdir / "checkpoints" / str(step) / manifest.NAME).unlink()
+        (workdir / "checkpoints" / str(step) / MANIFEST).unlink()
     with pytest.raises(
         CheckpointError, match=r"(?s)no checkpoint is usable.*2/manifest.json: missing.*1/manifest.json"
     ):
         keeper(workdir).latest()
     with pytest.raises(CheckpointError, match="no usable checkpoint"):
-        stored.load_params(workdir)
+        load_params(workdir)
 
 
 def test_a_refused_step_is_written_again_and_does_not_push_good_ones_out(workdir: Path, plan: Builder) -> None:
@@ -175,7 +183,7 @@ def test_a_refused_step_is_written_again_and_does_not_push_good_ones_out(workdir
     assert checkpoints.latest().step == 1
     checkpoints.save(state_of(plan, 2), 2, RECORD, 0.0)
     checkpoints.close()
-    assert stored.steps(workdir) == [1, 2]
+    assert steps(workdir) == [1, 2]
     assert keeper(workdir).latest().step == 2
 
 
@@ -183,15 +191,15 @@ def test_a_refused_step_is_written_again_and_does_not_push_good_ones_out(workdir
     "content", [b"[]", b"{", b"null", b'{"format": 99}', b'{"format": 1}', b"\xff\xfe", b'{"format": 1, "files": 3}']
 )
 def test_a_hostile_manifest_is_refused(workdir: Path, content: bytes) -> None:
-    path = workdir / "checkpoints" / "2" / manifest.NAME
+    path = workdir / "checkpoints" / "2" / MANIFEST
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"2/manifest\.json"):
-        manifest.verify(Folder(path.parent), 2)
-    values = json.loads((workdir / "checkpoints" / "1" / manifest.NAME).read_text())
+        verify(str(path.parent), 2)
+    values = json.loads((workdir / "checkpoints" / "1" / MANIFEST).read_text())
     for key in ("arrays", "files", "config", "fingerprints", "step"):
         path.write_text(json.dumps(values | {"step": 2, key: "x"}))
         with pytest.raises(CheckpointError, match=r"2/manifest\.json"):
-            manifest.verify(Folder(path.parent), 2)
+            verify(str(path.parent), 2)
 
 
 def test_a_moved_checkpoint_is_still_valid_and_is_kept(two: Path, tmp_path: Path) -> None:
@@ -201,7 +209,7 @@ def test_a_moved_checkpoint_is_still_valid_and_is_kept(two: Path, tmp_path: Path
         archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python before 3.11.4 has none
         archive.extractall(tmp_path)  # noqa: S202  written above
     assert keeper(tmp_path / "run").latest().step == 2
-    assert stored.steps(tmp_path / "run") == [1, 2]
+    assert steps(tmp_path / "run") == [1, 2]
 
 
 def _changed_task(change: str):
@@ -242,19 +250,19 @@ def test_another_architecture_is_refused_with_the_difference(two: Path, monkeypa
 def test_a_failed_save_is_reported_once_and_leaves_the_others(workdir: Path, plan: Builder, monkeypatch) -> None:
     checkpoints = keeper(workdir)
 
-    def fail(_: Files) -> None:
+    def fail(_: str) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "describe_files", fail)
+        patch.setattr(checkpoint, "hash_files", fail)
         checkpoints.save(state_of(plan), 3, RECORD, 0.0)
         assert "checkpoint 3 was not written (OSError: [Errno 28]" in checkpoints.wait()
     assert checkpoints.poll() is None
-    assert stored.steps(workdir) == [1, 2]
+    assert steps(workdir) == [1, 2]
     assert list((workdir / "checkpoints" / ".unfinished").iterdir()) == []
     checkpoints.save(state_of(plan), 4, RECORD, 0.0)
     assert checkpoints.wait() is None
-    assert stored.steps(workdir) == [1, 2, 4]
+    assert steps(workdir) == [1, 2, 4]
 
 
 # Orbax leaves coroutines of its aborted writers to the garbage collector, which complains about them.
@@ -286,15 +294,13 @@ def test_a_save_takes_bounded_host_memory_and_says_so(tmp_path: Path, monkeypatc
     zero, lines = jnp.zeros((), jnp.int32), []
     params = {f"part{index}": jnp.full((2**20, 4), index, jnp.float32) for index in range(16)}
     state = TrainState(zero, params, {"count": zero}, zero, {}, zero, zero)
-    checkpoints = Checkpoints(
-        open_storage(tmp_path), CheckpointSettings(every=1, keep_last=1, keep_every=None), lines.append
-    )
-    before, peak, done = resident(), 0, threading.Event()
+    checkpoints = Checkpoints(tmp_path, CheckpointSettings(every=1, keep_last=1, keep_every=None), lines.append)
+    before, peak, done = resident_bytes(), 0, threading.Event()
 
     def watch() -> None:
         nonlocal peak
         while not done.wait(0.002):
-            peak = max(peak, resident())
+            peak = max(peak, resident_bytes())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -311,15 +317,40 @@ def test_a_save_takes_bounded_host_memory_and_says_so(tmp_path: Path, monkeypatc
 
 
 def test_room_is_asked_for_at_the_start(tmp_path: Path) -> None:
-    disk.check_space(tmp_path / "new" / "run", 1 << 20)
+    check_room(str(tmp_path / "new" / "run"), 1 << 20)
     assert list((tmp_path / "new" / "run").iterdir()) == []
     too_much = shutil.disk_usage(tmp_path).free * 2
     with pytest.raises(OSError, match=r"a checkpoint of .* MiB cannot be written here .* make room or choose"):
-        disk.check_space(tmp_path, too_much)
+        check_room(str(tmp_path), too_much)
     assert list(tmp_path.iterdir()) == [tmp_path / "new"]
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot be written here"):
-        disk.check_space(tmp_path / "file", 1)
+        check_room(str(tmp_path / "file"), 1)
+
+
+def test_each_host_hashes_what_it_wrote(tmp_path: Path, monkeypatch) -> None:
+    """Two hosts together hash every file once."""
+    names = ["params/manifest.ocdbt", "train/d/process_1x", "_METADATA"]
+    names += [
+        f"{part}/{kind}process_{host}"
+        for part in ("params", "train")
+        for kind in ("ocdbt.", "array_metadatas/")
+        for host in (0, 1)
+    ]
+    for number, name in enumerate(names):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(number))
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    theirs = hash_files(str(tmp_path))
+    monkeypatch.undo()
+    assert set(theirs) == {name for name in names if name.endswith("process_1")}
+    ours = hash_files(str(tmp_path))
+    assert set(ours) == set(names) - set(theirs)
+    assert (ours | theirs)["train/ocdbt.process_1"] == [
+        names.index("train/ocdbt.process_1"),
+        hashlib.sha256(bytes(names.index("train/ocdbt.process_1"))).hexdigest(),
+    ]
 
 
 def test_leftovers_of_a_killed_save_go_at_the_next_start(workdir: Path) -> None:

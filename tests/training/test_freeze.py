@@ -113,7 +113,7 @@ def run(workdir: Path, rules: dict[str, Freeze], num_steps: int, task=None, tabl
     train = dataclasses.replace(settings.train, num_steps=num_steps, eval_splits=())
     settings = dataclasses.replace(settings, optim=optim, train=train)
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
-    loop.run(task or toy_task.make_task(), settings, mesh, Workdir.at(workdir), config={}, table=table)
+    loop.run(task or toy_task.make_task(), settings, mesh, Workdir(workdir), config={}, table=table)
     return {step: checkpoint.load_params(workdir, step)[1] for step in checkpoint.steps(workdir)}
 
 

@@ -18,7 +18,7 @@ from tests.training.test_train_processes import (
     goes_on_to_the_same_end,
     wait_for_step,
 )
-from wavlm_jax.training import checkpoint as stored
+from wavlm_jax.training.checkpoint import newest_valid, steps
 
 STEPS = 40
 
@@ -84,18 +84,18 @@ def test_training_survives_a_full_disk(
     process = runner.start(disk.folder, num_steps=STEPS, every=3, delay=0.1)
     wait_for_step(process, disk.folder, 7)
     disk.fill(process)
-    kept = stored.newest_valid(disk.folder)[0].step
+    kept = newest_valid(disk.folder)[0].step
     for line in process.stdout:
         if match := re.search(r"warning: checkpoint (\d+) was not written \((.*)\); the ones before it", line):
             break
-    assert kept in stored.steps(disk.folder)
+    assert kept in steps(disk.folder)
     disk.free(process)
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     assert f"outcome FINISHED {STEPS}" in output
-    found, refused = stored.newest_valid(disk.folder)
+    found, refused = newest_valid(disk.folder)
     assert (found.step, refused) == (STEPS, {})
-    assert int(match[1]) not in stored.steps(disk.folder)
+    assert int(match[1]) not in steps(disk.folder)
 
 
 @pytest.mark.parametrize("process", [pytest.param(0, marks=pytest.mark.slow), 1])
@@ -110,7 +110,7 @@ def test_what_one_host_cannot_write_is_no_checkpoint_on_any(runner: Runner, tmp_
     for output in said:
         why = rf"CheckpointError: process {process} \(\S+\): OSError: \[Errno 28\]"
         assert re.search(rf"warning: checkpoint 6 was not written \({why}", output), output
-    assert 6 not in stored.steps(tmp_path / "run")
+    assert 6 not in steps(tmp_path / "run")
     code, output = runner.run(expected)
     assert code == 0, output
     goes_on_to_the_same_end(runner, tmp_path / "run", digest(expected))

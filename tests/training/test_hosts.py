@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from tests.training.test_train_processes import Runner, free_port, wait_for_step
-from wavlm_jax.training.hosts import check_machine, from_first, meet
+from wavlm_jax.training.hosts import barrier, broadcast_one_to_all, check_machine
 from wavlm_jax.training.sharding import MeshSettings
 
 STUCK = 77
@@ -133,8 +133,8 @@ def test_the_machine_has_to_be_the_one_of_the_config() -> None:
 
 
 def test_alone_nobody_waits() -> None:
-    meet("nothing")
-    assert from_first("word", "said") == "said"
+    barrier("nothing")
+    assert broadcast_one_to_all("word", "said") == "said"
 
 
 @pytest.mark.parametrize("programme", ["train", "pretrain.make_labels"])

@@ -11,11 +11,11 @@ import pytest
 
 from tests.support import toy_task
 from tests.training.test_train_processes import Runner, free_port, wait_for_step
-from wavlm_jax.training import checkpoint as stored
+from wavlm_jax.training.checkpoint import load_params, newest_valid, steps
 
 STEPS, EVERY, KEPT = 160, 2, 2
 KILLS = 24
-ARMED = ("arrays", "describe_files", "write", "written", "push", "prune", "step")
+ARMED = ("arrays", "hash_files", "write_manifest", "written", "renamed", "prune", "step")
 """Where a session kills itself; every fourth is killed from outside, at a random moment."""
 PHASES = {"arrays", "checksums", "manifest", "renamed", "pruning", "between saves"}
 
@@ -32,12 +32,12 @@ def phase_of(workdir: Path) -> str:
         if not whole:
             return "arrays"
         return "manifest" if (whole[0] / "manifest.json").exists() else "checksums"
-    return "renamed" if len(stored.steps(workdir)) > KEPT else "between saves"
+    return "renamed" if len(steps(workdir)) > KEPT else "between saves"
 
 
 def newest(workdir: Path) -> int:
     """The newest checkpoint; every one of them is good."""
-    found, refused = stored.newest_valid(workdir)
+    found, refused = newest_valid(workdir)
     assert refused == {}
     return 0 if found is None else found.step
 
@@ -72,7 +72,7 @@ def the_end(workdir: Path) -> tuple[str, list[tuple[int, float]]]:
     """Digest of the final parameters, and (step, loss) of every line of the log."""
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     losses = [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
-    return toy_task.digest(stored.load_params(workdir, STEPS)[1]), losses
+    return toy_task.digest(load_params(workdir, STEPS)[1]), losses
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_one_of_two_processes_killed_in_a_save(runner: Runner, undisturbed: tupl
             process.communicate(timeout=600)
         return [process.returncode for process in processes]
 
-    for who, where in ((1, "arrays:20"), (0, "write:3"), (0, "push:2")):
+    for who, where in ((1, "arrays:20"), (0, "write_manifest:3"), (0, "renamed:2")):
         before = newest(tmp_path)
         codes = session(who=who, kill_at=where)
         assert codes[who] == -signal.SIGKILL

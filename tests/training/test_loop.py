@@ -27,7 +27,7 @@ def run(workdir: Path, task=None, config=None, **changes) -> Outcome:
         task or toy_task.make_task(),
         settings,
         make_mesh(settings.mesh),
-        Workdir.at(workdir),
+        Workdir(workdir),
         config=config,
         table=toy_task.TABLE,
     )
@@ -204,14 +204,14 @@ def test_changed_data_is_refused_and_a_changed_config_is_printed(oracle: Path, c
 
 
 def test_a_failed_save_on_the_way_costs_that_checkpoint_only(oracle: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    original = checkpoint.describe_files
+    original = checkpoint.hash_files
 
-    def fail_at_8(folder) -> dict:
-        if Path(folder.place).name == "8":
+    def fail_at_8(folder: str) -> dict:
+        if Path(folder).name == "8":
             raise OSError(28, "No space left on device")
         return original(folder)
 
-    monkeypatch.setattr(checkpoint, "describe_files", fail_at_8)
+    monkeypatch.setattr(checkpoint, "hash_files", fail_at_8)
     assert run(tmp_path).status is Status.FINISHED
     assert checkpoint.steps(tmp_path) == [4, 12]
     assert "warning: checkpoint 8 was not written" in capsys.readouterr().out
@@ -219,10 +219,10 @@ def test_a_failed_save_on_the_way_costs_that_checkpoint_only(oracle: Path, tmp_p
 
 
 def test_a_last_save_that_fails_twice_is_an_error(tmp_path: Path, monkeypatch) -> None:
-    def fail(_: Path) -> dict:
+    def fail(_: str) -> dict:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "describe_files", fail)
+    monkeypatch.setattr(checkpoint, "hash_files", fail)
     with pytest.raises(CheckpointError, match="checkpoint 4 was not written"):
         run(tmp_path, num_steps=4)
 

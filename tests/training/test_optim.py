@@ -313,7 +313,7 @@ def trained(workdir: Path, num_steps: int, **changes) -> dict:
     train = dataclasses.replace(settings.train, num_steps=num_steps, eval_splits=())
     settings = dataclasses.replace(settings, optim=section, train=train)
     mesh = make_mesh(settings.mesh, jax.devices()[:1])
-    loop.run(toy_task.make_task(), settings, mesh, Workdir.at(workdir), config={}, table=toy_task.TABLE)
+    loop.run(toy_task.make_task(), settings, mesh, Workdir(workdir), config={}, table=toy_task.TABLE)
     return checkpoint.load_params(workdir)[1]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.support import toy_task
-from wavlm_jax.training import checkpoint as stored
+from wavlm_jax.training.checkpoint import load_params, newest_valid, steps
 
 SCRIPT = Path(toy_task.__file__)
 STEPS, EVERY = 12, 3
@@ -63,9 +63,9 @@ def expected(runner: Runner, tmp_path_factory) -> str:
 
 
 def digest(workdir: Path) -> str:
-    found, _ = stored.newest_valid(workdir)
+    found, _ = newest_valid(workdir)
     assert found.step == STEPS
-    return toy_task.digest(stored.load_params(workdir)[1])
+    return toy_task.digest(load_params(workdir)[1])
 
 
 def logged(workdir: Path) -> list[tuple[str, int]]:
@@ -95,17 +95,17 @@ def test_killed_at_random_steps_it_goes_on_to_the_same_bits(runner: Runner, expe
 @pytest.mark.parametrize(
     ("phase", "left"),
     [
-        ("describe_files:1", []),  # the first save: arrays written, nothing committed; starts over
+        ("hash_files:1", []),  # the first save: arrays written, nothing committed; starts over
         ("arrays:6", [3]),  # Orbax's threads are writing
-        ("write:2", [3]),  # checksums are known, the manifest is not there
-        ("push:2", [3, 6]),  # renamed, nothing pruned
+        ("write_manifest:2", [3]),  # checksums are known, the manifest is not there
+        ("renamed:2", [3, 6]),  # renamed, nothing pruned
     ],
 )
 def test_killed_in_each_phase_of_a_save(runner: Runner, expected: str, tmp_path: Path, phase: str, left: list) -> None:
     code, output = runner.run(tmp_path, kill_at=phase, delay=0.05)
     assert code == -signal.SIGKILL, output
-    assert stored.steps(tmp_path) == left
-    assert stored.newest_valid(tmp_path)[1] == {}
+    assert steps(tmp_path) == left
+    assert newest_valid(tmp_path)[1] == {}
     goes_on_to_the_same_end(runner, tmp_path, expected)
 
 
@@ -129,7 +129,7 @@ def test_asked_to_stop_it_saves_says_so_and_goes_on(runner: Runner, expected: st
     process.send_signal(signal.SIGTERM)  # the impatient second one changes nothing
     output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75, output
-    last = stored.newest_valid(tmp_path)[0].step
+    last = newest_valid(tmp_path)[0].step
     assert 4 <= last < STEPS
     assert f"outcome PREEMPTED {last}" in output
     assert logged(tmp_path)[-1] == ("train", last)
@@ -162,7 +162,7 @@ def test_two_processes_stop_together_and_two_or_one_go_on(runner: Runner, expect
     processes[1].send_signal(signal.SIGTERM)
     codes, outputs = finish(processes)
     assert codes == [75, 75], outputs
-    last = stored.newest_valid(together)[0].step
+    last = newest_valid(together)[0].step
     assert all(f"outcome PREEMPTED {last}" in output for output in outputs)
     shutil.copytree(together, alone)
     codes, outputs = finish(start_two(runner, together))
@@ -190,7 +190,7 @@ def test_what_a_person_got_wrong_is_one_message(runner: Runner, tmp_path: Path) 
     processes = [
         subprocess.Popen(
             [sys.executable, "train.py", "--config", config, f"--workdir={tmp_path / str(index)}", override],
-            cwd=SCRIPT.parents[1],
+            cwd=SCRIPT.parents[2],
             env=runner.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -1,19 +1,32 @@
-"""Which checkpoints there are to be.
+"""Checkpoints: all or nothing, verified by checksum, restored strictly, resumed to the bit.
 
-The manifest of a checkpoint: what it holds, what it was made from, and a checksum of every file.
+Orbax writes and reads the arrays; what makes them a checkpoint is here. Every checkpoint has a manifest.json with the
+run record (step, resolved config, fingerprints of the data, versions) and the SHA-256 of every file, written last:
 
-It is the last file of a checkpoint to be written (`storage`); so a checkpoint without it is damaged, not unfinished.
+    FOLDER/checkpoints/1000/{params,train,manifest.json,...}   committed by one rename
+    FOLDER/checkpoints/.unfinished/2000                        being written
+    gs://.../checkpoints/1000/{params,train,manifest.json,...} committed by its manifest: a bucket has no rename
+    gs://.../checkpoints/2000/{params,...}                     being written
+    gs://.../checkpoints/.manifest-last                        says so, and that what has no manifest may be deleted
 
-Checkpoints where they are kept, for whoever reads them: the next session, another run, an export.
-
-Checkpoints: Orbax writes the arrays, `storage` commits them, nothing is believed without its checksums.
-
-A save runs in a thread of its own: copy to the host (before `save` returns), write, checksum, commit, prune. A failed
-save leaves what was there, is reported once by `poll`, and training goes on.
+Not Orbax's `training.Checkpointer` (tried with 0.12.8): its commit, clean-up and retention do not pass these tests.
+* test_every_damaged_file_is_named_and_the_step_before_is_used: its commit itself writes files, with the time in them,
+  which no checksum can cover; checksums after the commit would fail test_killed_in_each_phase_of_a_save.
+* test_what_one_host_cannot_write_is_no_checkpoint_on_any: the others are told of a time limit and not of the host; what
+  else a host has to do for a checkpoint (upload its log) has no part in the commit.
+* test_only_a_workdir_with_our_mark_is_swept: in a bucket its clean-up deletes every folder without its own marker.
+* test_two_dozen_kills: a deletion that is interrupted leaves half a checkpoint, which counts as one.
+* test_a_refused_step_is_written_again_and_does_not_push_good_ones_out: damaged checkpoints count as kept.
+* test_training_survives_a_full_disk: the unfinished folder stays, and what was due for deletion is never deleted.
+Its renames are not made durable (fsync) either.
 """
 
+import contextlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -24,11 +37,36 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as orbax
 
-from wavlm_jax.training.hosts import Resident, agreed, from_first, meet
+from wavlm_jax.training.hosts import all_gather, all_succeed, barrier, broadcast_one_to_all, resident_bytes
 from wavlm_jax.training.sharding import path_name
 from wavlm_jax.training.step import TrainState
-from wavlm_jax.training.storage import FOLDER, NAME, Files, Storage, open_storage
+from wavlm_jax.training.workdir import (
+    VISIBLE_WITHIN,
+    absolute,
+    address,
+    exists,
+    file_sizes,
+    fsync,
+    list_names,
+    read_bytes,
+    remove,
+    sha256,
+    write_object,
+)
 from wavlm_jax.version import __version__
+
+FOLDER = "checkpoints"
+MANIFEST = "manifest.json"
+MARK = ".manifest-last"
+_UNFINISHED = ".unfinished"
+_MARK_TEXT = (
+    b"A numbered folder without manifest.json is an unfinished checkpoint; the next start of the run removes it.\n"
+)
+_FORMAT = 1
+_WRITE_AHEAD = 2**30
+"""Bytes of host memory, besides the copy of this host's shards, that a save may take while it writes."""
+_WRITE_SECONDS = 1200.0
+"""For the slowest host to have written its shards; the watchdog may be less patient."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,28 +92,35 @@ class CheckpointSettings:
         return [step for step in older if self.keep_every is None or step % self.keep_every]
 
 
-FORMAT = 1
-
-
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used, or none that can; the message says which file and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """All that is known about a checkpoint without opening its arrays."""
+class RunRecord:
+    """What every checkpoint of a session says about its run."""
 
-    format: int
-    step: int
     run_id: str
     """The same for all sessions of a run; a tracker continues its curve by it."""
+    config: Mapping[str, Any]
+    """Resolved."""
+    fingerprints: Mapping[str, str]
+    """Of everything outside the config that training depends on: corpus, labels, k-means."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """All that is known about a checkpoint without opening its arrays; `RunRecord` explains the first three."""
+
+    run_id: str
+    config: dict[str, Any]
+    fingerprints: dict[str, str]
+    format: int
+    step: int
     elapsed: float
     """Seconds of all sessions up to here."""
-    config: dict[str, Any]
-    """Resolved."""
-    fingerprints: dict[str, str]
-    """Of everything outside the config that training depends on: corpus, labels, k-means."""
     versions: dict[str, str]
+    """Of the libraries that a checkpoint depends on."""
     arrays: dict[str, list[Any]]
     """Path of every array of the train state -> [shape, dtype]."""
     files: dict[str, list[Any]]
@@ -87,74 +132,6 @@ def describe_arrays(tree: Any) -> dict[str, list[Any]]:
     return {
         path_name(path): [list(leaf.shape), str(leaf.dtype)] for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
-
-
-def describe_files(files: Files) -> dict[str, list[Any]]:
-    """Path -> [bytes, SHA-256] of every file but the manifest, each made durable first."""
-    files.settle()
-    sizes = _sizes(files)
-    return {name: [sizes[name], digest] for name, digest in _digests(files, sizes)}
-
-
-def write(manifest: Manifest, files: Files) -> None:
-    """The manifest beside the files that it describes, durable when this returns."""
-    files.write(NAME, json.dumps(asdict(manifest), indent=1).encode())
-
-
-def read(files: Files) -> Manifest:
-    """The manifest of the checkpoint that `files` are.
-
-    Raises:
-        CheckpointError: missing, damaged, or of a format that this version does not know.
-
-    """
-    path = f"{files.place}/{NAME}"
-    try:
-        values = json.loads(files.read(NAME))
-        found = values["format"]
-        manifest = Manifest(**values) if found == FORMAT else None
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: missing, so this checkpoint is damaged") from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path}: not a manifest ({error}), so this checkpoint is damaged") from error
-    if manifest is None:
-        raise CheckpointError(f"{path}: format {found}, this version reads {FORMAT}")
-    _check_types(manifest, path)
-    return manifest
-
-
-def verify(files: Files, step: int) -> Manifest:
-    """The manifest of the checkpoint of `step`, of which every file is as it was written.
-
-    Raises:
-        CheckpointError: naming the first file that is missing, changed or not listed.
-
-    """
-    manifest = read(files)
-    if step != manifest.step:
-        raise CheckpointError(
-            f"{files.place}/{NAME}: is of step {manifest.step}, so this folder holds another checkpoint"
-        )
-    sizes = _sizes(files)
-    for name in sorted(sizes.keys() ^ set(manifest.files)):
-        raise CheckpointError(f"{files.place}/{name}: {'not in the manifest' if name in sizes else 'missing'}")
-    for name, (size, _) in manifest.files.items():
-        if sizes[name] != size:
-            raise CheckpointError(f"{files.place}/{name}: {sizes[name]} bytes, expected {size}")
-    for name, digest in _digests(files, sizes):
-        if digest != manifest.files[name][1]:
-            raise CheckpointError(f"{files.place}/{name}: contents have changed (SHA-256 differs)")
-    return manifest
-
-
-def _sizes(files: Files) -> dict[str, int]:
-    return {name: size for name, size in files.sizes().items() if name != NAME}
-
-
-def _digests(files: Files, sizes: Mapping[str, int]) -> Iterable[tuple[str, str]]:
-    """SHA-256 of each, as many at a time as the place can take."""
-    with ThreadPoolExecutor(files.readers) as pool:
-        yield from zip(sizes, pool.map(files.digest, sizes, sizes.values()), strict=True)
 
 
 def difference(expected: Mapping[str, list[Any]], found: Mapping[str, list[Any]]) -> list[str]:
@@ -170,68 +147,204 @@ def difference(expected: Mapping[str, list[Any]], found: Mapping[str, list[Any]]
     return lines
 
 
-def _check_types(manifest: Manifest, path: str) -> None:
-    pairs = (
-        [*manifest.arrays.values(), *manifest.files.values()] if _is_object(manifest.arrays, manifest.files) else [0]
-    )
-    shapes_are_lists = all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)  # noqa: PLR2004 two of each
-    if not shapes_are_lists or not _is_object(manifest.config, manifest.fingerprints, manifest.versions):
+def write_manifest(manifest: Manifest, folder: str) -> None:
+    """Writes the last file of a checkpoint, beside those that it lists; durable when this returns."""
+    write_object(f"{folder}/{MANIFEST}", json.dumps(asdict(manifest), indent=1).encode())
+
+
+def read_manifest(folder: str) -> Manifest:
+    """The manifest of the checkpoint in `folder`.
+
+    Raises:
+        CheckpointError: missing, damaged, or of a format that this version does not know.
+
+    """
+    path = f"{folder}/{MANIFEST}"
+    try:
+        values = json.loads(read_bytes(path))
+        found = values["format"]
+        manifest = Manifest(**values) if found == _FORMAT else None
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: missing, so this checkpoint is damaged") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}: not a manifest ({error}), so this checkpoint is damaged") from error
+    if manifest is None:
+        raise CheckpointError(f"{path}: format {found}, this version reads {_FORMAT}")
+    tables = (manifest.arrays, manifest.files, manifest.config, manifest.fingerprints, manifest.versions)
+    if not all(isinstance(table, dict) for table in tables) or not all(
+        isinstance(pair, list) and len(pair) == 2  # noqa: PLR2004 shape and dtype, bytes and SHA-256
+        for pair in (*manifest.arrays.values(), *manifest.files.values())
+    ):
         raise CheckpointError(f"{path}: entries have the wrong type, so this checkpoint is damaged")
+    return manifest
 
 
-def _is_object(*values: Any) -> bool:
-    return all(isinstance(value, dict) for value in values)
+def verify(folder: str, step: int) -> Manifest:
+    """The manifest of the checkpoint of `step`, of which every file is as it was written.
+
+    Raises:
+        CheckpointError: naming the first file that is missing, changed or not listed.
+
+    """
+    manifest = read_manifest(folder)
+    if step != manifest.step:
+        raise CheckpointError(
+            f"{folder}/{MANIFEST}: is of step {manifest.step}, so this folder holds another checkpoint"
+        )
+    sizes = _sizes(folder)
+    for name in sorted(sizes.keys() ^ set(manifest.files)):
+        raise CheckpointError(f"{folder}/{name}: {'not in the manifest' if name in sizes else 'missing'}")
+    for name, (size, _) in manifest.files.items():
+        if sizes[name] != size:
+            raise CheckpointError(f"{folder}/{name}: {sizes[name]} bytes, expected {size}")
+    for name, digest in _digests(folder, sizes):
+        if digest != manifest.files[name][1]:
+            raise CheckpointError(f"{folder}/{name}: contents have changed (SHA-256 differs)")
+    return manifest
+
+
+def _sizes(folder: str) -> dict[str, int]:
+    return {name: size for name, size in file_sizes(folder).items() if name != MANIFEST}
+
+
+def _digests(folder: str, sizes: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    """SHA-256 of each; of a bucket, eight at a time."""
+    with ThreadPoolExecutor(1 if address(folder) is None else 8) as pool:
+        yield from zip(sizes, pool.map(lambda name: sha256(f"{folder}/{name}", sizes[name]), sizes), strict=True)
+
+
+def hash_files(folder: str) -> dict[str, list[Any]]:
+    """Path -> [bytes, SHA-256] of the files in `folder` that this process has written, each made durable first.
+
+    Orbax names the process in the path of what it writes for it; all other files are written by process 0.
+    """
+    end = time.monotonic() + VISIBLE_WITHIN
+    while not (sizes := _sizes(folder)) and time.monotonic() < end:
+        list_names(folder.rpartition("/")[0])  # makes NFS ask its server again
+        time.sleep(0.5)
+    mine = {name: size for name, size in sizes.items() if _writer(name) == jax.process_index()}
+    for name in mine:
+        fsync(f"{folder}/{name}")
+    return {name: [mine[name], digest] for name, digest in _digests(folder, mine)}
+
+
+def _writer(name: str) -> int:
+    found = re.search(r"(?:^|[/.])process_(\d+)(?:/|$)", name)
+    return int(found[1]) if found else 0
+
+
+class CheckpointStore:
+    """The checkpoints of one run, as files. Anybody may read; of several processes only process 0 changes it.
+
+    Args:
+        workdir: a folder or a gs:// address.
+
+    """
+
+    def __init__(self, workdir: Path | str) -> None:
+        self.place = f"{absolute(workdir)}/{FOLDER}"
+        self._in_bucket = address(workdir) is not None
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, valid or not, oldest first.
+
+        In a bucket where nobody has left the mark, folders without a manifest are not ours to ignore.
+        """
+        names = list_names(self.place)
+        found = sorted(int(name) for name in names if name.isdecimal())
+        return [step for step in found if not self._in_bucket or MARK not in names or self._committed(step)]
+
+    def path(self, step: int) -> str:
+        """The folder of a checkpoint."""
+        return f"{self.place}/{step}"
+
+    def draft(self, step: int) -> str:
+        """The folder that Orbax writes, to be committed."""
+        return self.path(step) if self._in_bucket else f"{self.place}/{_UNFINISHED}/{step}"
+
+    def clean_up(self) -> None:
+        """Deletes what unfinished saves have left. Called once, before the first save."""
+        if not self._in_bucket:
+            shutil.rmtree(f"{self.place}/{_UNFINISHED}", ignore_errors=True)
+            Path(self.place, _UNFINISHED).mkdir(parents=True, exist_ok=True)
+        elif MARK not in (names := list_names(self.place)):
+            write_object(f"{self.place}/{MARK}", _MARK_TEXT)
+        else:
+            for name in filter(str.isdecimal, names):
+                self.discard(int(name))
+
+    def commit(self, step: int) -> None:
+        """Makes the draft a checkpoint, in the place of whatever was there. In a bucket its manifest has done that."""
+        if self._in_bucket:
+            return
+        if Path(self.path(step)).exists():  # refused before, and written again
+            self.delete(step)
+        Path(self.draft(step)).rename(self.path(step))
+        fsync(self.place)
+
+    def discard(self, step: int) -> None:
+        """Deletes a draft that came to nothing. With its manifest it is one, whatever went wrong afterwards."""
+        if not self._in_bucket or not self._committed(step):
+            remove(self.draft(step))
+
+    def delete(self, step: int) -> None:
+        """Deletes a checkpoint; whatever interrupts it, no half of one stays visible."""
+        if self._in_bucket:
+            remove(f"{self.path(step)}/{MANIFEST}")
+            remove(self.path(step))
+        else:
+            hidden = Path(self.place, _UNFINISHED, f"removed-{step}-{time.monotonic_ns()}")
+            Path(self.path(step)).rename(hidden)
+            shutil.rmtree(hidden, ignore_errors=True)
+
+    def _committed(self, step: int) -> bool:
+        return exists(f"{self.path(step)}/{MANIFEST}")
 
 
 def steps(workdir: Path | str) -> list[int]:
     """Steps that have a checkpoint, valid or not, oldest first."""
-    return open_storage(workdir).steps()
+    return CheckpointStore(workdir).steps()
 
 
 def newest_valid(workdir: Path | str) -> tuple[Manifest | None, dict[int, str]]:
     """The newest checkpoint of which every checksum holds, and why each newer one was refused."""
-    return newest_valid_of(open_storage(workdir))
-
-
-def newest_valid_of(storage: Storage) -> tuple[Manifest | None, dict[int, str]]:
-    """As `newest_valid`."""
-    refused: dict[int, str] = {}
-    for step in reversed(storage.steps()):
+    store, refused = CheckpointStore(workdir), dict[int, str]()
+    for step in reversed(store.steps()):
         try:
-            return verify(storage.checkpoint(step), step), refused
+            return verify(store.path(step), step), refused
         except (CheckpointError, OSError) as error:
             refused[step] = str(error)
     return None, refused
 
 
 def load_params(workdir: Path | str, step: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Config and parameters of a run, on the host, whatever devices it was trained on.
+    """Config and parameters of a run, on the host, whatever devices it was trained on; as `load_stored`."""
+    manifest, params = load_stored(workdir, step)
+    return manifest.config, params
+
+
+def load_stored(workdir: Path | str, step: int | None = None) -> tuple[Manifest, dict[str, Any]]:
+    """Manifest and parameters of a checkpoint, on the host, whatever devices it was trained on.
 
     Args:
         workdir: of the run, a folder or a gs:// address.
         step: None: the newest checkpoint that verifies.
 
     Returns:
-        (resolved config, nested dict of numpy arrays).
+        (manifest, nested dict of numpy arrays).
 
     Raises:
         CheckpointError: no such checkpoint, or it does not verify.
 
     """
-    manifest, params = load_stored(workdir, step)
-    return manifest.config, params
-
-
-def load_stored(workdir: Path | str, step: int | None = None) -> tuple[Manifest, dict[str, Any]]:
-    """As `load_params`, with the whole manifest."""
-    storage = open_storage(workdir)
+    store = CheckpointStore(workdir)
     if step is not None:
-        manifest: Manifest | None = verify(storage.checkpoint(step), step)
+        manifest: Manifest | None = verify(store.path(step), step)
     else:
-        manifest, refused = newest_valid_of(storage)
+        manifest, refused = newest_valid(workdir)
     if manifest is None:
         reasons = "".join(f"\n  {reason}" for reason in refused.values())
-        raise CheckpointError(f"{storage.files.place}/{FOLDER}: no usable checkpoint{reasons}")
+        raise CheckpointError(f"{store.place}: no usable checkpoint{reasons}")
     abstract: dict[str, Any] = {}
     for path, (shape, dtype) in manifest.arrays.items():
         first, *parents, last = path.split("/")
@@ -240,55 +353,37 @@ def load_stored(workdir: Path | str, step: int | None = None) -> tuple[Manifest,
             for name in parents:
                 node = node.setdefault(name, {})
             node[last] = np.empty(shape, dtype)
-    place = storage.checkpoint(manifest.step).place
     try:
-        return manifest, orbax.load_checkpointables(place, {"params": abstract})["params"]
+        return manifest, orbax.load_checkpointables(store.path(manifest.step), {"params": abstract})["params"]
     except (OSError, ValueError, KeyError):
-        if step is None and manifest.step not in (left := storage.steps()) and left:
-            return load_stored(workdir)  # the run goes on, and its retention has removed it under our eyes
+        if step is None and manifest.step not in (left := store.steps()) and left:
+            return load_stored(workdir)  # the run goes on, and has deleted this checkpoint meanwhile
         raise
 
 
-_WRITE_AHEAD = 2**30
-"""Bytes of host memory, besides the copy of this host's shards, that a save may take while it writes."""
-_WRITE_SECONDS = 1200.0
-"""For the slowest host to have written its shards; the watchdog may be less patient."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunRecord:
-    """What goes into each manifest besides the state."""
-
-    run_id: str
-    config: Mapping[str, Any]
-    fingerprints: Mapping[str, str]
-
-
-def versions() -> dict[str, str]:
-    """Of the libraries that a checkpoint depends on."""
-    names = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
-    return {"wavlm-jax": __version__} | {name: version(name) for name in names}
-
-
-def _items(state: TrainState) -> dict[str, Any]:
+def _checkpointables(state: TrainState) -> dict[str, Any]:
     """What Orbax stores apart from each other, so that parameters can be read alone."""
     opt_state = {**state.opt_state, "updates": state.updates, "thaws": state.thaws}
     train = {"step": state.step, "skipped": state.skipped, "in_a_row": state.skipped_in_a_row, "opt_state": opt_state}
     return {"params": state.params, "train": train}
 
 
-def _state(items: dict[str, Any]) -> TrainState:
-    """The inverse of `_items`."""
-    train, opt_state = items["train"], dict(items["train"]["opt_state"])
+def _train_state(checkpointables: dict[str, Any]) -> TrainState:
+    """The inverse of `_checkpointables`."""
+    params, train = checkpointables["params"], checkpointables["train"]
+    opt_state = dict(train["opt_state"])
     updates, thaws = opt_state.pop("updates"), opt_state.pop("thaws")
-    return TrainState(train["step"], items["params"], opt_state, updates, thaws, train["skipped"], train["in_a_row"])
+    return TrainState(train["step"], params, opt_state, updates, thaws, train["skipped"], train["in_a_row"])
 
 
 class Checkpoints:
-    """The checkpoints of one run. All processes make one and call the same methods in the same order.
+    """The checkpoints of one run, for the training loop. All processes call the same methods in the same order.
+
+    A save runs in a thread of its own: copy to the host (before `save` returns), write, hash, commit, delete old ones.
+    A failed save leaves what was there, is reported once by `poll`, and training goes on.
 
     Args:
-        storage: where they are.
+        workdir: a folder or a gs:// address.
         settings: when, and which are kept.
         report: takes a line for people.
         publish: called on each process before a checkpoint is committed; what it raises is the failure of the save.
@@ -297,13 +392,13 @@ class Checkpoints:
 
     def __init__(
         self,
-        storage: Storage,
+        workdir: Path | str,
         settings: CheckpointSettings,
         report: Callable[[str], None] = print,
         publish: Callable[[], None] = lambda: None,
     ) -> None:
-        self.storage = storage
-        self.place = f"{storage.files.place}/{FOLDER}"
+        self.workdir = workdir
+        self.store = CheckpointStore(workdir)
         self.settings = settings
         self.report = report
         self.refused: dict[int, str] = {}
@@ -312,8 +407,8 @@ class Checkpoints:
         self._pending: tuple[int, Future[None]] | None = None
         self._saves = 0
         if jax.process_index() == 0:
-            storage.sweep()
-        meet("leftovers of an earlier save removed")
+            self.store.clean_up()
+        barrier("leftovers of an earlier save removed")
 
     def latest(self) -> Manifest | None:
         """The newest checkpoint that verifies; None where there never was one.
@@ -324,16 +419,16 @@ class Checkpoints:
         """
         chosen = None
         if jax.process_index() == 0:
-            chosen, self.refused = newest_valid_of(self.storage)
+            chosen, self.refused = newest_valid(self.workdir)
             for reason in self.refused.values():
                 self.report(f"checkpoint refused: {reason}")
-        step = int(from_first("newest checkpoint that verifies", str(-1 if chosen is None else chosen.step)))
-        if step >= 0:
-            return read(self.storage.checkpoint(step))
-        if self.storage.steps():
+        step = broadcast_one_to_all("newest checkpoint that verifies", None if chosen is None else chosen.step)
+        if step is not None:
+            return read_manifest(self.store.path(step))
+        if self.store.steps():
             reasons = "\n  ".join(self.refused.values()) or "see the log of process 0"
             raise CheckpointError(
-                f"{self.place}: no checkpoint is usable:\n  {reasons}\n"
+                f"{self.store.place}: no checkpoint is usable:\n  {reasons}\n"
                 f"Bring one back from a copy, or remove the folder to start over."
             )
         return None
@@ -345,78 +440,91 @@ class Checkpoints:
             CheckpointError: names, shapes or dtypes differ; every difference is printed.
 
         """
-        items = _items(abstract)
-        if lines := difference(describe_arrays(items), manifest.arrays):
+        wanted, path = _checkpointables(abstract), self.store.path(manifest.step)
+        if lines := difference(describe_arrays(wanted), manifest.arrays):
             text = "\n  ".join(lines)
             raise CheckpointError(
-                f"{self.place}/{manifest.step}: is not a checkpoint of this config:\n  {text}\n"
+                f"{path}: is not a checkpoint of this config:\n  {text}\n"
                 f"Use the config that it was written with, or another workdir."
             )
-        return _state(orbax.load_checkpointables(self.storage.checkpoint(manifest.step).place, items))
+        return _train_state(orbax.load_checkpointables(path, wanted))
 
     def save(self, state: TrainState, step: int, record: RunRecord, elapsed: float) -> None:
         """Starts writing `state`; when this returns, the state may be donated. Waits for the save before it."""
         if complaint := self.wait():
             self.report(f"warning: {complaint}")
-        items = _items(state)
+        items = _checkpointables(state)
+        libraries = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
         manifest = Manifest(
-            format=FORMAT,
+            **asdict(record),
+            format=_FORMAT,
             step=step,
-            run_id=record.run_id,
             elapsed=elapsed,
-            config=dict(record.config),
-            fingerprints=dict(record.fingerprints),
-            versions=versions(),
+            versions={"wavlm-jax": __version__} | {name: version(name) for name in libraries},
             arrays=describe_arrays(items),
             files={},
         )
-        draft = self.storage.draft(step)
-        memory, self._saves = Resident(), self._saves + 1
+        self._saves += 1
+        memory = {"before": resident_bytes()}
         try:
             with _bounded_writing(items):
-                response = orbax.save_checkpointables_async(draft.place, items, overwrite=True)
+                response = orbax.save_checkpointables_async(self.store.draft(step), items, overwrite=True)
         except Exception as error:  # noqa: BLE001 whatever a disk or Orbax does, training goes on
-            response = _Failed(error)
-        memory.note("copied")
-        self._pending = (step, self._thread.submit(self._commit, response, manifest, draft, memory))
+            response = Future[None]()
+            response.set_exception(error)
+        memory["copied"] = resident_bytes()
+        self._pending = (step, self._thread.submit(self._finish, response, manifest, memory))
 
-    def _commit(self, response: Any, manifest: Manifest, draft: Files, memory: Resident) -> None:
-        """All processes write, then process 0 commits; what fails anywhere is the failure of all."""
+    def _finish(self, response: Any, manifest: Manifest, memory: dict[str, int]) -> None:
+        """All processes write and hash, then process 0 commits; what fails anywhere is the failure of all."""
+        draft = self.store.draft(manifest.step)
 
-        def write_all() -> None:
+        def write() -> dict[str, list[Any]]:
             response.result()
             self._publish()
+            return hash_files(draft)
 
-        self._together("written", write_all)
-        memory.note("written")
-        self._together("committed", lambda: self._finish(manifest, draft) if jax.process_index() == 0 else None)
+        mine = self._together("written", write)
+        memory["written"] = resident_bytes()
+        hashed = all_gather("checksums of a checkpoint", mine, _WRITE_SECONDS, f"save/{self._saves}")
+        files = {name: facts for _, _, theirs in hashed for name, facts in sorted(theirs.items())}
+        self._together("committed", lambda: self._commit(replace(manifest, files=files)))
         if jax.process_index() == 0:
-            self.report(f"checkpoint {manifest.step} is written; {memory.describe()}")
+            moments = ", ".join(f"{moment} {value / 2**20:,.0f}" for moment, value in memory.items())
+            self.report(f"checkpoint {manifest.step} is written; host memory in MiB: {moments}")
 
-    def _together(self, stage: str, do: Callable[[], Any]) -> None:
-        error: Exception | None = None
-        try:
-            do()
-        except Exception as found:  # noqa: BLE001 the others wait, whatever it is
-            error = found
-        place = f"save/{self._saves}/{stage}"
-        here = None if error is None else f"{type(error).__name__}: {error}"
-        complaint = agreed(f"a checkpoint {stage}", here, _WRITE_SECONDS, place)
-        if error is not None and jax.process_count() == 1:
-            raise error
-        if complaint:
-            raise CheckpointError(complaint)
+    def _together(self, stage: str, do: Callable[[], Any]) -> Any:
+        return all_succeed(
+            f"a checkpoint {stage}",
+            do,
+            catch=(Exception,),  # the others wait, whatever it is
+            failure=CheckpointError,
+            describe=lambda error: f"{type(error).__name__}: {error}",
+            seconds=_WRITE_SECONDS,
+            key=f"save/{self._saves}",
+        )
 
-    def _finish(self, manifest: Manifest, draft: Files) -> None:
-        write(replace(manifest, files=describe_files(draft)), draft)
-        self.storage.commit(manifest.step)
+    def _commit(self, manifest: Manifest) -> None:
+        if jax.process_index() != 0:
+            return
+        draft = self.store.draft(manifest.step)
+        if unknown := _sizes(draft).keys() ^ manifest.files.keys():
+            raise CheckpointError(f"{draft}: no process has hashed, or one cannot see, {', '.join(sorted(unknown))}")
+        write_manifest(manifest, draft)
+        self.store.commit(manifest.step)
         self.refused.pop(manifest.step, None)
-        self._tidy("older checkpoints", self._prune)
+        with self._tolerated("older checkpoints"):
+            good = [step for step in self.store.steps() if step not in self.refused]
+            for step in self.settings.superfluous(good):
+                self.store.delete(step)
 
-    def _prune(self) -> None:
-        good = [step for step in self.storage.steps() if step not in self.refused]
-        for step in self.settings.superfluous(good):
-            self.storage.remove(step)
+    @contextlib.contextmanager
+    def _tolerated(self, what: str) -> Iterator[None]:
+        """What cannot be deleted now is no reason to lose a checkpoint, or a run; later saves and starts try again."""
+        try:
+            yield
+        except OSError as error:
+            self.report(f"warning: {what} could not be removed: {error}")
 
     def poll(self) -> str | None:
         """What went wrong with the last save, said once; None while it runs and when it is fine. Never waits."""
@@ -427,15 +535,9 @@ class Checkpoints:
         if error is None:
             return None
         if jax.process_index() == 0:
-            self._tidy(f"what there is of checkpoint {step}", lambda: self.storage.discard(step))
+            with self._tolerated(f"what there is of checkpoint {step}"):
+                self.store.discard(step)
         return f"checkpoint {step} was not written ({type(error).__name__}: {error}); the ones before it are untouched"
-
-    def _tidy(self, what: str, do: Callable[[], None]) -> None:
-        """What cannot be removed now is no reason to lose a checkpoint, or a run; later saves and starts try again."""
-        try:
-            do()
-        except OSError as error:
-            self.report(f"warning: {what} could not be removed: {error}")
 
     def wait(self) -> str | None:
         """Like `poll`, after the save under way has ended."""
@@ -447,17 +549,6 @@ class Checkpoints:
         """Waits for the save under way."""
         self.wait()
         self._thread.shutdown()
-
-
-@dataclass(frozen=True)
-class _Failed:
-    """A save that did not even begin."""
-
-    error: Exception
-
-    def result(self) -> None:
-        """Like the response of a save that failed later."""
-        raise self.error
 
 
 def _bounded_writing(items: Any) -> orbax.Context:

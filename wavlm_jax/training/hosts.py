@@ -1,15 +1,8 @@
-"""The flags with which a programme becomes one process of many; importing this module defines them.
+"""Several hosts as one run: joining, waiting for one another, stopping at the same step, host memory.
 
-How much memory of the host this process holds, before, during and after a save.
-
-Waits between hosts: bounded, named, listing who is absent.
-
-They stand on JAX's coordination service, not on a device collective: a host whose devices are stuck can still be told
-apart from one that never came.
-
-Several hosts become one machine, when asked or when a cluster says so; must come before JAX sees a device.
-
-SIGTERM and SIGINT become a request that all hosts hear at the same step.
+Barriers and broadcasts here stand on JAX's coordination service (a key-value store on process 0), not on device
+collectives: every wait is bounded and has a name, and a host whose devices hang can still be told from one that never
+came. Importing this module defines the command line flags of a process.
 """
 
 import itertools
@@ -21,12 +14,12 @@ import socket
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from absl import flags
@@ -69,149 +62,12 @@ def join_from_flags() -> bool:
     return joined
 
 
-_STATM = Path("/proc/self/statm")
-
-
-def resident() -> int:
-    """Bytes that are in memory now; where the system does not say (macOS), the most that ever were."""
-    if _STATM.exists():
-        return int(_STATM.read_text().split()[1]) * resource.getpagesize()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-class Resident:
-    """Bytes in memory since it was made, at moments that have names."""
-
-    def __init__(self) -> None:
-        self.moments = {"before": resident()}
-
-    def note(self, moment: str) -> None:
-        """What is in memory now, under this name."""
-        self.moments[moment] = resident()
-
-    def describe(self) -> str:
-        """For the log."""
-        parts = ", ".join(f"{moment} {value / 2**20:,.0f}" for moment, value in self.moments.items())
-        return f"host memory in MiB: {parts}"
-
-
-PATIENCE = 1800.0
-"""Seconds: the first host may have to read and hash a whole checkpoint meanwhile."""
-_NUMBERS: Iterator[int] = itertools.count()
-
-
-class HostsMissing(RuntimeError):  # noqa: N818 named as people call it
-    """Some hosts did not come to a meeting in time; the message names meeting and hosts."""
-
-
-def meet(name: str, seconds: float = PATIENCE) -> None:
-    """Waits until all processes are here. All call it in the same order; alone it does nothing.
-
-    Args:
-        name: for the message.
-        seconds: at most.
-
-    Raises:
-        HostsMissing: they did not all come.
-
-    """
-    agreed(name, None, seconds)
-
-
-def from_first(name: str, value: str | None, seconds: float = PATIENCE) -> str:
-    """What process 0 says, on all processes. All call it in the same order.
-
-    Args:
-        name: for the message.
-        value: of process 0; what others give is not looked at.
-        seconds: at most.
-
-    Raises:
-        HostsMissing: process 0 said nothing in time.
-
-    """
-    if jax.process_count() == 1:
-        return value or ""
-    client, key = _client(), f"wavlm_jax/{next(_NUMBERS)}/{name}"
-    if jax.process_index() == 0:
-        client.key_value_set(key, value or "")
-        return value or ""
-    try:
-        return str(client.blocking_key_value_get(key, int(seconds * 1000)))
-    except jax.errors.JaxRuntimeError as error:
-        raise HostsMissing(
-            f"{name}: process 0 did not say it within {seconds:.0f} s; look at its log, then start all hosts again"
-        ) from error
-
-
-def agreed(name: str, complaint: str | None, seconds: float = PATIENCE, place: str | None = None) -> str | None:
-    """What went wrong on any process, told to all of them; None where nothing did.
-
-    Args:
-        name: for the message.
-        complaint: of this process; None: all is well here.
-        seconds: at most, for the slowest.
-        place: tells this meeting from all others, where a thread comes to it; None: all processes call in one order.
-
-    Returns:
-        Alone `complaint` itself, else the complaints with their processes and hosts, the same text everywhere.
-
-    Raises:
-        HostsMissing: they did not all come.
-
-    """
-    if jax.process_count() == 1:
-        return complaint
-    said = told(name, complaint, seconds, place)
-    return "; ".join(f"process {index} ({host}): {text}" for index, host, text in said if text is not None) or None
-
-
-def told(name: str, value: Any, seconds: float = PATIENCE, place: str | None = None) -> list[tuple[int, str, Any]]:
-    """What every process says, told to all of them: (process, host, value), by process.
-
-    Args:
-        name: for the message.
-        value: of this process, as JSON can say it.
-        seconds: at most, for the slowest.
-        place: tells this meeting from all others, where a thread comes to it; None: all processes call in one order.
-
-    Raises:
-        HostsMissing: they did not all come.
-
-    """
-    if jax.process_count() == 1:
-        return [(0, socket.gethostname(), value)]
-    client, place = _client(), f"wavlm_jax/{next(_NUMBERS) if place is None else place}/{name}"
-    client.key_value_set(f"{place}/{jax.process_index()}", json.dumps([socket.gethostname(), value]))
-    try:
-        client.wait_at_barrier(place, int(seconds * 1000))
-    except jax.errors.JaxRuntimeError as error:
-        raise HostsMissing(_absent(client, place, name, seconds)) from error
-    return sorted((int(key.rsplit("/", 1)[1]), *json.loads(text)) for key, text in client.key_value_dir_get(place))
-
-
-def _absent(client: Any, place: str, name: str, seconds: float) -> str:
-    said = {int(key.rsplit("/", 1)[1]): json.loads(text) for key, text in client.key_value_dir_get(place)}
-    came = {index: host for index, (host, _) in said.items()}
-    missing = [str(index) for index in range(jax.process_count()) if index not in came]
-    here = ", ".join(f"{index} ({host})" for index, host in sorted(came.items()))
-    return (
-        f"{name}: after {seconds:.0f} s {len(came)} of {jax.process_count()} processes are here ({here}); missing: "
-        f"process {', '.join(missing) or 'none, but one left again'}; look at their logs, then start all hosts again"
-    )
-
-
-def _client() -> Any:
-    """Of the coordination service; JAX has no public name for it."""
-    return distributed.global_state.client
-
-
 EXIT_MISSING = 2
 """Process 0 did not come: the message says which process waited."""
 _FOR_THE_SERVICE = 20
-"""Seconds that process 0 has for telling the others who is absent."""
+"""Seconds that JAX's service on process 0 has to tell the others who is absent, before they give up on it."""
 _LONGER_THAN_OURS = 60
+"""Seconds by which JAX's own time limit comes after ours."""
 
 
 def cluster_detected(environment: Mapping[str, str] = os.environ) -> bool:
@@ -320,6 +176,118 @@ def check_machine(settings: MeshSettings) -> None:
             )
 
 
+PATIENCE = 1800.0
+"""Seconds; process 0 may have to read and hash a whole checkpoint meanwhile."""
+_NUMBERS: Iterator[int] = itertools.count()
+Result = TypeVar("Result")
+
+
+class HostsMissing(RuntimeError):  # noqa: N818 named as people call it
+    """Some hosts did not reach a barrier in time; the message names the barrier and the hosts."""
+
+
+def barrier(name: str, seconds: float = PATIENCE) -> None:
+    """Waits until all processes are here. All call it in the same order; alone it does nothing.
+
+    Args:
+        name: for the message.
+        seconds: at most.
+
+    Raises:
+        HostsMissing: they did not all come.
+
+    """
+    all_gather(name, None, seconds)
+
+
+def broadcast_one_to_all(name: str, value: Any) -> Any:
+    """The value of process 0, on all processes; what the others give is ignored. See `all_gather`."""
+    return all_gather(name, value)[0][2]
+
+
+def all_gather(name: str, value: Any, seconds: float = PATIENCE, key: str | None = None) -> list[tuple[int, str, Any]]:
+    """The values of all processes, on all of them: (process, host, value), by process.
+
+    Args:
+        name: for the message.
+        value: of this process; JSON.
+        seconds: at most, for the slowest.
+        key: unique, where another thread than the main one calls; None: all processes call in the same order.
+
+    Raises:
+        HostsMissing: they did not all come.
+
+    """
+    if jax.process_count() == 1:
+        return [(0, socket.gethostname(), value)]
+    client, place = _client(), f"wavlm_jax/{next(_NUMBERS) if key is None else key}/{name}"
+    client.key_value_set(f"{place}/{jax.process_index()}", json.dumps([socket.gethostname(), value]))
+    try:
+        client.wait_at_barrier(place, int(seconds * 1000))
+    except jax.errors.JaxRuntimeError as error:
+        raise HostsMissing(_absent(_read(client, place), name, seconds)) from error
+    return _read(client, place)
+
+
+def all_succeed(
+    name: str,
+    do: Callable[[], Result],
+    *,
+    catch: tuple[type[Exception], ...] = (OSError,),
+    failure: Callable[[str], Exception] = OSError,
+    describe: Callable[[Exception], str] = str,
+    seconds: float = PATIENCE,
+    key: str | None = None,
+) -> Result:
+    """What `do` returns here, once it has returned on all processes.
+
+    Args:
+        name: for messages.
+        do: may fail on some processes only.
+        catch: failures that the other processes hear of.
+        failure: makes the exception that all processes raise, from the failures with their processes and hosts.
+        describe: one failure as text.
+        seconds: see `all_gather`.
+        key: see `all_gather`.
+
+    Raises:
+        HostsMissing: not all processes came.
+
+    Where `do` failed anywhere, all processes raise `failure`; alone, what `do` raised.
+
+    """
+    error, result = None, []
+    try:
+        result.append(do())
+    except catch as found:
+        if jax.process_count() == 1:
+            raise
+        error = found
+    said = all_gather(name, None if error is None else describe(error), seconds, key)
+    if failed := [f"process {index} ({host}): {text}" for index, host, text in said if text is not None]:
+        raise failure("; ".join(failed)) from error
+    return result[0]
+
+
+def _read(client: Any, place: str) -> list[tuple[int, str, Any]]:
+    return sorted((int(key.rsplit("/", 1)[1]), *json.loads(text)) for key, text in client.key_value_dir_get(place))
+
+
+def _absent(came: list[tuple[int, str, Any]], name: str, seconds: float) -> str:
+    missing = sorted(set(range(jax.process_count())) - {index for index, _, _ in came})
+    here = ", ".join(f"{index} ({host})" for index, host, _ in came)
+    return (
+        f"{name}: after {seconds:.0f} s {len(came)} of {jax.process_count()} processes are here ({here}); missing: "
+        f"process {', '.join(map(str, missing)) or 'none, but one left again'}; look at their logs, then start all "
+        "hosts again"
+    )
+
+
+def _client() -> Any:
+    """Of the coordination service; JAX has no public name for it."""
+    return distributed.global_state.client
+
+
 class Preemption:
     """A request to stop at the next step boundary."""
 
@@ -328,7 +296,7 @@ class Preemption:
         self._boundaries = 0
 
     def hear(self, number: int, _frame: FrameType | None) -> None:
-        """The signal handler."""
+        """Takes a signal; on several hosts passes SIGINT on to JAX's service, which hears SIGTERM only."""
         self._asked = True
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -341,11 +309,11 @@ class Preemption:
         return self._asked and jax.process_count() == 1
 
     def requested(self) -> bool:
-        """Whether to stop at this step boundary; the same answer on all hosts. Call it once a step on each.
+        """Whether to stop at this step boundary; the same answer on all hosts. Call it once per step on each.
 
-        JAX agrees on the boundary after the last that any host has counted, and stops there and nowhere else. So they
-        are counted from the start of the session: a signal that comes before the first one means number 1, which the
-        steps of a run that was resumed would never come by.
+        JAX agrees on the boundary after the last one that any host has counted, and says yes at that number only. So
+        boundaries are counted from the start of the session: a signal before the first one means number 1, which the
+        step numbers of a resumed run would have passed long ago.
         """
         self._boundaries += 1
         if jax.process_count() > 1:
@@ -355,7 +323,7 @@ class Preemption:
 
 @contextmanager
 def listening() -> Iterator[Preemption]:
-    """While entered, SIGTERM and the first SIGINT are requests; a second SIGINT interrupts.
+    """Inside, SIGTERM and the first SIGINT ask the run to stop; a second SIGINT interrupts it.
 
     On several hosts JAX's own preemption service listens for SIGTERM and agrees on the step; SIGINT is passed on to it.
     Outside the main thread Python allows no handlers, and nothing is heard.
@@ -369,3 +337,14 @@ def listening() -> Iterator[Preemption]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+_STATM = Path("/proc/self/statm")
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process; where the system does not tell (macOS), the peak so far."""
+    if _STATM.exists():
+        return int(_STATM.read_text().split()[1]) * resource.getpagesize()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from wavlm_jax.training.checkpoint import CheckpointError, Checkpoints
-from wavlm_jax.training.hosts import Preemption, listening, meet
+from wavlm_jax.training.hosts import Preemption, barrier, listening
 from wavlm_jax.training.metric_writers import Clock, Interval, Jsonl, Metrics, Totals, open_metrics, say
 from wavlm_jax.training.sharding import RULES, WAVLM_AXES, AxesTable, describe, place
 from wavlm_jax.training.start import RunSettings, Start, begin, make_builder, summarize
@@ -223,7 +223,7 @@ def run(
         task: what is trained.
         settings: how.
         mesh: of `make_mesh(settings.mesh)`, which the task was built for.
-        workdir: gets checkpoints, metrics.jsonl, nonfinite.jsonl; `Workdir.at` a folder, or of `open_workdir`.
+        workdir: gets checkpoints, metrics.jsonl, nonfinite.jsonl; `Workdir` of a folder, or of `open_workdir`.
         config: resolved, as JSON values; kept in every checkpoint.
         table: logical axes of the parameters.
 
@@ -243,7 +243,7 @@ def run(
             workdir.claim(builder.state.num_bytes)
             if settings.train.compilation_cache is not None:
                 use_cache(workdir.within(settings.train.compilation_cache))
-            checkpoints = Checkpoints(workdir.storage, settings.checkpoint, say, workdir.publish)
+            checkpoints = Checkpoints(workdir.place, settings.checkpoint, say, workdir.publish)
             stack.callback(checkpoints.close)
             start = begin(builder, checkpoints, seed=settings.seed, config=config)
             streams = {split: task.stream(split) for split in ("train", *settings.train.eval_splits)}
@@ -252,7 +252,7 @@ def run(
             programs = builder.compile({split: stream.specs for split, stream in streams.items()})
             if jax.process_index() == 0:
                 say(f"compiled {programs.describe()}")
-            meet("programs compiled")  # gloo waits 30 s for the first collective of the slowest host, and says less
+            barrier("programs compiled")  # gloo waits 30 s for the first collective of the slowest host, and says less
         with clock.bucket("init"):
             metrics, nonfinite = _open_logs(settings, workdir, start)
             stack.callback(metrics.close)

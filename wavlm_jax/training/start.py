@@ -24,7 +24,7 @@ from wavlm_jax.training.checkpoint import (
     describe_arrays,
     difference,
 )
-from wavlm_jax.training.hosts import from_first
+from wavlm_jax.training.hosts import broadcast_one_to_all
 from wavlm_jax.training.metric_writers import MetricsSettings, say
 from wavlm_jax.training.optim import OptimSettings, check_freeze, make_optimizer
 from wavlm_jax.training.sharding import (
@@ -133,7 +133,7 @@ def begin(builder: Builder, checkpoints: Checkpoints, *, seed: int, config: Mapp
         if lines := difference(describe_arrays(abstract), describe_arrays(params)):
             raise ValueError("config.init: the parameters do not fit the model:\n  " + "\n  ".join(lines))
         params = _place(params, builder.shardings)
-    run_id = from_first("run id", secrets.token_hex(8))
+    run_id = broadcast_one_to_all("run id", secrets.token_hex(8))
     record = RunRecord(run_id=run_id, config=config, fingerprints=task.fingerprints)
     return Start(builder.fresh(params, given), 0, record, 0.0, mode)
 
@@ -150,7 +150,7 @@ def _resume(manifest: Manifest, builder: Builder, checkpoints: Checkpoints, conf
         before, now = manifest.fingerprints.get(name), task.fingerprints.get(name)
         if before != now:
             raise CheckpointError(
-                f"{checkpoints.place}: the run was trained with {name} {before}, now it is {now}; "
+                f"{checkpoints.store.place}: the run was trained with {name} {before}, now it is {now}; "
                 f"bring the old data back, or start over in another workdir"
             )
     for line in config_changes(manifest.config, config):

@@ -1,6 +1,7 @@
-"""How a session of training ends.
+"""How a session of training ends: its exit codes, and the watchdog, which ends a session that hangs.
 
-A run that stands still says where, and ends: then the scheduler can start it again.
+When a step takes longer than the limit, the watchdog dumps all stacks and exits with 77, so that the scheduler can
+start the run again.
 """
 
 import faulthandler
@@ -41,26 +42,28 @@ class Outcome(NamedTuple):
 
 
 PROGRESS = "wavlm_jax/progress/"
+"""Prefix of the keys in JAX's coordination service under which each process says what it does."""
 _WATCHED = {"data": 1.0, "step": 1.0, "eval": 1.0, "save": 6.0}
-"""Bucket of the clock -> how many times the bound it may take."""
+"""Time bucket of the clock -> how many times the limit it may take."""
 _LAST_WORDS = 5.0
+"""Seconds for each thing that is done before the process ends."""
 
 
 class Watchdog:
     """Ends the process when one step, wait for data, evaluation batch or save takes too long.
 
-    Python's stacks go to stderr and into `folder`; what every process did last is printed, so that the one that holds
-    the others up can be named. A host that is dead or frozen is found by JAX's heartbeat instead.
+    Python's stacks go to stderr and into a file. What every process did last is printed, which names the one that the
+    others wait for. A host that is dead or frozen is found by JAX's heartbeat instead.
 
     Args:
-        seconds: the bound; a save may take six times as long.
-        folder: for the stacks.
-        publish: called after they are written, with little patience.
+        seconds: the limit; a save may take six times as long.
+        folder: gets stacks-PROCESS.txt.
+        publish: uploads that file; it has a few seconds.
 
     """
 
     def __init__(self, seconds: float, folder: Path, publish: Callable[[], None]) -> None:
-        self._publish_folder = publish
+        self._upload = publish
         self._seconds = seconds
         self._folder = folder
         self._index, self._alone = jax.process_index(), jax.process_count() == 1
@@ -70,11 +73,11 @@ class Watchdog:
         self._thread.start()
 
     def enter(self, bucket: str) -> None:
-        """The process does something else now."""
+        """Notes what the process does from now on: a time bucket of the clock."""
         self._doing, self._since = bucket, time.monotonic()
 
     def close(self) -> None:
-        """Nothing is watched any more."""
+        """Stops watching."""
         self._stop.set()
         self._thread.join()
 
@@ -82,11 +85,11 @@ class Watchdog:
         while not self._stop.wait(min(self._seconds / 10, 5.0)):
             doing, taken = self._doing, time.monotonic() - self._since
             if not self._alone:
-                self._publish(doing)
+                self._tell_others(doing)
             if doing in _WATCHED and taken > self._seconds * _WATCHED[doing]:
                 self._end(doing, taken)
 
-    def _publish(self, doing: str) -> None:
+    def _tell_others(self, doing: str) -> None:
         record = json.dumps({"host": socket.gethostname(), "doing": doing, "since": time.time() - self._taken()})
         client: Any = distributed.global_state.client
         try:
@@ -108,12 +111,12 @@ class Watchdog:
         self._folder.mkdir(parents=True, exist_ok=True)
         with (self._folder / f"stacks-{self._index}.txt").open("w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
-        _try_for(_LAST_WORDS, self._publish_folder)
+        _try_for(_LAST_WORDS, self._upload)
         if not self._alone:
-            _try_for(_LAST_WORDS, self._say_what_others_do)
+            _try_for(_LAST_WORDS, self._print_others)
         os._exit(Status.STUCK.value)
 
-    def _say_what_others_do(self) -> None:
+    def _print_others(self) -> None:
         client: Any = distributed.global_state.client
         for key, text in sorted(client.key_value_dir_get(PROGRESS)):
             record = json.loads(text)
@@ -126,7 +129,7 @@ class Watchdog:
 
 
 def _try_for(seconds: float, do: Callable[[], None]) -> None:
-    """Gives `do` its time; it may find nobody who answers."""
+    """Waits at most so long for `do`, which may hang itself: a bucket or process 0 may not answer."""
     trying = threading.Thread(target=do, daemon=True)
     trying.start()
     trying.join(seconds)

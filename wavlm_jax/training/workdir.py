@@ -1,107 +1,237 @@
-"""The small files of a run whose workdir is a bucket: a folder of this machine, uploaded now and then.
+"""The workdir of a run: a folder, or an address in Google Cloud Storage (gs://bucket/run).
 
-Objects cannot be appended to, and metrics.jsonl is. So every process writes into a new folder of its own: what an
-earlier session has left in the bucket is fetched at the start, and what has changed is uploaded before each checkpoint
-is committed and at the end. A committed checkpoint thus has all lines up to its step beside it, and no machine that
-ran an earlier session is needed to go on.
+First the files below such a place, by fsspec, whose calls are the same for a folder and for a bucket. Not by
+`etils.epath`, which Orbax uses: asked whether something exists, it takes every failure of a bucket for a no, and a
+checkpoint would be deleted as unfinished; it keeps listings for good, while TensorStore and other hosts write; and it
+goes through TensorFlow wherever that is installed.
 
-The workdir of a run, a folder or a bucket: opened, and claimed before anything is computed.
+Then the workdir itself: checked before anything is computed, and, where it is a bucket, with a local folder for the
+small files. Objects cannot be appended to, and metrics.jsonl is. So every process writes into a new folder of its own:
+what an earlier session has left in the bucket is fetched at the start, what has changed is uploaded before each
+checkpoint is committed and at the end. A committed checkpoint thus has all lines up to its step beside it, and no
+machine that ran an earlier session is needed to go on.
 """
 
 import contextlib
+import errno
+import hashlib
+import os
 import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import jax
 
-from wavlm_jax.training.hosts import agreed, from_first
-from wavlm_jax.training.storage import BucketStorage, Files, Storage, open_storage
+from wavlm_jax.training.hosts import all_succeed, broadcast_one_to_all
 
+SCHEME = "gs://"
+_PIECE = 2**26
+"""Bytes of a file that are in memory at a time while it is hashed."""
+_RETRIES = {"gcs_request_retries": {"max_retries": 3, "max_delay": "1s"}}
+"""Of the check at the start: TensorStore's own 32 take minutes to say that nobody answers."""
+_CURE = (
+    "look at the address, at the network, and at who you are to Google (gcloud auth application-default login, or the "
+    "service account of this machine): it must be allowed to list, read, write and delete objects here "
+    "(roles/storage.objectUser)"
+)
 _PARTIAL = ".partial"
-"""Files that are about to be renamed."""
-
-
-class Mirror:
-    """The folder, below TMPDIR, and its home."""
-
-    def __init__(self, home: Files) -> None:
-        self.home = home
-        self.folder = Path(tempfile.mkdtemp(prefix="wavlm_jax-"))
-        self._uploaded: dict[str, tuple[int, int]] = {}
-        self.fetched = False
-        """Whether the home has shown that it can be read and written; nothing is uploaded before."""
-
-    def fetch(self) -> None:
-        """Brings the files directly in the home, but what this session has written already. From now on it uploads."""
-        for name in self.home.entries():
-            path = self.folder / name
-            if not path.exists() and self.home.exists(name):
-                path.write_bytes(self.home.read(name))
-                self._uploaded[name] = _stamp(path)
-        self.fetched = True
-
-    def publish(self) -> None:
-        """Uploads what has changed since it was last uploaded or fetched. Safe in any thread."""
-        if not self.fetched:
-            return
-        for path in sorted(self.folder.rglob("*")):
-            name = path.relative_to(self.folder).as_posix()
-            if not path.is_file() or path.suffix == _PARTIAL:
-                continue
-            stamp = _stamp(path)  # before reading: what is written meanwhile goes with the next time
-            if self._uploaded.get(name) != stamp:
-                self.home.write(name, path.read_bytes())
-                self._uploaded[name] = stamp
-
-    def close(self) -> None:
-        """Uploads the rest and removes the folder; it stays where there is no home for it.
-
-        Raises:
-            OSError: they could not be uploaded; the message says where they are.
-
-        """
-        try:
-            self.publish()
-        except OSError as error:
-            raise OSError(
-                f"{self.folder}: the last lines of the run are here and not in its workdir: {error}"
-            ) from error
-        if self.fetched:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    facts = path.stat()
-    return facts.st_size, facts.st_mtime_ns
-
-
-_VISIBLE_WITHIN = 90.0
+"""Ending of small files that are about to be renamed."""
+VISIBLE_WITHIN = 90.0
 """Seconds; a network file system may remember for a minute that a file was not there."""
 
 
-@dataclass(frozen=True)
+def address(path: str | Path) -> str | None:
+    """The gs:// address that was written, or None for a path of this machine.
+
+    pathlib makes one slash of two, so "gs:/bucket/run" is understood as well.
+    """
+    scheme, colon, rest = str(path).partition(":")
+    if scheme + colon + "//" != SCHEME or not rest.startswith("/"):
+        return None
+    return SCHEME + rest.strip("/")
+
+
+def absolute(workdir: str | Path) -> str:
+    """A workdir as the functions below, Orbax and messages take it: an address, or an absolute path."""
+    return address(workdir) or str(Path(workdir).absolute())
+
+
+def list_names(folder: str) -> list[str]:
+    """Names of the files and folders directly in `folder`; none where there is no such folder."""
+    with _explained(folder, "listed"), contextlib.suppress(FileNotFoundError):
+        return sorted(filter(None, (path.rstrip("/").rsplit("/", 1)[-1] for path in _files(folder).ls(folder, False))))
+    return []
+
+
+def file_sizes(folder: str) -> dict[str, int]:
+    """Path below `folder` -> bytes, of every file however deep. Objects that stand for a folder are none."""
+    with _explained(folder, "listed"):
+        found = _files(folder).find(folder, detail=True)
+    inside = folder.removeprefix(SCHEME) + "/"
+    sizes = {path.removeprefix(inside): int(facts["size"]) for path, facts in sorted(found.items())}
+    return {name: size for name, size in sizes.items() if name and not name.endswith("/")}
+
+
+def exists(path: str) -> bool:
+    """Whether there is such a file now, whoever wrote it; no answer is an error, not a no."""
+    if address(path) is None:
+        list_names(path.rpartition("/")[0])  # looking into the folder makes NFS ask its server again
+    with _explained(path, "read"), contextlib.suppress(FileNotFoundError):
+        return bool(_files(path).info(path)["type"] == "file")
+    return False
+
+
+def read_bytes(path: str) -> bytes:
+    """All of a file; FileNotFoundError where there is none."""
+    with _explained(path, "read"):
+        return bytes(_files(path).cat_file(path))
+
+
+def sha256(path: str, size: int) -> str:
+    """Of a file of `size` bytes, in hexadecimal, read piece by piece."""
+    result = hashlib.sha256()
+    for start in range(0, size, _PIECE):
+        with _explained(path, "read"):
+            result.update(_files(path).cat_file(path, start=start, end=min(start + _PIECE, size)))
+    return result.hexdigest()
+
+
+def write_object(path: str, content: bytes) -> None:
+    """A whole file, durable when this returns. An object is there whole or not at all."""
+    with _explained(path, "written"):
+        _files(path).pipe_file(path, content)
+    fsync(path)
+
+
+def fsync(path: str) -> None:
+    """Makes a file durable, or what was renamed in a folder. Objects are durable as soon as they are there."""
+    if address(path) is None:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def remove(path: str) -> None:
+    """A file or a whole folder, if it is there."""
+    with _explained(path, "deleted"), contextlib.suppress(FileNotFoundError):
+        _files(path).rm(path, recursive=True)
+
+
+def _files(path: str) -> Any:
+    """The file system that `path` is on. Nothing is cached: others may have written a moment ago."""
+    if address(path) is None:
+        return fsspec.filesystem("file")
+    try:
+        return fsspec.filesystem("gcs", use_listings_cache=False)
+    except ImportError as error:
+        raise OSError(
+            f"gs:// needs packages that are not here ({error}); pip install 'wavlm-jax[gcs]', or give a folder"
+        ) from error
+
+
+@contextlib.contextmanager
+def _explained(path: str, done: str) -> Iterator[None]:
+    """Whatever gcsfs, aiohttp and google.auth raise as an OSError that names the object."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        if address(path) is None:
+            raise
+        raise OSError(f"{path}: cannot be {done} ({type(error).__name__}: {error})") from error
+
+
+def check_room(place: str, num_bytes: int) -> None:
+    """Whether a checkpoint can be written to `place`, by trying it.
+
+    In a folder `num_bytes` are reserved and freed. In a bucket an object is written as arrays are, read and deleted as
+    everything else is: TensorStore and gcsfs find their credentials apart from each other.
+
+    Raises:
+        OSError: not writable, full, over quota, packages missing; the message names the place and what to do.
+
+    """
+    if address(place) is None:
+        _check_folder(place, num_bytes)
+    else:
+        _check_bucket(place)
+
+
+def _check_folder(folder: str, num_bytes: int) -> None:
+    probe = Path(folder) / f".space-{os.getpid()}"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        with probe.open("wb") as file:
+            file.write(b"\0")
+            file.flush()
+            _reserve(file.fileno(), folder, num_bytes)
+    except OSError as error:
+        raise OSError(
+            f"{folder}: a checkpoint of {num_bytes / 2**20:,.0f} MiB cannot be written here ({error.strerror}); "
+            f"make room or choose another --workdir"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+
+
+def _reserve(descriptor: int, folder: str, num_bytes: int) -> None:
+    """Blocks for `num_bytes`; where the system has no such call (macOS), a look at the free ones."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, max(num_bytes, 1))
+    elif shutil.disk_usage(folder).free < num_bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _check_bucket(place: str) -> None:
+    _files(place)
+    name = f".probe-{secrets.token_hex(8)}"
+    try:
+        _write_by_tensorstore(place, name)
+        read_bytes(f"{place}/{name}")
+        remove(f"{place}/{name}")
+    except OSError as error:
+        raise OSError(f"{place}: a checkpoint cannot be written here ({error}); {_CURE}") from error
+
+
+def _write_by_tensorstore(place: str, name: str) -> None:
+    import tensorstore  # noqa: PLC0415 Orbax's, and slow to import
+
+    bucket, _, path = place.removeprefix(SCHEME).partition("/")
+    spec = {"driver": "gcs", "bucket": bucket, "path": f"{path}/" if path else ""}
+    try:
+        store = tensorstore.KvStore.open(spec, context=tensorstore.Context(_RETRIES)).result()
+        store.write(name, b"a probe of wavlm_jax").result()
+    except (ValueError, RuntimeError) as error:  # as TensorStore hands statuses over
+        raise OSError(str(error)) from error
+
+
 class Workdir:
-    """Where a run lives, as one process sees it."""
+    """Where a run lives, as one process sees it.
 
-    storage: Storage
-    folder: Path
-    """For the small files: the workdir itself, or a mirror of the bucket (`mirror`)."""
-    mirror: Mirror | None = None
+    Args:
+        place: a folder that all hosts share, or a gs:// address.
+        mirror: a folder of this process for the small files; None: they are written into `place` itself.
 
-    @classmethod
-    def at(cls, folder: Path) -> "Workdir":
-        """A folder that all hosts share."""
-        return cls(open_storage(folder), folder)
+    """
 
-    @property
-    def place(self) -> str:
+    def __init__(self, place: str | Path, mirror: Path | None = None) -> None:
+        self.place = str(place)
         """As a person has written it, for messages."""
-        return str(self.folder) if self.mirror is None else self.storage.files.place
+        self.folder = Path(place) if mirror is None else mirror
+        """Where this process writes its small files."""
+        self._home = None if mirror is None else absolute(place)
+        self._uploaded: dict[str, tuple[int, int]] = {}
+        self._fetched = False
+        """Whether the place has shown that it can be read and written; nothing is uploaded before."""
 
     def claim(self, num_bytes: int) -> None:
         """Makes sure that every process can write here, and that all mean the same place. All processes call it.
@@ -113,25 +243,65 @@ class Workdir:
             OSError: on all processes; which of them cannot write or looks into another folder.
 
         """
-        claim(self.storage.files, num_bytes)
-        if self.mirror is not None:
-            _all("files of earlier sessions", self.mirror.fetch)
+        first, place = jax.process_index() == 0, absolute(self.place)
+        mark = f"{place}/.shared-{broadcast_one_to_all('name of the mark in the workdir', secrets.token_hex(8))}"
+        try:
+            all_succeed("room in the workdir", lambda: check_room(place, num_bytes if first else 1))
+            all_succeed("a mark in the workdir", lambda: write_object(mark, b"") if first else None)
+            all_succeed("a workdir that all hosts share", lambda: _find(mark))
+        finally:
+            if first:
+                with contextlib.suppress(OSError):
+                    remove(mark)
+        all_succeed("files of earlier sessions", self.fetch)
+
+    def fetch(self) -> None:
+        """Copies the files directly in the place into the mirror, but those that this session has written already."""
+        if self._home is None:
+            return
+        for name in list_names(self._home):
+            path = self.folder / name
+            if not path.exists() and exists(f"{self._home}/{name}"):
+                path.write_bytes(read_bytes(f"{self._home}/{name}"))
+                self._uploaded[name] = _stamp(path)
+        self._fetched = True
 
     def publish(self) -> None:
-        """What this process has written into `folder` is in the workdir when this returns."""
-        if self.mirror is not None:
-            self.mirror.publish()
+        """Uploads what has changed in the mirror since it was last uploaded or fetched. Safe in any thread."""
+        if self._home is None or not self._fetched:
+            return
+        for path in sorted(self.folder.rglob("*")):
+            name = path.relative_to(self.folder).as_posix()
+            if not path.is_file() or path.suffix == _PARTIAL:
+                continue
+            stamp = _stamp(path)  # before reading: what is written meanwhile goes with the next time
+            if self._uploaded.get(name) != stamp:
+                write_object(f"{self._home}/{name}", path.read_bytes())
+                self._uploaded[name] = stamp
+
+    def close(self) -> None:
+        """Uploads the rest and removes the mirror, which stays where nothing could be uploaded.
+
+        Raises:
+            OSError: they could not be uploaded; the message says where they are.
+
+        """
+        try:
+            self.publish()
+        except OSError as error:
+            raise OSError(
+                f"{self.folder}: the last lines of the run are here and not in its workdir: {error}"
+            ) from error
+        if self._fetched:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def lasting(self, name: str) -> str:
         """Where a file of `folder` is found when the session is over."""
-        uploaded = self.mirror is not None and self.mirror.fetched
-        return f"{self.place}/{name}" if uploaded else str(self.folder / name)
+        return f"{self.place}/{name}" if self._fetched else str(self.folder / name)
 
     def within(self, name: str) -> str:
         """The path or address of something in it that JAX reads and writes by itself."""
-        if self.mirror is None or Path(name).is_absolute():
-            return str((self.folder / name).absolute())
-        return f"{self.place}/{name}"
+        return str(Path(name)) if Path(name).is_absolute() else f"{absolute(self.place)}/{name}"
 
 
 @contextlib.contextmanager
@@ -146,49 +316,28 @@ def open_workdir(workdir: str) -> Iterator[Workdir]:
         OSError: at the end, where the last files could not be uploaded.
 
     """
-    storage = open_storage(workdir)
-    if isinstance(storage, BucketStorage):
-        mirror = Mirror(storage.files)
-        try:
-            yield Workdir(storage, mirror.folder, mirror)
-        finally:
-            mirror.close()
-    elif "://" in workdir:
+    place = address(workdir)
+    if place is None and "://" in workdir:
         raise ValueError(f"--workdir: found {workdir}, expected a folder or a gs:// address")
-    else:
-        yield Workdir.at(Path(workdir))
-
-
-def claim(files: Files, num_bytes: int) -> None:
-    """See `Workdir.claim`."""
-    mark = f".shared-{from_first('name of the mark in the workdir', secrets.token_hex(8))}"
-    first = jax.process_index() == 0
+    mirror = None if place is None else Path(tempfile.mkdtemp(prefix="wavlm_jax-"))
+    opened = Workdir(place or workdir, mirror)
     try:
-        _all("room in the workdir", lambda: files.check_room(num_bytes if first else 1))
-        _all("a mark in the workdir", lambda: files.write(mark, b"") if first else None)
-        _all("a workdir that all hosts share", lambda: _find(files, mark))
+        yield opened
     finally:
-        if first:
-            with contextlib.suppress(OSError):
-                files.delete(mark)
+        opened.close()
 
 
-def _all(name: str, do: Callable[[], None]) -> None:
-    complaint = None
-    try:
-        do()
-    except OSError as error:
-        complaint = str(error)
-    if found := agreed(name, complaint):
-        raise OSError(found)
-
-
-def _find(files: Files, mark: str) -> None:
-    end = time.monotonic() + _VISIBLE_WITHIN
-    while not files.exists(mark):
+def _find(mark: str) -> None:
+    end = time.monotonic() + VISIBLE_WITHIN
+    while not exists(mark):
         if time.monotonic() > end:
             raise OSError(
-                f"{files.place}/{mark}: process 0 has written this file, and it is not here after "
-                f"{_VISIBLE_WITHIN:.0f} s; give a --workdir on a file system that all hosts share"
+                f"{mark}: process 0 has written this file, and it is not here after {VISIBLE_WITHIN:.0f} s; give a "
+                "--workdir on a file system that all hosts share"
             )
         time.sleep(0.5)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    facts = path.stat()
+    return facts.st_size, facts.st_mtime_ns
