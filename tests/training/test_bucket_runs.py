@@ -216,7 +216,7 @@ def test_a_folder_and_a_bucket_keep_one_contract(tmp_path: Path, where: str) -> 
 def test_the_mirror_brings_what_was_there_and_uploads_what_changed(tmp_path: Path) -> None:
     home = tmp_path / "home"
     (home / "checkpoints").mkdir(parents=True)
-    for name in ("metrics.jsonl", "config.json"):
+    for name in ("metrics.jsonl", "config.json", ".shared-by-another-host"):
         (home / name).write_text("old")
     mirror = Workdir(home, tmp_path / "mirror")
     mirror.folder.mkdir()

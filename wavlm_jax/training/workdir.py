@@ -261,7 +261,8 @@ class Workdir:
             return
         for name in list_names(self._home):
             path = self.folder / name
-            if not path.exists() and exists(f"{self._home}/{name}"):
+            hidden = name.startswith(".")  # what `claim` writes and removes, on other hosts at this moment
+            if not hidden and not path.exists() and exists(f"{self._home}/{name}"):
                 path.write_bytes(read_bytes(f"{self._home}/{name}"))
                 self._uploaded[name] = _stamp(path)
         self._fetched = True
