@@ -1,11 +1,24 @@
 """Every test runs with shapes and types checked, rank promotion an error, and full float32 matrix products."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# One folder of compiled programs per session (JAX's persistent compilation cache): both workers, and the processes that
+# tests start, share them. LLVM's optimizations cost more here than they save; all processes of a test have the flag.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        programs = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="wavlm-jax-programs-")
+        atexit.register(shutil.rmtree, programs, ignore_errors=True)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 
 from jaxtyping import install_import_hook
 

@@ -32,7 +32,7 @@ def flags(tmp_path_factory):
         "train.eval_splits": ("valid",),
         "train.num_steps": STEPS,
         "train.eval_every": 6,
-        "train.compilation_cache": str(root / "cache"),
+        "train.compilation_cache": os.environ["JAX_COMPILATION_CACHE_DIR"],
         "checkpoint.every": 3,
         "metrics.log_every": 1,
         "optim.warmup_steps": 4,

@@ -31,8 +31,8 @@ def free_port() -> int:
 
 
 def environment(devices: int) -> dict[str, str]:
-    """For a process with so many CPU devices, whose programs run too seldom to be worth XLA's whole effort."""
-    fixed = {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    """For a process with so many CPU devices, which takes the session's compiled programs."""
+    fixed = {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
     return {**os.environ, **fixed, "JAX_NUM_CPU_DEVICES": str(devices)}
 
 

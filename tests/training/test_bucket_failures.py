@@ -3,7 +3,6 @@
 import json
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from threading import Thread
 
 import jax
@@ -26,8 +25,8 @@ from wavlm_jax.training.workdir import check_room, open_workdir
 DIVERGED, STUCK = 76, 77
 
 
-def test_stuck_it_ends_with_its_code_and_leaves_the_stacks_in_the_bucket(objects: Objects, tmp_path: Path) -> None:
-    runner, workdir = Runner(tmp_path / "programs"), f"gs://{NAME}/runs/stuck"
+def test_stuck_it_ends_with_its_code_and_leaves_the_stacks_in_the_bucket(objects: Objects) -> None:
+    runner, workdir = Runner(), f"gs://{NAME}/runs/stuck"
     code, output = runner.run(workdir, stall="0,5", max_step_seconds=15)
     assert code == STUCK, output
     assert steps(workdir) == [3]

@@ -162,7 +162,7 @@ def test_what_is_no_run_has_to_be_copied_first(objects: Objects) -> None:
 
 def test_killed_before_the_manifest_there_is_no_checkpoint(objects: Objects, tmp_path: Path) -> None:
     """Everything else is there; two processes go on from the checkpoint before it, to the bits of one in a folder."""
-    runner, workdir = Runner(tmp_path / "programs"), f"gs://{NAME}/runs/toy"
+    runner, workdir = Runner(), f"gs://{NAME}/runs/toy"
     code, output = runner.run(workdir, kill_at="write_manifest:2")
     assert code == -signal.SIGKILL, output
     left = objects.names("runs/toy/checkpoints/6/")

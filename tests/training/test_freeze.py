@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 import torch
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh
 
 from tests.support import toy_task
@@ -27,7 +26,7 @@ from wavlm_jax.training.optim import (
     zero_frozen,
 )
 from wavlm_jax.training.sharding import MESH_AXES
-from wavlm_jax.training.step import init_key, use_cache
+from wavlm_jax.training.step import init_key
 from wavlm_jax.training.workdir import Workdir
 
 TORCHS = AdamSettings(b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.01, eps_added_to="corrected", no_decay=None)
@@ -39,14 +38,6 @@ def optimizer_of(rules: dict[str, Freeze]) -> Optimizer:
 
 
 NAMES = ("body/kernel", "body/bias", "head/kernel")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_once(tmp_path_factory):
-    use_cache(tmp_path_factory.mktemp("programs"))
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
 
 
 @pytest.mark.parametrize("until", [0, 3, None])

@@ -71,8 +71,8 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 
 @pytest.fixture(scope="module")
-def runner(tmp_path_factory) -> Runner:
-    return Runner(tmp_path_factory.mktemp("cache"))
+def runner() -> Runner:
+    return Runner()
 
 
 @pytest.mark.parametrize("make", [None, limited_files])

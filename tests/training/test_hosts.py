@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def runner(tmp_path_factory) -> Runner:
-    return Runner(tmp_path_factory.mktemp("cache"))
+def runner() -> Runner:
+    return Runner()
 
 
 def start(runner: Runner, workdir: Path, count: int, *, of: int | None = None, **options: object) -> list:

@@ -76,8 +76,8 @@ def the_end(workdir: Path) -> tuple[str, list[tuple[int, float]]]:
 
 
 @pytest.fixture(scope="module")
-def runner(tmp_path_factory) -> Runner:
-    return Runner(tmp_path_factory.mktemp("cache"))
+def runner() -> Runner:
+    return Runner()
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ from wavlm_jax.training import checkpoint, loop
 from wavlm_jax.training.checkpoint import CheckpointError
 from wavlm_jax.training.sharding import make_mesh
 from wavlm_jax.training.start import config_changes
-from wavlm_jax.training.step import use_cache
 from wavlm_jax.training.watchdog import Outcome, Status
 from wavlm_jax.training.workdir import Workdir
 
@@ -39,15 +38,6 @@ def lines(workdir: Path, name: str = "metrics.jsonl") -> list[dict]:
 
 def params_digest(workdir: Path) -> str:
     return toy_task.digest(checkpoint.load_params(workdir)[1])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_once(tmp_path_factory):
-    """The programs of these runs are the same ones: each is compiled by the first test that needs it."""
-    use_cache(tmp_path_factory.mktemp("programs"))
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -227,16 +217,26 @@ def test_a_last_save_that_fails_twice_is_an_error(tmp_path: Path, monkeypatch) -
         run(tmp_path, num_steps=4)
 
 
+@pytest.fixture
+def _cache_of_its_own():
+    """Afterwards programs are kept where the session keeps them again."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.mark.usefixtures("_cache_of_its_own")
 def test_the_second_start_finds_its_programs(tmp_path: Path, monkeypatch, capsys) -> None:
     settings = toy_task.make_settings(num_steps=4)
     train = dataclasses.replace(settings.train, compilation_cache="programs")
     monkeypatch.setattr(toy_task, "make_settings", lambda **_: dataclasses.replace(settings, train=train))
-    before = jax.config.jax_compilation_cache_dir
     run(tmp_path)
     assert "(0 of them found in the cache)" in capsys.readouterr().out
     run(tmp_path)
     assert "4 programs in" in capsys.readouterr().out
-    use_cache(Path(before))
 
 
 def test_a_workdir_that_cannot_be_written_stops_before_anything_else(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def pretraining(root: Path) -> dict:
     """Pre-training of a tiny model with all that is random switched on."""
     config = tiny_config(root, make_corpora(root, train=20, valid=4), **NOISY)
     config["batch"].update({"buckets": (48,), "seconds_per_update": 15.4, "row_multiple": 16})
-    config["train"].update(OFTEN | {"compilation_cache": str(root / "cache")})
+    config["train"].update(OFTEN | {"compilation_cache": None})
     config["checkpoint"].update({"every": 3, "keep_last": 20})
     config["metrics"].update({"log_every": 1, "tensorboard": False})
     config["optim"].update({"warmup_steps": 4})
@@ -42,12 +42,12 @@ def recognition(root: Path) -> dict:
     valid = tones.make_corpus(root, "valid", tones.ten_texts()[:4])
     config = tones.tiny_ctc(train, valid, model={"hidden_dropout": 0.1, "mask_time_prob": 0.3})
     config["optim"]["tri_stage"].update({"hold_steps": 2, "decay_steps": 2})
-    return often(config, root)
+    return often(config)
 
 
 def classification(root: Path) -> dict:
     """Two speakers by name; macro F1 is of all answers together, no sum of hosts."""
-    return often(tones.tiny_classes(*two_speakers(root)), root)
+    return often(tones.tiny_classes(*two_speakers(root)))
 
 
 def verification(root: Path) -> dict:
@@ -55,7 +55,7 @@ def verification(root: Path) -> dict:
     corpora = two_speakers(root)
     pairs = [Trial(a % 2 == b % 2, f"{a:03d}.flac", f"{b:03d}.flac") for a, b in combinations(range(5), 2)]
     (root / "pairs.txt").write_text(trial_list(pairs))
-    config = often(tones.tiny_speakers(speaker_xvector, *corpora, trials=[str(root / "pairs.txt")]), root)
+    config = often(tones.tiny_speakers(speaker_xvector, *corpora, trials=[str(root / "pairs.txt")]))
     config["optim"]["learning_rate"] = 3e-4  # a loss of 1e-7, as ten times as much brings, is rounding alone
     return config
 
@@ -66,10 +66,10 @@ def two_speakers(root: Path) -> list[Path]:
     return [tones.make_corpus(root, name, rows) for name, rows in texts.items()]
 
 
-def often(config: dict, root: Path) -> dict:
+def often(config: dict) -> dict:
     """A fine-tuning task, evaluated at every step, with as many rows as four devices share."""
     config["batch"].update({"row_multiple": 4})
-    config["train"].update(OFTEN | {"compilation_cache": str(root / "cache")})
+    config["train"].update(OFTEN | {"compilation_cache": None})
     config["metrics"].update({"log_every": 1})
     config["optim"].update({"warmup_steps": 4})
     return config

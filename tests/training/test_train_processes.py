@@ -23,20 +23,13 @@ PATIENCE = 600
 
 
 class Runner:
-    """Starts the toy run in processes that share one cache of compiled programs."""
-
-    def __init__(self, cache: Path) -> None:
-        self.environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-        }
+    """Starts the toy run in processes, which share the session's compiled programs."""
 
     def start(self, workdir: Path, **options: object) -> subprocess.Popen:
         flags = [f"--{name}={value}" for name, value in ({"num_steps": STEPS, "every": EVERY} | options).items()]
         return subprocess.Popen(
             [sys.executable, SCRIPT, f"--workdir={workdir}", *flags],
-            env=self.environment,
+            env=os.environ,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -49,8 +42,8 @@ class Runner:
 
 
 @pytest.fixture(scope="module")
-def runner(tmp_path_factory) -> Runner:
-    return Runner(tmp_path_factory.mktemp("cache"))
+def runner() -> Runner:
+    return Runner()
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +164,7 @@ def test_two_processes_stop_together_and_two_or_one_go_on(runner: Runner, expect
     goes_on_to_the_same_end(runner, alone, expected)
 
 
-def test_what_a_person_got_wrong_is_one_message(runner: Runner, tmp_path: Path) -> None:
+def test_what_a_person_got_wrong_is_one_message(tmp_path: Path) -> None:
     """train.py itself: exit code 2, the cure, no traceback."""
     demo = "configs/pretrain/demo.py"
     cases = {
@@ -191,7 +184,7 @@ def test_what_a_person_got_wrong_is_one_message(runner: Runner, tmp_path: Path) 
         subprocess.Popen(
             [sys.executable, "train.py", "--config", config, f"--workdir={tmp_path / str(index)}", override],
             cwd=SCRIPT.parents[2],
-            env=runner.environment,
+            env=os.environ,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
