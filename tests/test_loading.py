@@ -316,7 +316,7 @@ def test_padding_is_the_callers_choice(folder):
         output = model(waveform, num_samples=lengths)
         masks[padding] = np.asarray(output.frame_mask).sum(axis=1).tolist()
         assert output.hidden_states.shape == (3, 2, 12, 32)
-        functional = model.module.apply({"params": model.params}, jnp.asarray(waveform), jnp.asarray(lengths))
+        functional = jax.jit(model.module.apply)({"params": model.params}, jnp.asarray(waveform), jnp.asarray(lengths))
         np.testing.assert_allclose(functional.last_hidden_state, output.last_hidden_state, atol=1e-5)
     assert masks["exact"] == masks["huggingface"] == masks[None] == [12, 4]
     assert masks["microsoft"] == [12, 5]

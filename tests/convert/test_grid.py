@@ -3,7 +3,6 @@
 import copy
 import logging
 import tempfile
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -22,7 +21,6 @@ from wavlm_jax.convert.huggingface import export_huggingface, import_huggingface
 from wavlm_jax.convert.state_dict import ConversionError, from_torch
 from wavlm_jax.model.heads import module_of
 from wavlm_jax.model.layers import Masks
-from wavlm_jax.weights import _forward as model_forward
 from wavlm_jax.weights import ready
 
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")  # transformers' own call
@@ -31,9 +29,6 @@ LONG = tuple(3 * length for length in LENGTHS)
 """For x-vectors, whose adapter and TDNN eat frames, where torch refuses to run out of them."""
 LARGE = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "do_normalize": True, "conv_bias": True}
 SAMPLED = st.sampled_from
-FAST = {"xla_backend_optimization_level": 0}
-"""Many programmes that run once: half the time is not spent on optimising them."""
-_forward = jax.jit(model_forward.__wrapped__, static_argnames="module", compiler_options=FAST)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -105,15 +100,20 @@ def random_model(name: str, config: dict, head: dict, seed: int = 0) -> torch.nn
     return model.eval()
 
 
-@given(models())
-@settings(
-    max_examples=40,
-    deadline=None,
-    derandomize=True,
-    phases=[Phase.generate],
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
-def test_there_and_back(model):
+@pytest.mark.parametrize("count", [15, pytest.param(40, marks=pytest.mark.slow)])
+def test_there_and_back(count):
+    """As many different models, the same ones every time."""
+    options = {
+        "max_examples": count,
+        "deadline": None,
+        "derandomize": True,
+        "phases": [Phase.generate],
+        "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
+    }
+    settings(**options)(given(models())(there_and_back))()
+
+
+def there_and_back(model):
     name, config, head = model
     theirs = random_model(name, config, head)
     with tempfile.TemporaryDirectory() as folder:
@@ -129,7 +129,7 @@ def test_there_and_back(model):
             exact = copy.deepcopy(theirs).double()  # in float32 its group norm is further off than ours
             expected = exact(torch.tensor(waveform).double(), attention_mask=mask, output_hidden_states=True)
         model = ready(weights)
-        found = _forward(model.module, model.params, jnp.asarray(waveform), jnp.asarray(lengths, jnp.int32))
+        found = model(waveform, np.array(lengths, np.int32))
         tolerance = 1e-5 if config["num_hidden_layers"] == 1 else 1e-4
         for ours, states in zip(found.hidden_states, expected.hidden_states, strict=True):
             np.testing.assert_allclose(ours, states.numpy(), atol=tolerance, rtol=0)
@@ -187,7 +187,7 @@ def test_each_tensor_alone_changes_the_output(case, tmp_path):
     module = module_of(weights.config, task and task.kind, task and task.config)
     waveform, masked = jnp.asarray(waveforms((9000,))), jnp.arange(27)[None] % 5 == 1
 
-    @partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def outputs(params):
         if task is None:
             return module.apply({"params": params}, waveform, time_mask=masked).last_hidden_state

@@ -84,7 +84,8 @@ def assert_same_hidden_states(model: torch.nn.Module, imported) -> None:
     with torch.no_grad():
         theirs = model(torch.from_numpy(waves), output_hidden_states=True)
     params = jax.tree.map(jnp.asarray, imported.params)
-    ours = WavLM(imported.config).apply({"params": params}, jnp.asarray(waves), output_hidden_states=True)
+    apply = jax.jit(WavLM(imported.config).apply, static_argnames="output_hidden_states")
+    ours = apply({"params": params}, jnp.asarray(waves), output_hidden_states=True)
     np.testing.assert_allclose(ours.last_hidden_state, theirs.last_hidden_state.numpy(), atol=1e-4, rtol=0)
     for layer, states in enumerate(theirs.hidden_states):
         np.testing.assert_allclose(ours.hidden_states[layer], states.numpy(), atol=1e-4, rtol=0)

@@ -25,7 +25,7 @@ CUT = ["--chunk-seconds", "1", "--overlap-seconds", "0.5"]
 
 @pytest.fixture(scope="module")
 def params():
-    return WavLM(CONFIG).init(jax.random.key(0), jnp.zeros((1, 400)))["params"]
+    return jax.jit(WavLM(CONFIG).init)(jax.random.key(0), jnp.zeros((1, 400)))["params"]
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,7 @@ def test_loss_and_gradients_equal_torch(unmasked_weight, special_rows):
     how = dataclasses.replace(SETTINGS, unmasked_weight=unmasked_weight, special_rows=special_rows)
     hidden, features, labels, valid, mask = example()
     head = PredictionHead(how, CLUSTERS)
-    params = head.init(jax.random.key(0), jnp.asarray(hidden))["params"]
+    params = jax.jit(head.init)(jax.random.key(0), jnp.asarray(hidden))["params"]
     assert params["label_embeddings"].shape == (CLUSTERS + special_rows, 8)
 
     def loss(hidden, features):
@@ -98,7 +98,7 @@ def test_metrics_count_what_they_name():
 def test_a_batch_without_a_frame_has_a_zero_loss_and_finite_gradients():
     hidden, features, labels, valid, mask = example()
     head = PredictionHead(SETTINGS, CLUSTERS)
-    params = head.init(jax.random.key(0), jnp.asarray(hidden))["params"]
+    params = jax.jit(head.init)(jax.random.key(0), jnp.asarray(hidden))["params"]
 
     def loss(params, features):
         scores = head.apply({"params": params}, jnp.zeros_like(hidden))

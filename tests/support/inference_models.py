@@ -24,7 +24,7 @@ def weights_of(
 ) -> Weights:
     """Random weights, those of the head multiplied: as they are, they say nearly the same of everything."""
     module = module_of(CONFIG, kind, HEAD)
-    params = jax.device_get(module.init(jax.random.key(1), jnp.zeros((1, 16_000)))["params"])
+    params = jax.device_get(jax.jit(module.init)(jax.random.key(1), jnp.zeros((1, 16_000)))["params"])
     encoder = params.pop("wavlm")
     head = jax.tree.map(lambda leaf: np.float32(louder) * leaf, params)
     files = {} if vocabulary is None else files_of_record(asdict(vocabulary))
