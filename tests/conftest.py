@@ -11,7 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # One folder of compiled programs per session (JAX's persistent compilation cache): both workers, and the processes that
-# tests start, share them. XLA compiles eight times faster with these flags, and what it compiles runs three times slower:
+# tests start, share them. XLA compiles eight times faster with these flags, and its programs run three times slower:
 # a gain for programs that run a few times. All processes of a test have them; `make test-slow` goes without.
 FAST_COMPILE = (
     "--xla_backend_optimization_level=0",
