@@ -1,6 +1,5 @@
 """The model against transformers' own torch classes: every hidden state, every gradient."""
 
-import dataclasses
 import itertools
 
 import jax
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.torch_twins import attention_mask, small_config, twins, waveforms
+from tests.support.torch_twins import attention_mask, our_parameters, small_config, torch_model, twins, waveforms
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.convert.state_dict import to_torch
 from wavlm_jax.model.wavlm import WavLM
@@ -19,10 +18,10 @@ LENGTHS = (16000, 12345, 9000)
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")  # transformers' own call
 
 
-def torch_states(twin, waveform, num_samples=None, time_mask=None):
+def torch_states(model, waveform, num_samples=None, time_mask=None):
     """transformers' hidden states and its last hidden state, with gradients attached."""
     mask = None if num_samples is None else attention_mask(num_samples, waveform.shape[1]).long()
-    output = twin.torch(
+    output = model(
         torch.tensor(waveform),
         attention_mask=mask,
         mask_time_indices=None if time_mask is None else torch.tensor(time_mask),
@@ -31,23 +30,23 @@ def torch_states(twin, waveform, num_samples=None, time_mask=None):
     return torch.stack([*output.hidden_states, output.last_hidden_state])
 
 
-def our_states(twin, params, waveform, num_samples, time_mask):
+def our_states(model, params, waveform, num_samples, time_mask):
     """The same of ours."""
     given = None if num_samples is None else jnp.array(num_samples)
-    output = twin.model.apply(
-        {"params": params}, jnp.array(waveform), given, time_mask=time_mask, output_hidden_states=True
-    )
+    output = model.apply({"params": params}, jnp.array(waveform), given, time_mask=time_mask, output_hidden_states=True)
     return jnp.concatenate([output.hidden_states, output.last_hidden_state[None]])
 
 
 def assert_parity(twin, waveform, num_samples, time_mask):
     """Hidden states within 1e-4, gradients of a random projection of them all within 1e-4 of their largest entry."""
-    reference = torch_states(twin, waveform, num_samples, time_mask)
+    reference = torch_states(twin.torch, waveform, num_samples, time_mask)
     direction = np.random.default_rng(1).standard_normal(reference.shape).astype(np.float32)
     (reference * torch.tensor(direction)).mean().backward()
 
     def loss(params):
-        states = our_states(twin, params, waveform, num_samples, None if time_mask is None else jnp.array(time_mask))
+        states = our_states(
+            twin.model, params, waveform, num_samples, None if time_mask is None else jnp.array(time_mask)
+        )
         return (states * direction).mean(), states
 
     gradients, states = jax.jit(jax.grad(loss, has_aux=True))(twin.params)
@@ -79,8 +78,8 @@ def test_equals_transformers_without_padding_and_mask(norm, stable):
 def test_one_layer_within_1e5(stable):
     twin = twins(small_config(num_hidden_layers=1, do_stable_layer_norm=stable), seed=2)
     waveform = waveforms((16000,))
-    ours = jax.jit(lambda params: our_states(twin, params, waveform, None, None))(twin.params)
-    np.testing.assert_allclose(ours, torch_states(twin, waveform).detach().numpy(), atol=1e-5, rtol=0)
+    ours = jax.jit(lambda params: our_states(twin.model, params, waveform, None, None))(twin.params)
+    np.testing.assert_allclose(ours, torch_states(twin.torch, waveform).detach().numpy(), atol=1e-5, rtol=0)
 
 
 def test_base_shape_with_gradients():
@@ -89,12 +88,13 @@ def test_base_shape_with_gradients():
 
 
 def test_large_shape():
-    twin = twins(WavLMConfig.large(padding="huggingface"))
-    waveform = waveforms((6000,))
+    config, waveform = WavLMConfig.large(padding="huggingface"), waveforms((6000,))
+    theirs = torch_model(config)
     with torch.no_grad():
-        reference = torch_states(twin, waveform).numpy()
-    twin = dataclasses.replace(twin, torch=None)  # 1.3 GB
-    ours = jax.jit(lambda params: our_states(twin, params, waveform, None, None))(twin.params)
+        reference = torch_states(theirs, waveform).numpy()
+    params = our_parameters(theirs, config)
+    del theirs  # 1.3 GB
+    ours = jax.jit(lambda params: our_states(WavLM(config), params, waveform, None, None))(params)
     np.testing.assert_allclose(ours, reference, atol=1e-4, rtol=0)
 
 
@@ -129,7 +129,7 @@ def test_channel_mask_follows_time_mask():
         return hidden
 
     twin.torch._mask_hidden_states = masked
-    reference = torch_states(twin, waveform, time_mask=time_mask)[:-1].detach().numpy()
+    reference = torch_states(twin.torch, waveform, time_mask=time_mask)[:-1].detach().numpy()
     ours = jax.jit(twin.model.apply, static_argnames="output_hidden_states")(
         {"params": twin.params},
         jnp.array(waveform),

@@ -62,12 +62,16 @@ def shake(model: torch.nn.Module) -> None:
                 parameter.add_(0.1 * torch.randn_like(parameter))
 
 
+def our_parameters(model: torch.nn.Module, config: WavLMConfig) -> dict:
+    """The weights of `torch_model` as our tree, numpy arrays."""
+    tensors = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
+    return from_torch(tensors, tree_shapes(config))
+
+
 def twins(config: WavLMConfig, seed: int = 0) -> Twins:
     """transformers' model and ours with the same random weights."""
     model = torch_model(config, seed)
-    tensors = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
-    params = jax.tree.map(jnp.asarray, from_torch(tensors, tree_shapes(config)))
-    return Twins(model, WavLM(config), params)
+    return Twins(model, WavLM(config), jax.tree.map(jnp.asarray, our_parameters(model, config)))
 
 
 def waveforms(num_samples, padded=None, seed: int = 0) -> np.ndarray:
