@@ -146,7 +146,7 @@ def test_only_full_recomputation_runs_the_forward_kernel_again(remat, times):
 def compiled(targets):
     """What tests/support/tpu_kernel_compile.py says of each target."""
     command = [sys.executable, str(Path(__file__).parents[1] / "support" / "tpu_kernel_compile.py")]
-    environment = os.environ | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
+    environment = os.environ | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "XLA_FLAGS": ""}
     done = subprocess.run(
         [*command, *targets], env=environment, capture_output=True, text=True, timeout=500, check=False
     )
