@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Wav2Vec2FeatureExtractor
 
+from wavlm_jax.audio import recordings
 from wavlm_jax.audio.recordings import (
     ChunkSettings,
     RecordingError,
@@ -21,7 +22,7 @@ from wavlm_jax.audio.recordings import (
     pad,
     statistics,
 )
-from wavlm_jax.audio.wave import AudioFault
+from wavlm_jax.audio.wave import AudioFault, decode
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.shapes import num_frames
 
@@ -187,3 +188,28 @@ def test_a_two_hour_file_is_read_in_flat_memory(tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 20e6  # bytes; the samples are 460e6
+
+
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+def test_a_file_that_is_written_anew_gives_the_new_sound(tmp_path, rate):
+    path = tmp_path / "upload.wav"
+    for level in (0.1, 0.7):
+        soundfile.write(path, np.full(rate, level), rate)  # the same name and size
+        (recording,) = open_recordings([path], resampling=True)
+        assert abs(recording.read().mean() - level) < 0.01
+    soundfile.write(path, np.full(rate // 2, 0.7), rate)
+    with pytest.raises(AudioFault, match=r"upload\.wav: found "):
+        recording.read()
+
+
+def test_a_resampled_file_is_decoded_once(tmp_path, monkeypatch):
+    paths = [tmp_path / name for name in ("a.wav", "b.wav")]
+    for path in paths:
+        soundfile.write(path, np.sin(np.arange(22_050) / 9), 22_050)
+    decoded = []
+    monkeypatch.setattr(recordings, "decode", lambda path: decoded.append(path) or decode(path))
+    for recording in open_recordings(paths, resampling=True):
+        recording.statistics()
+        recording.read(0, 1_000)
+        recording.read(1_000)
+    assert decoded == paths

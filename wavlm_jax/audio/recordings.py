@@ -120,7 +120,7 @@ class Recording:
         wanted = self.num_samples - start if num_samples is None else num_samples
         with _naming(self.path):
             if self.rate != SAMPLE_RATE:
-                return _resampled(self.path)[start : start + wanted]
+                return self._whole()[start : start + wanted]
             with open_audio(self.path) as audio:
                 audio.seek(start)
                 samples = audio.read(wanted, dtype="float32", always_2d=True)
@@ -129,6 +129,13 @@ class Recording:
             if not np.isfinite(samples).all():
                 raise AudioFault("not_finite", "has samples that are NaN or infinite")
             return to_mono(samples)
+
+    def _whole(self) -> Samples:
+        wave = _resampled(self.path)
+        if len(wave) != self.num_samples:
+            found = f"found {len(wave)} samples at {SAMPLE_RATE} Hz, {self.num_samples} when it was opened"
+            raise AudioFault("length_mismatch", f"{found}; was it written anew?")
+        return wave
 
     def statistics(self) -> Statistics:
         """Mean and variance of all samples, computed in blocks.
@@ -139,7 +146,7 @@ class Recording:
         """
         with _naming(self.path):
             if self.rate != SAMPLE_RATE:
-                return _moments([_resampled(self.path)])
+                return _moments([self._whole()])
             with open_audio(self.path) as audio:
                 blocks = (np.asarray(block, np.float32) for block in read_blocks(audio, "float32"))
                 return _moments(to_mono(block) for block in blocks)
@@ -207,7 +214,7 @@ def _opened(name: str, path: Path, resampling: bool, geometry: Geometry) -> Reco
     if rate == SAMPLE_RATE:
         num_samples = frames
     elif resampling:
-        num_samples = len(_resampled(path))
+        num_samples = int(frames * SAMPLE_RATE / rate + 0.5)  # what soxr gives; decoding is left to the first read
     else:
         asked = "--resample, InferenceSettings(resampling=True)"
         expected = f"expected {SAMPLE_RATE} Hz; resample it, or ask for it ({asked})"
@@ -217,8 +224,18 @@ def _opened(name: str, path: Path, resampling: bool, geometry: Geometry) -> Reco
     return Recording(name, path, rate, num_samples)
 
 
-@lru_cache(maxsize=1)
 def _resampled(path: Path) -> Samples:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise AudioFault("missing", f"{path}: {error.strerror}") from error
+    return _decoded(path, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+
+
+@lru_cache(maxsize=1)
+def _decoded(path: Path, version: tuple[int, ...]) -> Samples:
+    """The file at 16 kHz. `version` is part of the cache's key: a file that is written anew is decoded anew."""
+    del version
     wave = decode(path)
     return resample(to_mono(wave.samples), wave.rate)
 

@@ -170,7 +170,9 @@ def _header(
         weights.update(np.ascontiguousarray(leaf).tobytes())
     files = hashlib.sha256()
     for recording in recordings:
-        files.update(f"{recording.path}\0{recording.num_samples}\n".encode())
+        with recording.path.open("rb") as file:  # by content: a file that was written anew has other features
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        files.update(f"{recording.path}\0{content}\n".encode())
     return {
         "layer": settings.layer,
         "layers": "0 is the input of the first Transformer layer, l the raw output of layer l",
