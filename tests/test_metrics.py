@@ -76,6 +76,16 @@ def test_diarization_by_hand():
     assert diarization_error(reference, [], [Region("r", 0, 1)]) == pytest.approx(DiarizationError(0, 1, 0, 1))
 
 
+def test_turns_of_one_speaker_that_overlap_are_one_voice():
+    for reference, answer in (
+        ([Turn("r", 0, 6, "A"), Turn("r", 3, 6, "A")], [Turn("r", 0, 9, "x")]),
+        ([Turn("r", 0, 9, "A")], [Turn("r", 0, 6, "x"), Turn("r", 3, 6, "x")]),
+        ([Turn("r", 0, 9, "A")] * 2, [Turn("r", 0, 9, "x")]),
+        ([Turn("r", 0, 5, "A"), Turn("r", 5, 4, "A")], [Turn("r", 0, 9, "x")]),
+    ):
+        assert diarization_error(reference, answer, REGION) == pytest.approx(DiarizationError(0, 0, 0, 9))
+
+
 def test_speakers_are_mapped_within_each_recording():
     regions = [*REGION, Region("s", 0.0, 10.0)]
     reference = [Turn("r", 0, 5, "A"), Turn("r", 5, 5, "B"), Turn("s", 0, 5, "A")]

@@ -4,7 +4,7 @@ Error rates of recognition are counted where they are decoded, inside jit (`wavl
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -157,7 +157,7 @@ def diarization_error(
     """Diarisation error, under the best mapping of speakers within each recording.
 
     With `window`, under the best mapping within each window instead: this leaves out errors of keeping a speaker's
-    identity for longer than a window.
+    identity for longer than a window. Turns of one speaker that overlap or touch count as one.
 
     Args:
         reference: the true turns.
@@ -199,13 +199,18 @@ def one_speaker(regions: Sequence[Region]) -> list[Turn]:
 
 def one_voice(reference: Sequence[Turn]) -> list[Turn]:
     """Baseline: true speech activity, one speaker."""
+    return _merged(turn._replace(speaker="one") for turn in reference)
+
+
+def _merged(turns: Iterable[Turn]) -> list[Turn]:
+    """Turns of one speaker that overlap or touch become one, as in md-eval and dscore: nobody speaks twice at once."""
     merged: list[Turn] = []
-    for turn in sorted(reference):
-        if merged and merged[-1].recording == turn.recording and turn.start <= merged[-1].end:
-            end = max(merged[-1].end, turn.end)
-            merged[-1] = merged[-1]._replace(duration=end - merged[-1].start)
+    for turn in sorted(turns, key=lambda turn: (turn.recording, turn.speaker, turn.start)):
+        last = merged[-1] if merged else None
+        if last and (last.recording, last.speaker) == (turn.recording, turn.speaker) and turn.start <= last.end:
+            merged[-1] = last._replace(duration=max(last.end, turn.end) - last.start)
         else:
-            merged.append(turn._replace(speaker="one"))
+            merged.append(turn)
     return merged
 
 
@@ -227,7 +232,7 @@ def _annotation(turns: Sequence[Turn], recording: str) -> Any:
     from pyannote.core import Annotation, Segment  # noqa: PLC0415 an extra
 
     annotation = Annotation(uri=recording)
-    for number, turn in enumerate(turns):
-        if turn.recording == recording and turn.duration > 0:
-            annotation[Segment(turn.start, turn.end), number] = turn.speaker
+    spoken = (turn for turn in turns if turn.recording == recording and turn.duration > 0)
+    for number, turn in enumerate(_merged(spoken)):
+        annotation[Segment(turn.start, turn.end), number] = turn.speaker
     return annotation
