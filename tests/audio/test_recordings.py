@@ -164,6 +164,15 @@ def test_names_stay_apart(tmp_path):
     assert [recording.name for recording in open_recordings(paths)] == names
 
 
+@pytest.mark.parametrize("group", [("call 1.wav", "call_1.wav"), ("a b.wav", "a\tb.wav", "a  b.wav", "a_b_2.wav")])
+def test_names_that_differ_in_white_space_stay_apart(tmp_path, group):
+    for name in group:
+        soundfile.write(tmp_path / name, np.zeros(400), 16_000)
+    names = [recording.name for recording in open_recordings([tmp_path / name for name in group])]
+    assert len(set(names)) == len(group)
+    assert not any(name.split() != [name] for name in names)
+
+
 def test_a_file_that_breaks_off_is_named(tmp_path):
     """Its header is whole, so only reading finds out."""
     soundfile.write(tmp_path / "a.flac", np.random.default_rng(0).normal(size=80_000) * 0.1, 16_000)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,7 +97,7 @@ class Recording:
 
     name: str
     """For outputs: the file's name without its ending, or its path where two files share a name, with the
-    ending where they share that too. No white space."""
+    ending where they share that too, numbered where only white space tells them apart. No white space."""
     path: Path
     rate: int
     num_samples: int
@@ -166,7 +166,7 @@ def open_recordings(
         RecordingError: files that are missing, empty, not audio, too short, at another rate, or given twice.
 
     """
-    twice = [str(path) for path, count in Counter(paths).items() if count > 1]
+    twice = [str(path) for path, given in Counter(paths).items() if given > 1]
     if twice:
         raise RecordingError(f"{', '.join(twice[:_MOST_LISTED])}: given more than once")
     names = _names(paths)
@@ -200,12 +200,30 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """For each file the shortest name that no other file has: stem, path without ending, whole path."""
-    names: list[str] = [path.stem for path in paths]
-    for longer in ([str(path.with_suffix("")) for path in paths], [str(path) for path in paths]):
+    """For each file the shortest name that no other file has: stem, path without ending, whole path.
+
+    White space becomes _, as RTTM and CTM are split at it; paths that are then equal are numbered.
+    """
+    stems, bare, whole = (
+        (
+            ["_".join(name.split()) for name in names]
+            for names in zip(*((path.stem, str(path.with_suffix("")), str(path)) for path in paths), strict=True)
+        )
+        if paths
+        else ([], [], [])
+    )
+    names = stems
+    for longer in (bare, whole):
         shared = Counter(names)
         names = [name if shared[name] == 1 else long for name, long in zip(names, longer, strict=True)]
-    return ["_".join(name.split()) for name in names]
+    taken = set(names)
+    seen: set[str] = set()
+    for number, name in enumerate(names):
+        if name in seen:
+            names[number] = next(other for copy in count(2) if (other := f"{name}_{copy}") not in taken)
+            taken.add(names[number])
+        seen.add(names[number])
+    return names
 
 
 def _opened(name: str, path: Path, resampling: bool, geometry: Geometry) -> Recording:
