@@ -190,16 +190,19 @@ def fit(
 
     """
     frames = _batches(sample, num_clusters, settings, seed)
-    state = _load_state(checkpoint, made_from) or _FitState(_seeds(frames, num_clusters, settings, seed))
+    state = _load_state(checkpoint, made_from) or _FitState(
+        _seeds(frames, num_clusters, settings, seed), np.zeros(num_clusters, np.float32), ()
+    )
     batches = _place(frames)
     everywhere = NamedSharding(_mesh_of(batches), PartitionSpec())
-    programs = _programs(everywhere)
+    one_pass, _ = _programs(everywhere)
     while not _finished(state.inertias, settings):
         number = len(state.inertias)
+        key_bits = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), number))  # bits travel like any array
         # One placement before every pass, so that one compiled program serves them all.
-        moved = [put_sharded(part, everywhere) for part in (state.centroids, state.counts, _pass_key(seed, number))]
+        moved = [put_sharded(part, everywhere) for part in (state.centroids, state.counts, key_bits)]
         reseed = put_sharded(number + 1 < settings.passes, everywhere)
-        centroids, counts, inertia = programs.one_pass(*moved, batches, reseed)
+        centroids, counts, inertia = one_pass(*moved, batches, reseed)
         state = _FitState(np.asarray(centroids), np.asarray(counts), (*state.inertias, float(inertia)))
         if checkpoint is not None and jax.process_index() == 0:
             _save_state(checkpoint, state, made_from)
@@ -207,15 +210,12 @@ def fit(
     return KMeans(state.centroids, _mean_inertia(batches, state.centroids), len(state.inertias))
 
 
-class _FitState:
+class _FitState(NamedTuple):
     """Where a fit stands between two passes."""
 
-    def __init__(
-        self, centroids: np.ndarray, counts: np.ndarray | None = None, inertias: tuple[float, ...] = ()
-    ) -> None:
-        self.centroids = centroids
-        self.counts = np.zeros(len(centroids), np.float32) if counts is None else counts
-        self.inertias = inertias
+    centroids: np.ndarray
+    counts: np.ndarray
+    inertias: tuple[float, ...]
 
 
 def _finished(inertias: tuple[float, ...], settings: KMeansSettings) -> bool:
@@ -269,24 +269,10 @@ def _seeds(
     return min(candidates, key=lambda centroids: _mean_inertia(scored, centroids))
 
 
-def _pass_key(seed: int, number: int) -> Array:
-    """The bits of a key, which travel like any array."""
-    return jax.random.key_data(jax.random.fold_in(jax.random.key(seed), number))
-
-
-class _Programs(NamedTuple):
-    """What is computed over the devices of all hosts; results are on each of them."""
-
-    one_pass: Callable[..., Any]
-    inertias: Callable[..., Any]
-
-
 @cache
-def _programs(everywhere: NamedSharding) -> _Programs:
-    return _Programs(
-        jax.jit(_one_pass, out_shardings=everywhere),
-        jax.jit(_inertias, out_shardings=everywhere),
-    )
+def _programs(everywhere: NamedSharding) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """(one pass, mean inertias of batches) over the devices of all hosts; results are on each device."""
+    return jax.jit(_one_pass, out_shardings=everywhere), jax.jit(_inertias, out_shardings=everywhere)
 
 
 def _one_pass(
@@ -338,7 +324,7 @@ def _mesh_of(batches: Batches) -> Any:
 
 def _mean_inertia(batches: Batches, centroids: Float32[np.ndarray, "clusters dim"]) -> float:
     everywhere = NamedSharding(_mesh_of(batches), PartitionSpec())
-    found = _programs(everywhere).inertias(batches, put_sharded(centroids, everywhere))
+    found = _programs(everywhere)[1](batches, put_sharded(centroids, everywhere))
     return float(np.asarray(found, np.float64).mean())
 
 

@@ -42,59 +42,42 @@ from pretrain.features import (
     teacher_config,
 )
 from pretrain.kmeans import Centroids, nearest
-from pretrain.labels import LabelError
+from pretrain.labels import LabelError, LabelSettings
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.data.corpus import Corpus
 from wavlm_jax.model.wavlm import WavLM
 from wavlm_jax.shapes import SAMPLE_RATE, Geometry, samples_for
 
 
-def trace_label_step(
-    devices: Sequence[jax.Device],
-    *,
-    num_clusters: int,
-    rate_hz: int,
-    run: str | None,
-    layer: int | None,
-    piece_seconds: float,
-    batch_seconds: float,
-) -> tuple[str, Traced, float, Mesh]:
-    """(name, program, seconds of audio, mesh) of the step that labels a batch.
+def trace_label_step(labels: LabelSettings, devices: Sequence[jax.Device]) -> tuple[str, Traced, float, Mesh]:
+    """(name, program, seconds of audio, mesh) of the step that labels a batch, on the devices of all hosts.
 
-    Args:
-        devices: of all hosts, as many on each. The others are as in `LabelSettings`.
-        num_clusters: centroids.
-        rate_hz: of MFCC labels.
-        run: the teacher's folder, which gives its shape; where nothing is there yet, it is taken for a HuBERT Base,
-            whose layer 9 the paper clusters. None: MFCC.
-        layer: of the teacher; None: MFCC.
-        piece_seconds: the longest row.
-        batch_seconds: of the rows of a host.
-
+    A teacher's folder (`labels.run`) gives its shape; where nothing is there yet, it is taken for a HuBERT Base, whose
+    layer 9 the paper clusters. The longest row is `labels.piece_seconds`, a host's rows are `labels.batch_seconds`.
     """
     mesh = row_mesh(devices)
     hosts = len({device.process_index for device in devices})
     rows_of = NamedSharding(mesh, ROWS)
-    if run is None or layer is None:
+    if labels.teacher == "mfcc" or labels.run is None or labels.layer is None:
         block = MFCC_BLOCK * hosts
-        frames, centroids = _shape((block, MFCC_DIM), mesh, ROWS), _shape((num_clusters, MFCC_DIM), mesh)
+        frames, centroids = _shape((block, MFCC_DIM), mesh, ROWS), _shape((labels.num_clusters, MFCC_DIM), mesh)
         traced = label_program(mfcc_frames, rows_of).trace((), frames, centroids)
-        return f"labels mfcc {block}", traced, block / rate_hz, mesh
-    teacher = dataclasses.replace(teacher_config(Path(run)), num_hidden_layers=layer, padding="exact")
+        return f"labels mfcc {block}", traced, block / labels.rate_hz, mesh
+    teacher = dataclasses.replace(teacher_config(Path(labels.run)), num_hidden_layers=labels.layer, padding="exact")
     geometry = Geometry(teacher.conv_kernel, teacher.conv_stride)
     a_second = SAMPLE_RATE / geometry.hop
-    bucket = int(piece_seconds * a_second)
-    rows = rows_for(bucket, int(batch_seconds * a_second), len(devices) // hosts) * hosts
+    bucket = int(labels.piece_seconds * a_second)
+    rows = rows_for(bucket, int(labels.batch_seconds * a_second), len(devices) // hosts) * hosts
     fields: list[Any] = [
         _shape((rows, samples_of(bucket, geometry)), mesh, ROWS, np.int16),
         *(_shape((rows,), mesh, ROWS, dtype) for dtype in (np.int32, np.float32, np.float32)),
     ]
     batch: Any = Padded(*fields)
     params = jax.tree.map(lambda leaf: _shape(leaf.shape, mesh, dtype=leaf.dtype), _abstract(teacher))
-    centroids = _shape((num_clusters, teacher.hidden_size), mesh)
+    centroids = _shape((labels.num_clusters, teacher.hidden_size), mesh)
     with rows_over(mesh):
         traced = label_program(partial(layer_output, teacher), rows_of).trace(params, batch, centroids)
-    return f"labels {rows}x{bucket}", traced, rows * piece_seconds, mesh
+    return f"labels {rows}x{bucket}", traced, rows * labels.piece_seconds, mesh
 
 
 def _abstract(teacher: WavLMConfig) -> Any:

@@ -87,10 +87,10 @@ class LabelRequest:
             return None
         header = LabelHeader.load(self.folder)
         for split, corpus in self.corpora.items():
-            if split in header.splits and header.corpora[split] != corpus.fingerprint:
+            if split in header.splits and header.splits[split].corpus != corpus.fingerprint:
                 raise LabelError(
-                    f"{self.folder}: has labels of {split} for the corpus {header.corpora[split]}, the config names "
-                    f"{corpus.fingerprint}; choose another config.labels.path, or remove the folder"
+                    f"{self.folder}: has labels of {split} for the corpus {header.splits[split].corpus}, the config "
+                    f"names {corpus.fingerprint}; choose another config.labels.path, or remove the folder"
                 )
         return header
 
@@ -123,7 +123,7 @@ class LabelRequest:
             seed=self.settings.seed,
             checkpoint=self.folder / FIT,
             made_from=self.digest,
-            on_pass=_say_pass if Share.here().first else _say_nothing,
+            on_pass=_print_pass,
         )
         if Share.here().first:
             made.save(file, self.digest)
@@ -214,12 +214,9 @@ class LabelRequest:
             in_parts(name, parts_of(writer.offsets, writer.done, writer.end), part)
 
 
-def _say_pass(number: int, inertia: float) -> None:
-    print(f"k-means: pass {number}, inertia {inertia:.6g}", flush=True)
-
-
-def _say_nothing(_number: int, _inertia: float) -> None:
-    pass
+def _print_pass(number: int, inertia: float) -> None:
+    if Share.here().first:
+        print(f"k-means: pass {number}, inertia {inertia:.6g}", flush=True)
 
 
 def _bar(seconds: float, name: str) -> Any:

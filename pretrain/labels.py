@@ -23,7 +23,7 @@ from jaxtyping import Int64, UInt16, UInt64
 
 from pretrain.distributed import Share
 from pretrain.kmeans import KMeansSettings
-from wavlm_jax.files import read_json, write_json
+from wavlm_jax.files import read_json, replacing, write_json
 from wavlm_jax.settings import read
 
 _DIGEST_PIECE = 2**22
@@ -176,16 +176,6 @@ class LabelHeader:
                 f"expected {MIN_CLUSTERS} to {MAX_CLUSTERS} and at least 1"
             )
 
-    @property
-    def corpora(self) -> dict[str, str]:
-        """Split -> fingerprint of its corpus."""
-        return {split: header.corpus for split, header in self.splits.items()}
-
-    @property
-    def quality(self) -> dict[str, Mapping[str, float | None]]:
-        """Split -> measures of pretrain/quality.py."""
-        return {split: header.quality for split, header in self.splits.items()}
-
     def write(self, folder: Path) -> None:
         """Makes `folder` a whole label store."""
         write_json(folder / HEADER, asdict(self))
@@ -292,7 +282,8 @@ class SplitWriter:
         """Of this host's utterances."""
         if share.first:
             for name, array in (("offsets", self.offsets), ("keys", keys)):
-                _save(file_of(folder, split, name), array)
+                with replacing(file_of(folder, split, name)) as draft, draft.open("wb") as file:
+                    np.save(file, array, allow_pickle=False)
         self._base = int(self.offsets[self.start])
         self._num_labels = int(self.offsets[self.end]) - self._base
         self._header = _npy_header(self._num_labels)
@@ -326,13 +317,10 @@ class SplitWriter:
         whole = file_of(self._folder, self._split, "labels")
         files = [self._file(index) for index in range(self._share.count)]
         if files != [whole]:
-            partial = whole.with_name(whole.name + ".partial")
-            with partial.open("wb") as file:
+            with replacing(whole) as draft, draft.open("wb") as file:
                 file.write(_npy_header(int(self.offsets[-1])))
                 for part in files:
                     _copy(map_array(part, np.uint16), file)
-                _sync(file)
-            partial.replace(whole)
         return array_digest(map_array(whole, np.uint16))
 
     def _note(self, done: int) -> None:
@@ -367,14 +355,6 @@ def _npy_header(count: int) -> bytes:
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, {"descr": "<u2", "fortran_order": False, "shape": (count,)})
     return buffer.getvalue()
-
-
-def _save(file: Path, array: np.ndarray) -> None:
-    temporary = file.with_name(file.name + ".tmp")
-    with temporary.open("wb") as handle:
-        np.save(handle, array, allow_pickle=False)
-        _sync(handle)
-    temporary.replace(file)
 
 
 def _sync(file: BinaryIO) -> None:

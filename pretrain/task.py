@@ -235,7 +235,7 @@ def outline(config: Mapping[str, Any], topology: Topology) -> Task:
         batch, shapes, group = settings.batch, FrameLabels.shapes, settings.mixing.group
         if split != "train":
             batch, group = dataclasses.replace(batch, buckets=settings.data.evaluation_buckets), 1
-        elif _wants_noise(settings.mixing):
+        elif settings.mixing.noise_prob_given_mix > 0:
             shapes = _with_noise
         host = Host(topology.process_index, topology.process_count)
         return spec_stream(batch, shapes, topology.num_devices, group, host)
@@ -245,17 +245,7 @@ def outline(config: Mapping[str, Any], topology: Topology) -> Task:
 
 def label_step(config: Mapping[str, Any], devices: Sequence[jax.Device]) -> tuple[str, Traced, float, Mesh]:
     """(name, program, seconds of audio, mesh) of the step that makes the labels of a config, on all devices."""
-    labels = _read(config).labels
-    layered = labels.teacher == "layer"
-    return trace_label_step(
-        devices,
-        num_clusters=labels.num_clusters,
-        rate_hz=labels.rate_hz,
-        run=labels.run if layered else None,
-        layer=labels.layer if layered else None,
-        piece_seconds=labels.piece_seconds,
-        batch_seconds=labels.batch_seconds,
-    )
+    return trace_label_step(_read(config).labels, devices)
 
 
 def _read(config: Mapping[str, Any]) -> PretrainSettings:
@@ -335,16 +325,12 @@ def _streams(
     return stream
 
 
-def _wants_noise(mixing: MixingSettings) -> bool:
-    return mixing.noise_corpus is not None and mixing.noise_prob_given_mix > 0
-
-
 def _with_noise(frames: int) -> Mapping[str, jax.ShapeDtypeStruct]:
     return {**FrameLabels.shapes(frames), **NoiseClips.shapes(frames)}
 
 
 def _noise(mixing: MixingSettings) -> tuple[NoiseClips, ...]:
-    if mixing.noise_corpus is None or not _wants_noise(mixing):
+    if mixing.noise_corpus is None or mixing.noise_prob_given_mix == 0:
         return ()
     return (NoiseClips(Corpus.open(Path(mixing.noise_corpus)), mixing.noise_prob_given_mix),)
 

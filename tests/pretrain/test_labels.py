@@ -70,7 +70,8 @@ def test_labels_are_read_back(tmp_path, corpora, labels):
             assert found.tolist() == expected.tolist()
     with pytest.raises(IndexError, match="train has no utterance 12"):
         stores["train"].labels(12)
-    assert stores["train"].header.corpora == {split: corpus.fingerprint for split, corpus in corpora.items()}
+    labelled = {split: header.corpus for split, header in stores["train"].header.splits.items()}
+    assert labelled == {split: corpus.fingerprint for split, corpus in corpora.items()}
 
 
 @given(counts=st.lists(st.integers(0, 30), min_size=1, max_size=12), cuts=st.sets(st.integers(1, 11)), data=st.data())

@@ -74,9 +74,9 @@ def test_labels_are_the_nearest_centroids(made, corpora):
 def test_labels_pass_the_preflight_and_know_the_sounds(made, corpora):
     settings, header, _ = made
     check_labels(settings, corpora)
-    assert header.quality["train"]["pnmi"] > 0.5
-    assert header.quality["valid"]["pnmi"] is None
-    assert header.quality["valid"]["used_clusters"] > 6
+    assert header.splits["train"].quality["pnmi"] > 0.5
+    assert header.splits["valid"].quality["pnmi"] is None
+    assert header.splits["valid"].quality["used_clusters"] > 6
 
 
 def test_second_run_does_nothing(made, corpora, monkeypatch):
