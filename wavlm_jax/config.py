@@ -156,7 +156,7 @@ class WavLMConfig:
 
         Args:
             values: the parsed JSON object; missing keys take transformers' own defaults.
-            do_normalize: from `preprocessor_config.json`; None: True for layer-normed conv encoders, else False.
+            do_normalize: of the feature extractor; None: True for layer-normed conv encoders, else False.
 
         Raises:
             ValueError: a value that this model does not support; the key is named.

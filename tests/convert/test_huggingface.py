@@ -149,6 +149,8 @@ def test_tensors_that_do_not_fit_are_named(folder, change, message):
         ("config.json", b"[1]", "config.json: found a list, expected an object"),
         ("config.json", b"[" * 100_000, "config.json: not readable as JSON"),
         ("preprocessor_config.json", b'{"do_normalize": "yes"}', "do_normalize is 'yes', expected true or false"),
+        ("preprocessor_config.json", b'{"sampling_rate": 8000}', "sampling_rate is 8000; this model only takes 16000"),
+        ("processor_config.json", b'{"feature_extractor": 1}', "feature_extractor is a int, expected an object"),
     ],
 )
 def test_damaged_files_are_named(tmp_path, file, content, message):
@@ -156,6 +158,29 @@ def test_damaged_files_are_named(tmp_path, file, content, message):
     (tmp_path / file).write_bytes(content)
     with pytest.raises((DamagedFile, SettingsError), match=message):
         import_huggingface(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("new", "old"),
+    [
+        ({"feature_extractor": {"do_normalize": True}}, None),
+        ({"feature_extractor": {"do_normalize": False}}, None),
+        ({"audio_processor": {"do_normalize": True}}, None),
+        ({"feature_extractor": {"do_normalize": True}}, {"do_normalize": False}),
+        ({"feature_extractor": {"do_normalize": False}}, {"do_normalize": True}),
+        ({"feature_extractor": {}}, {"do_normalize": False}),
+        ({"processor_class": "Wav2Vec2Processor"}, {"do_normalize": True}),
+        (None, {"do_normalize": True}),
+        (None, {"sampling_rate": 16000}),
+    ],
+)
+def test_normalisation_is_what_transformers_reads_from_the_old_and_the_new_file(tmp_path, new, old):
+    torch_model(CONFIGS["base"]).save_pretrained(tmp_path)
+    for name, values in (("processor_config.json", new), ("preprocessor_config.json", old)):
+        if values is not None:
+            (tmp_path / name).write_text(json.dumps(values))
+    theirs = transformers.Wav2Vec2FeatureExtractor.from_pretrained(tmp_path)
+    assert import_huggingface(tmp_path).config.do_normalize == theirs.do_normalize
 
 
 def test_half_a_file_is_refused(folder):

@@ -36,6 +36,8 @@ from wavlm_jax.text.vocabulary import tokenizer_files
 from wavlm_jax.weights import Origin, Weights
 
 CONFIG, PREPROCESSOR, CONVENTIONS = "config.json", "preprocessor_config.json", "wavlm_jax.json"
+_PROCESSOR, _EXTRACTORS = "processor_config.json", ("feature_extractor", "audio_processor")
+"""Where transformers 5 writes the feature extractor: a file, and the key in it that holds what PREPROCESSOR held."""
 _PRETRAINING_HEAD = "pretraining_head.safetensors"
 _FORMAT = 1
 _MAX_SIZE = 2**20
@@ -85,7 +87,7 @@ def import_huggingface(folder: Path) -> Weights:
 
     Args:
         folder: holds config.json and the weights (model.safetensors, pytorch_model.bin, or shards of either with their
-            index), and may hold preprocessor_config.json, a vocabulary, and what we write beside these.
+            index), and may hold processor_config.json or preprocessor_config.json, a vocabulary, and what we write beside these.
 
     Raises:
         FileNotFoundError: no config.json or weights, naming what the folder has instead.
@@ -162,13 +164,33 @@ def _config(values: dict[str, Any], folder: Path, conventions: Conventions | Non
     """The encoder that config.json describes; without `conventions` it follows transformers' own."""
     if has_head:  # the adapter is the head's business; an encoder alone has none here
         values = {key: value for key, value in values.items() if key != "add_adapter"}
-    path = folder / PREPROCESSOR
-    do_normalize = read_json(path).get("do_normalize") if path.is_file() else None
+    path, extractor = _feature_extractor(folder)
+    do_normalize = None if path is None else extractor.get("do_normalize", True)
     if do_normalize is not None and not isinstance(do_normalize, bool):
         raise SettingsError(f"{path}: do_normalize is {do_normalize!r}, expected true or false")
+    if (rate := extractor.get("sampling_rate", SAMPLE_RATE)) != SAMPLE_RATE:
+        raise SettingsError(f"{path}: sampling_rate is {rate!r}; this model only takes {SAMPLE_RATE} Hz")
     typed = _typed(values, WavLMConfig, folder / CONFIG)
     config = WavLMConfig.from_huggingface(values | typed, do_normalize=do_normalize)
     return config if conventions is None else dataclasses.replace(config, **conventions.chosen(_CONVENTIONS))
+
+
+def _feature_extractor(folder: Path) -> tuple[Path | None, dict[str, Any]]:
+    """The file that describes the feature extractor, and its fields; (None, {}): no file does.
+
+    As in transformers 5: what processor_config.json holds is taken where both files have it, missing fields have the
+    defaults of `Wav2Vec2FeatureExtractor`, so `do_normalize` is true.
+    """
+    if (path := folder / _PROCESSOR).is_file():
+        values = read_json(path)
+        key = next((key for key in _EXTRACTORS if key in values), None)
+        found = None if key is None else values[key]
+        if found is not None and not isinstance(found, dict):
+            raise SettingsError(f"{path}: {key} is a {type(found).__name__}, expected an object")
+        if found is not None:
+            return path, found
+    path = folder / PREPROCESSOR
+    return (path, read_json(path)) if path.is_file() else (None, {})
 
 
 def _head_config(
