@@ -57,6 +57,7 @@ def test_base_and_large_differ_as_published():
         ({"conv_dim": (8, 8)}, "one each per conv layer"),
         ({"hidden_size": 33}, "model.hidden_size: found 33, expected a multiple of 2"),
         ({"num_buckets": 30}, "expected a multiple of 4"),
+        ({"num_buckets": 32, "max_bucket_distance": 8}, "max_bucket_distance: found 8, expected more"),
         ({"layerdrop": 1.0}, "model.layerdrop: found 1.0, expected a probability"),
     ],
 )

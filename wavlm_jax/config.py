@@ -99,6 +99,11 @@ class WavLMConfig:
         ):
             if getattr(self, name) % divisor:
                 raise ValueError(f"model.{name}: found {getattr(self, name)}, expected a multiple of {divisor}")
+        if self.position_bias and 4 * self.max_bucket_distance <= self.num_buckets:
+            raise ValueError(
+                f"model.max_bucket_distance: found {self.max_bucket_distance}, expected more than a quarter of the "
+                f"{self.num_buckets} num_buckets, which hold one distance each"
+            )
         for name in ("feat_proj_dropout", "hidden_dropout", "attention_dropout", "activation_dropout", "layerdrop"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"model.{name}: found {getattr(self, name)}, expected a probability in [0, 1)")

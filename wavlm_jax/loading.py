@@ -218,19 +218,32 @@ def shapes_of(tree: Params) -> dict[str, tuple[int, ...]]:
     return {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def load(path: Path | str, padding: Padding | None = None, *, step: int | None = None) -> Model:
+def load(
+    path: Path | str,
+    padding: Padding | None = None,
+    *,
+    step: int | None = None,
+    num_attention_heads: int | None = None,
+) -> Model:
     """The model in `path`, on the default device and ready to be called.
 
     Args:
         path: see `loading.load_weights`.
         padding: overrides the source's convention: "exact", "huggingface" or "microsoft" (docs/parity.md).
         step: checkpoint of a run; None: the newest that verifies.
+        num_attention_heads: of a torchaudio HuBERT, which no tensor tells; None: as in the published model of its
+            width.
 
     Raises:
-        ValueError: see `loading.load_weights`; a padding that there is not.
+        ValueError: see `loading.load_weights`; a padding that there is not; heads of a source that tells them itself.
 
     """
-    weights = load_weights(Path(path), step)
+    if num_attention_heads is None:
+        weights = load_weights(Path(path), step)
+    elif step is None and Path(path).is_file() and is_torchaudio(read_torch_file(Path(path))):
+        weights = import_torchaudio(Path(path), num_attention_heads=num_attention_heads)
+    else:
+        raise ValueError(f"{path}: num_attention_heads is for a torchaudio state dict alone; other sources tell it")
     if padding is not None:
         weights = dataclasses.replace(weights, config=dataclasses.replace(weights.config, padding=padding))
     return ready(weights)

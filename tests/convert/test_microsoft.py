@@ -35,6 +35,7 @@ from wavlm_jax.convert.microsoft import export_microsoft, format_conv_layers, im
 from wavlm_jax.convert.state_dict import ConversionError, from_torch
 from wavlm_jax.convert.torchaudio import import_torchaudio
 from wavlm_jax.files import DamagedFile, HostileFile
+from wavlm_jax.loading import load
 from wavlm_jax.model.heads import tree_shapes
 from wavlm_jax.model.wavlm import WavLM
 
@@ -477,6 +478,17 @@ def test_torchaudio_becomes_the_model(tmp_path, kind, spelling):
     assert imported.config.padding == "huggingface"
     assert any("masked_spec_embed" in note for note in imported.origin.notes)
     assert_same_hidden_states(model, imported)
+
+
+def test_heads_of_torchaudios_hubert_are_those_of_its_published_size_or_as_asked(tmp_path):
+    model = torch_model(
+        small_config(hidden_size=1280, num_attention_heads=16, position_bias=False, intermediate_size=8)
+    )
+    path = save(torchaudio_state(model), tmp_path / "ta.pt")
+    assert_same_hidden_states(model, import_torchaudio(path))
+    assert load(path, num_attention_heads=8).config.num_attention_heads == 8
+    with pytest.raises(ValueError, match="num_attention_heads is for a torchaudio state dict alone"):
+        load(tmp_path, num_attention_heads=8)
 
 
 def test_torchaudios_pre_training_model(tmp_path):

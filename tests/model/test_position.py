@@ -1,10 +1,13 @@
 """Buckets, Toeplitz matrices, the gate, and the positional convolution."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from transformers.models.wavlm.modeling_wavlm import WavLMAttention
 
 from tests.support.torch_twins import small_config, torch_model
 from wavlm_jax.config import Compute, WavLMConfig
@@ -37,6 +40,17 @@ def test_buckets_equal_transformers_for_every_distance(buckets, distance):
     theirs = torch_model(small_config(num_buckets=buckets, max_bucket_distance=distance)).encoder.layers[0].attention
     distances = np.arange(-2000, 2001)
     expected = theirs._relative_positions_bucket(torch.tensor(distances))
+    np.testing.assert_array_equal(relative_buckets(distances, buckets, distance), expected.numpy())
+
+
+@pytest.mark.parametrize(
+    ("buckets", "distance"),
+    [(4, 2), (4, 9), (8, 72), (8, 450), (16, 64), (16, 400), (20, 160), (32, 128), (320, 81), (152, 1550), (128, 1997)],
+)
+def test_edges_of_buckets_equal_transformers_where_float64_has_others(buckets, distance):
+    theirs = SimpleNamespace(num_buckets=buckets, max_distance=distance)
+    distances = np.arange(-2 * distance, 2 * distance)
+    expected = WavLMAttention._relative_positions_bucket(theirs, torch.tensor(distances))
     np.testing.assert_array_equal(relative_buckets(distances, buckets, distance), expected.numpy())
 
 

@@ -23,7 +23,7 @@ def main() -> int:
     arguments = _parser().parse_args()
     jax.config.update("jax_platforms", "cpu")  # leaves the accelerators to runs
     try:
-        model = load(arguments.source, step=arguments.step)
+        model = load(arguments.source, step=arguments.step, num_attention_heads=arguments.heads)
         print(f"{arguments.source}: {model.weights.origin.dialect}")
         for line in (*model.weights.origin.notes, *conventions(model.weights)):
             print(f"  {line}")
@@ -51,6 +51,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("source", help="folder, file, workdir of a run, or name on the hub")
         command.add_argument("out", type=Path, help="folder (or, for microsoft, file) to write")
         command.add_argument("--step", type=int, help="checkpoint of the run; the newest if not given")
+        command.add_argument(
+            "--heads", type=int, help="attention heads of a torchaudio HuBERT; those of the published size if not given"
+        )
         command.add_argument(
             "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the numbers written"
         )

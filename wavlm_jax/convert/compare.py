@@ -25,7 +25,9 @@ from wavlm_jax.weights import Model, Output, ready
 
 _SHORTEST = 7000
 _SHARES = (2.3, 1.6, 1.0)
-"""Lengths of the rows of the ragged batch, in shortest rows; the first alone is the fixed clip."""
+"""Lengths of the rows of the ragged batch, in shortest rows; the clip is at least as long as the first."""
+_MOST_FRAMES = 2048
+"""Of the clip: longer ones would take minutes; a bias that reaches further is compared up to here."""
 _SEED = 2110_13900
 
 
@@ -65,21 +67,26 @@ def error(found: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def probes(model: Model) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """(waveform, num_samples): a clip alone, then three rows of different lengths padded to the longest."""
-    shortest = _SHORTEST
+    """(waveform, num_samples): a clip alone, then three rows of different lengths padded to the longest.
+
+    The clip is so long that every bucket of the position bias is reached.
+    """
+    shortest, geometry = _SHORTEST, Geometry(model.config.conv_kernel, model.config.conv_stride)
     if model.weights.task is not None:
         head = model.weights.task.config
         frames = head.tdnn_context + 4
         frames *= head.adapter_stride**head.num_adapter_layers if head.add_adapter else 1
-        shortest = max(shortest, samples_for(frames, Geometry(model.config.conv_kernel, model.config.conv_stride)))
+        shortest = max(shortest, samples_for(frames, geometry))
+    reach = min(model.config.max_bucket_distance + 1, _MOST_FRAMES) if model.config.position_bias else 1
+    lengths = [max(int(shortest * _SHARES[0]), samples_for(reach, geometry)), *(int(shortest * s) for s in _SHARES)]
     random = np.random.default_rng(_SEED)
     waves = []
-    for share in _SHARES:
-        time = np.arange(int(shortest * share))
+    for length in lengths:
+        time = np.arange(length)
         swell = 0.2 + np.sin(time / 3000) ** 2
         waves.append((0.3 * swell * random.standard_normal(len(time))).astype(np.float32))
     yield model.inputs(waves[:1]).waveform, None
-    batch = model.inputs(waves)
+    batch = model.inputs(waves[1:])
     yield batch.waveform, batch.num_samples
 
 

@@ -87,7 +87,8 @@ def import_huggingface(folder: Path) -> Weights:
 
     Args:
         folder: holds config.json and the weights (model.safetensors, pytorch_model.bin, or shards of either with their
-            index), and may hold processor_config.json or preprocessor_config.json, a vocabulary, and what we write beside these.
+            index), and may hold processor_config.json or preprocessor_config.json, a vocabulary, and what we write
+            beside these.
 
     Raises:
         FileNotFoundError: no config.json or weights, naming what the folder has instead.

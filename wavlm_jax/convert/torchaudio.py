@@ -35,7 +35,10 @@ _MASK_VECTOR, _OUR_MASK_VECTOR = "mask_generator.mask_embedding", "masked_spec_e
 _FINE_TUNING = re.compile(r"^aux\.(weight|bias)$")
 _FUSED = re.compile(r"^(encoder\.transformer\.layers\.\d+\.attention\.)attention\.in_proj_(weight|bias)$")
 _FUSED_OUT = re.compile(r"^(encoder\.transformer\.layers\.\d+\.attention\.)attention\.(out_proj\.)")
+_HEADS = {768: 12, 1024: 16, 1280: 16}
+"""Width -> attention heads of the HuBERT models that torchaudio publishes: Base, Large, X-Large."""
 _HEAD_WIDTH = 64
+"""Of one head in models of other widths."""
 
 
 def is_torchaudio(state: Any) -> bool:
@@ -120,7 +123,8 @@ def _config(encoder: Mapping[str, LazyTensor], path: Path, changes: dict[str, An
     width, group_width, taps = shape("encoder.transformer.pos_conv_embed.conv.weight_v", 3)
     layer_normed = "feature_extractor.conv_layers.1.layer_norm.weight" in encoder
     bias = f"{layer}.attention.rel_attn_embed.weight" in encoder
-    table = shape(f"{layer}.attention.rel_attn_embed.weight", 2) if bias else (4, max(1, width // _HEAD_WIDTH))
+    heads = _HEADS.get(width, max(1, width // _HEAD_WIDTH))
+    table = shape(f"{layer}.attention.rel_attn_embed.weight", 2) if bias else (4, heads)
     values: dict[str, Any] = {
         "hidden_size": width,
         "num_hidden_layers": _count(encoder, "layers"),

@@ -11,7 +11,7 @@ give the same numbers up to rounding (docs/performance.md has the times).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -50,15 +50,39 @@ def relative_buckets(
 
     Half of the buckets are for keys after the query. In each half, the first half of the buckets holds one distance
     each, and the others are logarithmic up to `max_distance`, beyond which all distances share the last bucket.
-    Computed on the host, because an accelerator's logarithm may round differently at the edge of a bucket.
+    In float32 and in torch's order, so that edges are where transformers and the authors' code have them (64 of 32
+    buckets up to 128: 12, where float64 gives 11). Computed on the host, because an accelerator's logarithm may round
+    differently at the edge of a bucket.
     """
     half = num_buckets // 2
     exact = half // 2
     size = np.abs(distances)
-    scale = (half - exact) / np.log(max_distance / exact)
-    logarithmic = exact + (np.log(np.maximum(size, exact) / exact) * scale).astype(np.int32)
+    ratio = np.maximum(size, exact).astype(np.float32) / np.float32(exact)
+    log = np.log(ratio.astype(np.float64)).astype(np.float32)
+    scaled = log / np.float32(math.log(max_distance / exact)) * np.float32(half - exact)
+    logarithmic = (np.float32(exact) + scaled).astype(np.int32)
+    if (exception := _TORCH_ROUNDS.get((num_buckets, max_distance))) is not None:
+        logarithmic = np.where(size == exception[0], exception[1], logarithmic)
     bucket = np.where(size < exact, size, np.minimum(logarithmic, half - 1))
     return (bucket + np.where(distances > 0, half, 0)).astype(np.int32)
+
+
+# fmt: off
+_TORCH_ROUNDS: Mapping[tuple[int, int], tuple[int, int]] = {
+    (68, 1577): (709, 31), (88, 1598): (127, 31), (96, 1254): (550, 43), (128, 1997): (1755, 62),
+    (148, 1169): (59, 42), (152, 1550): (644, 66), (156, 1779): (1613, 77), (172, 859): (199, 65),
+    (204, 1358): (1194, 100), (216, 1037): (568, 97), (244, 699): (147, 82), (248, 948): (411, 104),
+    (260, 1003): (747, 123), (276, 476): (189, 105), (284, 1726): (920, 127), (292, 1618): (856, 131),
+    (296, 1275): (716, 133), (308, 1594): (435, 121), (324, 725): (422, 141), (324, 1300): (955, 153),
+    (348, 548): (453, 165), (352, 1075): (458, 145), (356, 883): (488, 154), (364, 1093): (1007, 179),
+    (376, 295): (215, 161), (392, 394): (367, 190), (392, 1287): (1043, 188), (396, 403): (256, 166),
+    (400, 169): (130, 149), (404, 719): (451, 177), (404, 1298): (1234, 200), (428, 965): (554, 186),
+    (488, 983): (641, 219), (544, 963): (846, 262), (548, 1196): (408, 205), (552, 952): (378, 210),
+    (572, 961): (830, 275), (628, 901): (540, 268),
+}
+# fmt: on
+"""(num_buckets, max_distance) -> the distance at which torch's float32 logarithm on a CPU is not the nearest number and
+so gives another bucket, and that bucket: all there are for up to 320 buckets and distances of 2000, or 640 and 1300."""
 
 
 class RelativePositionTable(nn.Module):
