@@ -9,16 +9,17 @@ run record (step, resolved config, fingerprints of the data, versions) and the S
     gs://.../checkpoints/2000/{params,...}                     being written
     gs://.../checkpoints/.manifest-last                        says so, and that what has no manifest may be deleted
 
-Not Orbax's `training.Checkpointer` (tried with 0.12.8): its commit, clean-up and retention do not pass these tests.
-* test_every_damaged_file_is_named_and_the_step_before_is_used: its commit itself writes files, with the time in them,
-  which no checksum can cover; checksums after the commit would fail test_killed_in_each_phase_of_a_save.
-* test_what_one_host_cannot_write_is_no_checkpoint_on_any: the others are told of a time limit and not of the host; what
-  else a host has to do for a checkpoint (upload its log) has no part in the commit.
-* test_only_a_workdir_with_our_mark_is_swept: in a bucket its clean-up deletes every folder without its own marker.
-* test_two_dozen_kills: a deletion that is interrupted leaves half a checkpoint, which counts as one.
-* test_a_refused_step_is_written_again_and_does_not_push_good_ones_out: damaged checkpoints count as kept.
-* test_training_survives_a_full_disk: the unfinished folder stays, and what was due for deletion is never deleted.
-Its renames are not made durable (fsync) either.
+This is not Orbax's `training.Checkpointer`. What 0.12.8 does, by probes and its source, and the tests that forbid it:
+* Its commit writes _CHECKPOINT_METADATA with the time in it, after the last moment at which files can be hashed; hashed
+  after the commit, a kill in between leaves a checkpoint without checksums
+  (test_every_damaged_file_is_named_and_the_step_before_is_used, test_killed_in_each_phase_of_a_save).
+* When one host cannot write, the others are told of a time limit and not of the host
+  (test_what_one_host_cannot_write_is_no_checkpoint_on_any).
+* In a bucket its clean-up deletes every folder without its own marker, other programs' too
+  (test_only_a_workdir_with_our_mark_is_swept).
+No test forbids the rest: damaged checkpoints count as kept, so that the last good one was deleted; an interrupted
+deletion leaves half a checkpoint that is listed; after a failed save the session leaves its temporary folder, and does
+not delete the step that was due. In its source, files and renames are not synced to disk (fsync).
 """
 
 import contextlib
