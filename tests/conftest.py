@@ -33,11 +33,13 @@ install_import_hook(["wavlm_jax", "pretrain"], "beartype.beartype")
 import jax
 import pytest
 
+from tests.support.memory import give_memory_back
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
-collect_ignore = ["test_beam.py"] if sys.version_info >= (3, 13) else []
+collect_ignore = ["text/test_beam.py"] if sys.version_info >= (3, 13) else []
 """flashlight-text has no wheel there (docs/dependencies.md); what a user is told instead is in test_decoding.py."""
 
 
@@ -48,6 +50,13 @@ def _flags_parsed() -> None:
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _memory_given_back():
+    """A worker keeps neither the programs of a file that is done nor the memory that malloc holds on to."""
+    yield
+    give_memory_back()
 
 
 @pytest.fixture(scope="module")

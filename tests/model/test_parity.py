@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.memory import give_memory_back
 from tests.support.torch_twins import attention_mask, our_parameters, small_config, torch_model, twins, waveforms
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.convert.state_dict import to_torch
@@ -88,12 +89,14 @@ def test_base_shape_with_gradients():
 
 
 def test_large_shape():
+    give_memory_back()
     config, waveform = WavLMConfig.large(padding="huggingface"), waveforms((6000,))
     theirs = torch_model(config)
     with torch.no_grad():
         reference = torch_states(theirs, waveform).numpy()
     params = our_parameters(theirs, config)
     del theirs  # 1.3 GB
+    give_memory_back()
     ours = jax.jit(lambda params: our_states(WavLM(config), params, waveform, None, None))(params)
     np.testing.assert_allclose(ours, reference, atol=1e-4, rtol=0)
 

@@ -29,8 +29,8 @@ def test_every_preset_is_frozen_and_averages_layers(recipe, preset):
     assert head.use_weighted_layer_sum
     assert head.layer_sum_states == ("raw" if preset == "large_raw" else "normed")
     assert task.model.hidden_size == (1024 if preset.startswith("large") else 768)
-    assert settings.optim.freeze["encoder"].holds("wavlm/encoder/layer_norm/scale")
-    assert not settings.optim.freeze["encoder"].holds("layer_weights")
+    assert settings.optim.freeze["encoder"].matches("wavlm/encoder/layer_norm/scale")
+    assert not settings.optim.freeze["encoder"].matches("layer_weights")
     assert (task.model.hidden_dropout, task.model.layerdrop, task.model.mask_time_prob) == (0, 0, 0)
 
 
