@@ -30,8 +30,12 @@ from jaxtyping import install_import_hook
 
 install_import_hook(["wavlm_jax", "pretrain"], "beartype.beartype")
 
+import hypothesis
 import jax
 import pytest
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("untimed")
 
 from tests.support.memory import give_memory_back
 

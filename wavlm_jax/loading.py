@@ -5,9 +5,9 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import numpy as np
@@ -178,12 +178,6 @@ def _line(text: str) -> dict[str, Any]:
     except json.JSONDecodeError:
         return {}
     return values if isinstance(values, dict) else {}
-
-
-Load: TypeAlias = Callable[[Path, int | None], Weights]
-"""(where, checkpoint step or None) -> what is there; `wavlm_jax.loading.load_weights` knows every kind of source.
-
-How whoever needs weights is given them, without knowing a file format."""
 
 
 def fitting_weights(path: str, step: int | None, model: WavLMConfig, body: Params) -> Weights:

@@ -10,6 +10,7 @@ from jax.sharding import AxisType, Mesh
 
 from pretrain.task import InitSettings, build, head_warmup, initial_params
 from tests.support.speech import make_corpora, tiny_config
+from wavlm_jax import loading
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.convert.huggingface import export_huggingface
 from wavlm_jax.model.wavlm import WavLM
@@ -104,18 +105,20 @@ def head_of(rows: int, width: int = 2, seed: int = 0) -> dict:
 
 
 @pytest.mark.parametrize(("found", "wanted"), [(100, 100), (104, 100), (100, 104)])
-def test_heads_with_and_without_fairseqs_four_rows(found, wanted) -> None:
+def test_heads_with_and_without_fairseqs_four_rows(found, wanted, monkeypatch) -> None:
     fresh, given = {"wavlm": BODY, "head": head_of(wanted)}, head_of(found, seed=1)
-    head = initial_params(settings_of(), TINY, fresh, lambda *_: Weights(TINY, BODY, given))["head"]
+    monkeypatch.setattr(loading, "load_weights", lambda *_: Weights(TINY, BODY, given))
+    head = initial_params(settings_of(), TINY, fresh)["head"]
     assert head["label_embeddings"].shape == (wanted, 2)
     np.testing.assert_array_equal(head["label_embeddings"][-100:], given["label_embeddings"][-100:])
     np.testing.assert_array_equal(head["final_proj"]["kernel"], given["final_proj"]["kernel"])
 
 
 @pytest.mark.parametrize("found", [None, head_of(99), head_of(100, width=3)])
-def test_a_head_of_other_clusters_stays_fresh(found) -> None:
+def test_a_head_of_other_clusters_stays_fresh(found, monkeypatch) -> None:
     fresh = {"wavlm": BODY, "head": head_of(100)}
-    head = initial_params(settings_of(), TINY, fresh, lambda *_: Weights(TINY, BODY, found))["head"]
+    monkeypatch.setattr(loading, "load_weights", lambda *_: Weights(TINY, BODY, found))
+    head = initial_params(settings_of(), TINY, fresh)["head"]
     assert all(one is other for one, other in zip(*map(jax.tree.leaves, (head, fresh["head"])), strict=True))
 
 
