@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from wavlm_jax.audio.wave import AudioFault, decode, open_audio, read_blocks, resample, to_mono
+from wavlm_jax.audio.wave import AudioFault, decode, num_samples_of, open_audio, read_blocks, resample, to_mono
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.shapes import SAMPLE_RATE, STANDARD, Geometry, num_frames, samples_for
 
@@ -228,7 +228,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 def _opened(name: str, path: Path, resampling: bool, geometry: Geometry) -> Recording:
     with open_audio(path) as audio:
-        rate, frames = audio.samplerate, audio.frames
+        rate, frames = audio.samplerate, num_samples_of(audio)
     if rate == SAMPLE_RATE:
         num_samples = frames
     elif resampling:

@@ -19,6 +19,7 @@ import soundfile
 import soxr
 from jaxtyping import Float32, Int16
 
+from wavlm_jax.audio.mpeg import contents, with_length
 from wavlm_jax.shapes import SAMPLE_RATE
 
 FaultName = Literal[
@@ -48,6 +49,12 @@ FULL_SCALE = 32768
 BLOCK_SAMPLES = 1 << 18
 _MOST_SAMPLES = 1 << 40
 """libsndfile reports 2^63 - 1 samples for a FLAC whose header does not say; 2^40 are two years of 16 kHz audio."""
+
+
+LOSSY_SECONDS = 0.1
+_LOSSY = ("MP3", "OGG")
+_DELAY_FRAMES = 6
+"""Of MP3, at both ends: samples that are in the bytes and that the Info frame tells decoders to leave out."""
 
 
 class AudioFault(ValueError):  # noqa: N818  (a fault is counted and skipped, an error stops)
@@ -100,8 +107,13 @@ def open_audio(source: AudioSource) -> Iterator[soundfile.SoundFile]:
         handle.seek(0)
         try:
             with soundfile.SoundFile(handle) as audio:
-                _check_header(audio, handle)
-                yield audio
+                whole = _whole_mp3(audio, handle) if audio.format == "MP3" else None
+                if whole is None:
+                    _check_header(audio, handle)
+                    yield audio
+            if whole is not None:
+                with soundfile.SoundFile(whole) as audio:
+                    yield audio
         except (soundfile.LibsndfileError, soundfile.SoundFileRuntimeError, OSError) as error:
             raise _as_fault(error) from error
 
@@ -111,6 +123,8 @@ def read_blocks(
 ) -> Iterator[Float32[np.ndarray, "samples channels"] | Int16[np.ndarray, "samples channels"]]:
     """The file from its start in blocks of at most `BLOCK_SAMPLES` values; checked: finite, as many as the header says.
 
+    A lossy file may have 0.1 s less.
+
     Raises:
         AudioFault: not_finite, truncated.
 
@@ -118,6 +132,8 @@ def read_blocks(
     done, size = 0, BLOCK_SAMPLES // audio.channels
     while done < audio.frames:
         block = audio.read(min(size, audio.frames - done), dtype=dtype, always_2d=True)
+        if not len(block) and done and is_about(done, audio):
+            return
         if not len(block):
             raise AudioFault("truncated", f"found {done} samples, its header says {audio.frames}")
         if block.dtype != np.int16 and not np.isfinite(block).all():
@@ -125,6 +141,21 @@ def read_blocks(
             raise AudioFault("not_finite", f"sample {where} is NaN or infinite")
         done += len(block)
         yield block
+
+
+def is_about(num_samples: int, audio: soundfile.SoundFile) -> bool:
+    """Whether a file can have `num_samples`: lossy encoders' delay makes what their headers say a hint (0.1 s)."""
+    slack = LOSSY_SECONDS * audio.samplerate if audio.format in _LOSSY else 0
+    return abs(num_samples - audio.frames) <= slack
+
+
+def num_samples_of(audio: soundfile.SoundFile) -> int:
+    """Samples that reading gives: of a lossy file by decoding it, as its header is a hint; else the header's number."""
+    if audio.format not in _LOSSY:
+        return audio.frames
+    counted = sum(len(block) for block in read_blocks(audio, "float32"))
+    audio.seek(0)
+    return counted
 
 
 def read_crop(source: AudioSource, start: int, num_samples: int | None) -> Int16[np.ndarray, "samples"]:
@@ -187,6 +218,19 @@ def _regular_file(path: Path) -> io.FileIO:
         os.close(descriptor)
         raise AudioFault("not_a_file", f"{path}: a directory, pipe or device, expected a file")
     return io.FileIO(descriptor)
+
+
+def _whole_mp3(audio: soundfile.SoundFile, handle: io.IOBase) -> io.BytesIO | None:
+    """The file with a header that counts all its frames, where the one it has counts fewer; else None."""
+    position = handle.tell()
+    handle.seek(0)
+    data = handle.read()
+    handle.seek(position)
+    found = contents(data)
+    if not found.num_frames:
+        return None
+    delay = _DELAY_FRAMES * found.num_samples // found.num_frames
+    return io.BytesIO(with_length(data, found)) if found.num_samples > audio.frames + delay else None
 
 
 def _check_header(audio: soundfile.SoundFile, handle: io.IOBase) -> None:

@@ -16,7 +16,16 @@ import soundfile
 import soxr
 from jaxtyping import Float32, Int16
 
-from wavlm_jax.audio.wave import FULL_SCALE, AudioFault, AudioSource, open_audio, read_blocks, to_int16, to_mono
+from wavlm_jax.audio.wave import (
+    FULL_SCALE,
+    AudioFault,
+    AudioSource,
+    is_about,
+    open_audio,
+    read_blocks,
+    to_int16,
+    to_mono,
+)
 from wavlm_jax.shapes import SAMPLE_RATE, samples_for
 
 WarningName = Literal["down_mix_cancels", "silent", "clipped"]
@@ -97,7 +106,7 @@ def conform(
 
 def _check(audio: soundfile.SoundFile, policy: Policy, declared: int | None) -> None:
     """What a header tells: the manifest's length, the rate, the longest length."""
-    if declared is not None and declared != audio.frames:
+    if declared is not None and not is_about(declared, audio):
         raise AudioFault("length_mismatch", f"found {audio.frames} samples, the manifest says {declared}")
     if audio.samplerate != SAMPLE_RATE and policy.rate == "error":
         raise AudioFault("wrong_rate", f"{audio.samplerate} Hz, expected {SAMPLE_RATE}; pass --rate-policy resample")
