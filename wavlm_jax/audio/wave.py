@@ -51,7 +51,7 @@ _MOST_SAMPLES = 1 << 40
 """libsndfile reports 2^63 - 1 samples for a FLAC whose header does not say; 2^40 are two years of 16 kHz audio."""
 
 
-LOSSY_SECONDS = 0.1
+_LOSSY_SECONDS = 0.1
 _LOSSY = ("MP3", "OGG")
 _DELAY_FRAMES = 6
 """Of MP3, at both ends: samples that are in the bytes and that the Info frame tells decoders to leave out."""
@@ -145,7 +145,7 @@ def read_blocks(
 
 def is_about(num_samples: int, audio: soundfile.SoundFile) -> bool:
     """Whether a file can have `num_samples`: lossy encoders' delay makes what their headers say a hint (0.1 s)."""
-    slack = LOSSY_SECONDS * audio.samplerate if audio.format in _LOSSY else 0
+    slack = _LOSSY_SECONDS * audio.samplerate if audio.format in _LOSSY else 0
     return abs(num_samples - audio.frames) <= slack
 
 
