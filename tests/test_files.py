@@ -1,11 +1,13 @@
 """A file is the old one or the new one, and nothing is left beside it; JSON is read within bounds."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from wavlm_jax.files import read_json, replacing, write_json
+from wavlm_jax.files import open_regular, read_json, replacing, write_json
 from wavlm_jax.settings import SettingsError
+from wavlm_jax.text.records import RecordError, read_rttm
 
 
 def test_new_content_takes_the_place_of_the_old(tmp_path):
@@ -55,3 +57,15 @@ def test_what_is_no_json_object_is_named(tmp_path, content):
     (tmp_path / "b.json").write_bytes(content)
     with pytest.raises(SettingsError, match=r"b\.json: "):
         read_json(tmp_path / "b.json")
+
+
+def test_a_pipe_is_refused_at_once_where_anything_is_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path / "link", tmp_path, Path("/dev/zero")):
+        with pytest.raises(OSError, match="expected a file"):
+            open_regular(path)
+    with pytest.raises(OSError, match="expected a file"):
+        read_json(tmp_path / "pipe")
+    with pytest.raises(RecordError, match=r"pipe: a folder, pipe or device, expected a file"):
+        read_rttm(tmp_path / "pipe")

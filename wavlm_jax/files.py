@@ -4,8 +4,11 @@ A new file is written beside its place, synced to disk, and renamed: a reader fi
 half, whatever stops the writer.
 """
 
+import errno
+import io
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +25,22 @@ class DamagedFile(ValueError):  # noqa: N818 (named for the file that it is abou
 
 class HostileFile(ValueError):  # noqa: N818 (as above)
     """A file that asks for code to be run, or for far more memory than its size. The message names file and reason."""
+
+
+def open_regular(path: Path) -> io.FileIO:
+    """`path` opened to read, without ever waiting for a writer.
+
+    A pipe or device is refused after opening, so that the file cannot be swapped between check and use.
+
+    Raises:
+        OSError: it cannot be opened, or is a folder, a pipe or a device.
+
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "a folder, pipe or device, expected a file", str(path))
+    return io.FileIO(descriptor)
 
 
 @contextmanager
@@ -65,10 +84,13 @@ def read_json(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
 
     """
-    if path.is_file() and path.stat().st_size > _MAX_JSON_BYTES:
-        raise SettingsError(f"{path}: {path.stat().st_size} bytes, expected at most {_MAX_JSON_BYTES}")
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > _MAX_JSON_BYTES:
+            raise SettingsError(f"{path}: {size} bytes, expected at most {_MAX_JSON_BYTES}")
+        content = file.read()
     try:
-        values = json.loads(path.read_bytes())
+        values = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise SettingsError(
             f"{path}: not readable as JSON ({error}); it was cut off or written by something else"

@@ -5,9 +5,9 @@ that lies is found by counting samples, and no memory is allocated for samples t
 be read in blocks, so that memory does not grow with their length.
 """
 
+import errno
 import io
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ import soxr
 from jaxtyping import Float32, Int16
 
 from wavlm_jax.audio.mpeg import contents, with_length
+from wavlm_jax.files import open_regular
 from wavlm_jax.shapes import SAMPLE_RATE
 
 FaultName = Literal[
@@ -204,20 +205,13 @@ def encode_flac(samples: Int16[np.ndarray, "samples"], rate: int = SAMPLE_RATE) 
 
 
 def _regular_file(path: Path) -> io.FileIO:
-    """`path` opened without blocking.
-
-    A FIFO or device is refused after opening, so that the file cannot be swapped between check and use.
-    """
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+        return open_regular(path)
     except FileNotFoundError as error:
         raise AudioFault("missing", f"{path}: no such file, or a link to nowhere") from error
     except OSError as error:
-        raise AudioFault("unreadable", f"{path}: {error.strerror}") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise AudioFault("not_a_file", f"{path}: a directory, pipe or device, expected a file")
-    return io.FileIO(descriptor)
+        fault: FaultName = "not_a_file" if error.errno == errno.EINVAL else "unreadable"
+        raise AudioFault(fault, f"{path}: {error.strerror}") from error
 
 
 def _whole_mp3(audio: soundfile.SoundFile, handle: io.IOBase) -> io.BytesIO | None:

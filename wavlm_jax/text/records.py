@@ -5,10 +5,13 @@ Trial lists of speaker verification have either VoxCeleb's form, `1|0 path path`
 `path path target|nontarget`.
 """
 
+import io
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
+
+from wavlm_jax.files import open_regular
 
 MOST_LINE = 1 << 16
 
@@ -21,12 +24,12 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Lines with their numbers, from 1 on; reading stops at the first sign that the file is not text.
 
     Raises:
-        RecordError: no such file, a line that is too long, or bytes that are not UTF-8.
+        RecordError: no such file, one that is no regular file, a line that is too long, or bytes that are not UTF-8.
 
     """
     number = 0
     try:
-        with path.open(encoding="utf-8") as file:
+        with io.TextIOWrapper(io.BufferedReader(open_regular(path)), encoding="utf-8") as file:
             while line := file.readline(MOST_LINE):
                 number += 1
                 if len(line) == MOST_LINE:
