@@ -1,5 +1,6 @@
 """Preparation: all kinds of dirt (USERS #15), options, held-out shares, and interruptions at any moment."""
 
+import json
 import os
 import shutil
 import signal
@@ -178,7 +179,30 @@ def test_lengths_and_rates_by_option(tmp_path: Path):
     assert corpus.header.dropped == {"too_short": 1, "too_long": 1}
     np.testing.assert_allclose(corpus.lengths, 16000, atol=1)
     assert run(source, "--out", tmp_path / "split", *words, "--long", "split") == 0
-    assert list(Corpus.open(tmp_path / "split").ids) == ["1", "2", "3"]  # 8000 left over: shorter than allowed
+    corpus = Corpus.open(tmp_path / "split")
+    assert list(corpus.ids) == ["1", "2#0000", "3"]  # 8000 left over: shorter than allowed, and said
+    assert corpus.header.warnings["rest_too_short"] == 1
+
+
+@pytest.mark.parametrize("seconds", [1.2, 0.55, 0.5])  # two pieces; one and a rest; as much as is allowed
+def test_a_piece_has_no_text_and_no_phones_that_are_not_its_own(tmp_path: Path, seconds: float):
+    length = round(seconds * 16000)
+    save(tmp_path / "long.wav", tone(length))
+    phones = {"symbols": ["a", "b"], "starts": [0, 4000], "ends": [4000, length]}
+    row = {"path": "long.wav", "text": "ALL THAT IS SAID", "speaker": "anna", "phones": phones}
+    (tmp_path / "list.jsonl").write_text(json.dumps(row) + "\n")
+    words = ["--long", "split", "--max-seconds", 0.5, "--min-seconds", 0.1]
+    assert run(tmp_path / "list.jsonl", "--out", tmp_path / "out", *words) == 0
+    corpus = Corpus.open(tmp_path / "out")
+    if seconds <= 0.5:
+        assert (list(corpus.ids), list(corpus.texts)) == (["long"], ["ALL THAT IS SAID"])
+        assert corpus.phones(0) is not None
+        return
+    assert corpus.ids[0] == "long#0000"
+    assert set(corpus.texts) == {""}
+    assert set(corpus.speakers) == {"anna"}
+    assert all(corpus.phones(number) is None for number in range(len(corpus)))
+    assert corpus.header.warnings["cut_without_text"] == 1
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ Works in blocks, so that a recording of hours takes no more memory than its FLAC
 already is kept byte for byte, after all of it was decoded and compared with the checksum in its header.
 """
 
+import dataclasses
 import hashlib
 import io
 from collections.abc import Iterator
@@ -28,7 +29,8 @@ from wavlm_jax.audio.wave import (
 )
 from wavlm_jax.shapes import SAMPLE_RATE, samples_for
 
-WarningName = Literal["down_mix_cancels", "silent", "clipped"]
+WarningName = Literal["down_mix_cancels", "silent", "clipped", "rest_too_short"]
+"""What is odd about a file that is kept. "rest_too_short": what followed its last whole piece was left out."""
 _CANCELLED_POWER = 0.01
 """Share of the channels' power that a down-mix keeps at least, unless they cancel each other (one microphone wired the
 wrong way round). Unrelated channels keep 1 / channels."""
@@ -43,7 +45,8 @@ class Policy:
     """At 16 kHz. Shorter utterances are dropped; 400 samples give one frame."""
     max_samples: int | None = None
     long: Literal["drop", "split"] = "drop"
-    """Longer than `max_samples`: dropped, or cut into pieces of that length (which lose text and phones)."""
+    """Longer than `max_samples`: dropped, or cut into pieces of that length. The text and phones of the
+    whole are not those of a piece, so that no piece has any."""
 
     def __post_init__(self) -> None:
         if self.max_samples is not None and self.max_samples < self.min_samples:
@@ -64,6 +67,8 @@ class Conformed:
     """Mean and population variance in [-1, 1] scale, exact over the int16 samples."""
     digest: bytes
     """SHA-256 of the samples as little-endian int16."""
+    piece: int | None = None
+    """Which piece of a file that was cut, from 0 on; None: the whole file."""
 
 
 def conform(
@@ -95,12 +100,16 @@ def conform(
         else:
             limit = policy.max_samples if policy.long == "split" else None
             pieces = list(_encoded(_int16_blocks(audio, warnings), limit))
+            if len(pieces) > 1:
+                pieces = [dataclasses.replace(piece, piece=number) for number, piece in enumerate(pieces)]
     if not any(piece.variance for piece in pieces):
         warnings.add("silent")
     kept = [piece for piece in pieces if piece.num_samples >= policy.min_samples]
     if not kept:
         found = sum(piece.num_samples for piece in pieces)
         raise AudioFault("too_short", f"{found} samples, the shortest allowed are {policy.min_samples}")
+    if len(kept) < len(pieces):
+        warnings.add("rest_too_short")
     return kept, warnings
 
 

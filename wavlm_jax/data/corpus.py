@@ -67,7 +67,8 @@ class CorpusHeader:
     dropped: dict[str, int]
     """too_short, too_long -> utterances left out because of --min-seconds and --max-seconds."""
     warnings: dict[str, int]
-    """Name of a warning (down_mix_cancels, silent, clipped) -> files with it, which are kept."""
+    """Name of a warning (`data.conform.WarningName`; cut_without_text: pieces have not the text or phones of their
+    file) -> files with it, which are kept."""
     versions: dict[str, str]
     shards: tuple[CorpusShard, ...]
 

@@ -387,9 +387,11 @@ class _ShardRows:
                 self.bad_files.append({**names, "fault": fault.fault, "detail": printable(fault.detail)})
             return
         self.warnings.update(warnings)
-        for number, piece in enumerate(pieces):
-            whole = len(pieces) == 1
-            self._row(entry if whole else entry._replace(id=f"{entry.id}#{number:04d}", text=""), piece, phones)
+        if pieces[0].piece is not None and (entry.text or entry.phones):
+            self.warnings["cut_without_text"] += 1
+        for piece in pieces:
+            whole = piece.piece is None
+            self._row(entry if whole else entry._replace(id=f"{entry.id}#{piece.piece:04d}", text=""), piece, phones)
         if self._bytes >= _BATCH_BYTES:
             self._flush()
 
@@ -422,8 +424,8 @@ class _ShardRows:
 
 
 def _checked_phones(phones: PhoneTimes | None, pieces: Sequence[Conformed]) -> dict[str, Any] | None:
-    """Phones of an utterance that was not split; an `AudioFault` if they are longer than the audio."""
-    if phones is None or len(pieces) > 1:
+    """Phones of an utterance that was not cut; an `AudioFault` if they are longer than the audio."""
+    if phones is None or pieces[0].piece is not None:
         return None
     if phones.ends and phones.ends[-1] > pieces[0].num_samples:
         found, length = phones.ends[-1], pieces[0].num_samples
