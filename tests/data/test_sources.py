@@ -98,6 +98,15 @@ def test_what_nobody_can_load_is_an_error_with_its_name(tmp_path: Path, capsys: 
         assert expected in capsys.readouterr().err
 
 
+def test_a_folder_of_nothing_but_containers_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for name in ("a.m4a", "b.m4a", "c.webm"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(bytes(100))
+    message = failure(capsys, tmp_path / "in", "--out", tmp_path / "out")
+    assert "only 2 .m4a, 1 .webm, which are not read, expected some of *.aif" in message
+    assert message.count("\n") == 1
+
+
 def test_stored_flac_is_libsndfile_flac(tmp_path: Path):
     rows().to_parquet(tmp_path / "speech.parquet")
     prepared(tmp_path, tmp_path / "speech.parquet")

@@ -126,7 +126,7 @@ def test_answers_of_fillers_do_not_count():
 
 def test_classes_come_from_the_speaker_the_text_or_a_table(root, folders, capsys):
     table = root / "table.tsv"
-    table.write_text("speaker0\tlow\nspeaker1\tlow\nspeaker2\thigh\nspeaker3\thigh\n")
+    table.write_text("\ufeffspeaker0\tlow\nspeaker1\tlow\nspeaker2\thigh\nspeaker3\thigh\n")
     mapped = {"table": str(table)}
     task = classification.build(tiny_classes(folders["train"], folders["same"], target=mapped), ONE)
     assert task.resolved["classes"] == ["high", "low"]

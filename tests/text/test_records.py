@@ -106,6 +106,17 @@ def test_a_wrong_line_is_named_by_its_number(path, read, line, message):
     assert f"{path}, line 2" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("read", "content"),
+    [(read_rttm, "SPEAKER m 1 0 1 <NA> <NA> A <NA> <NA>"), (read_uem, "m 1 0 1"), (read_trials, "0 a b")],
+)
+def test_a_byte_order_mark_is_no_part_of_the_first_line(path, read, content):
+    path.write_text(content)
+    plain = read(path)
+    path.write_text("\ufeff" + content)
+    assert read(path) == plain
+
+
 @pytest.mark.parametrize("read", [read_rttm, read_uem, read_trials])
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"1 " * 70_000])
 def test_what_is_no_text_is_refused(path, read, content):

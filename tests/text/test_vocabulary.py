@@ -97,7 +97,7 @@ def test_what_is_written_reads_back_the_same_here_and_in_transformers(tmp_path, 
 
 
 def test_tokens_outside_vocab_json_are_read_where_transformers_keeps_them(tmp_path):
-    (tmp_path / "vocab.json").write_text('{"[PAD]": 1, "|": 0, "A": 2}')
+    (tmp_path / "vocab.json").write_text('\ufeff{"[PAD]": 1, "|": 0, "A": 2}')  # with a byte order mark
     (tmp_path / "special_tokens_map.json").write_text('{"pad_token": {"content": "[PAD]"}, "unk_token": null}')
     (tmp_path / "added_tokens.json").write_text('{"<s>": 3, "</s>": 4}')
     vocabulary = read_vocabulary(tmp_path)

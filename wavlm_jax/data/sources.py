@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeAlias
 
+from wavlm_jax.audio.folders import AUDIO_SUFFIXES, AudioFolder, counted, walk
 from wavlm_jax.audio.wave import AudioFault, AudioSource
 
-AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".ogg", ".opus", ".oga", ".aif", ".aiff", ".au", ".sph", ".w64"})
 COLUMNS = {
     "id": ("id", "utterance_id", "utt_id", "segment_id", "audio_id"),
     "path": ("path", "file_name"),
@@ -102,8 +102,10 @@ def open_source(
     for metadata in AUDIOFOLDER:
         if (path / metadata).is_file():
             return from_manifest(path / metadata, root or path)
-    if path.is_dir() and next(_audio_files(path), None) is not None:
-        return from_folder(path)
+    if path.is_dir():
+        folder = walk(path.resolve())
+        if folder.audio or folder.unread:
+            return from_folder(folder)
     return from_datasets(name, subset, split)
 
 
@@ -148,53 +150,34 @@ def _stamp(path: Path) -> str:
     return f"{status.st_size}@{int(status.st_mtime)}"
 
 
-def from_folder(root: Path) -> UtteranceSource:
-    """Every audio file under `root`, sorted by path. The id is the path without suffix.
+def from_folder(folder: AudioFolder | Path) -> UtteranceSource:
+    """Every audio file of a folder, sorted by path. The id is the path without suffix.
 
-    Links to folders are not followed (they could lead anywhere, or in circles) but noted; links to files are followed
-    if they stay inside the root.
+    Links to files are followed if they stay inside the root.
 
     Raises:
         SourceError: no audio file there.
 
     """
-    root = root.resolve()
-    paths = sorted(_audio_files(root), key=os.fsencode)
-    if not paths:
-        raise SourceError(f"{root}: no audio file, expected one of *{', *'.join(sorted(AUDIO_SUFFIXES))}")
-    stems = [os.path.splitext(path)[0] for path in paths]  # noqa: PTH122  (Path would normalise odd names)
+    if isinstance(folder, Path):
+        folder = walk(folder.resolve())
+    root = folder.root
+    if not folder.audio:
+        found = f"only {counted(folder.unread)}, which are not read" if folder.unread else "no audio file"
+        raise SourceError(f"{root}: {found}, expected some of *{', *'.join(sorted(AUDIO_SUFFIXES))}")
+    stems = [os.path.splitext(path)[0] for path in folder.audio]  # noqa: PTH122  (Path would normalise odd names)
     counts = Counter(stems)
-    names = [path if counts[stem] > 1 else stem for path, stem in zip(paths, stems, strict=True)]
+    names = [path if counts[stem] > 1 else stem for path, stem in zip(folder.audio, stems, strict=True)]
     entries = [
         Entry(id=printable(name), audio=path, stamp=_stamp(root / path))
-        for name, path in zip(names, paths, strict=True)
+        for name, path in zip(names, folder.audio, strict=True)
     ]
-    return UtteranceSource(f"folder {root}", entries, FileReader(root), tuple(_linked_folders(root)))
+    return UtteranceSource(f"folder {root}", entries, FileReader(root), folder.notes)
 
 
 def printable(name: str) -> str:
     """A file name as valid Unicode; invalid bytes become escapes."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
-def _audio_files(root: Path) -> Iterator[str]:
-    for folder, folders, files in os.walk(root):
-        odd = [name for name in folders if _is_audio(name) and not os.path.islink(os.path.join(folder, name))]  # noqa: PTH114, PTH118
-        for name in [*files, *odd]:
-            if _is_audio(name):
-                yield os.path.relpath(os.path.join(folder, name), root)  # noqa: PTH118
-
-
-def _linked_folders(root: Path) -> Iterator[str]:
-    for folder, folders, _ in os.walk(root):
-        for name in folders:
-            path = Path(folder, name)
-            if path.is_symlink():
-                yield f"{path}: a linked folder, not entered; to have its audio, give it as a SOURCE of its own"
-
-
-def _is_audio(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES and not name.startswith(".")  # noqa: PTH122
 
 
 _MOST_DIGITS = 18

@@ -1,6 +1,7 @@
 """Text files of records: CTM (words with times), RTTM (speaker turns), UEM (scored regions), lists of trials.
 
-Files from outside are read line by line: UTF-8, of bounded length, and every wrong line is named by its number.
+Files from outside are read line by line: UTF-8 (a byte order mark is no part of the first line), of bounded length, and
+every wrong line is named by its number.
 Trial lists of speaker verification have either VoxCeleb's form, `1|0 path path`, or Kaldi's,
 `path path target|nontarget`.
 """
@@ -29,7 +30,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """
     number = 0
     try:
-        with io.TextIOWrapper(io.BufferedReader(open_regular(path)), encoding="utf-8") as file:
+        with io.TextIOWrapper(io.BufferedReader(open_regular(path)), encoding="utf-8-sig") as file:
             while line := file.readline(MOST_LINE):
                 number += 1
                 if len(line) == MOST_LINE:

@@ -320,7 +320,7 @@ def files_of(vocabulary: Vocabulary) -> dict[str, bytes]:
 
 def _parse(content: bytes, path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(content.decode())
+        values = json.loads(content.decode("utf-8-sig"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise VocabularyError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(values, dict):

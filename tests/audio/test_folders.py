@@ -1,0 +1,30 @@
+"""Folders of audio as they are: every file is listed, or said to be left out."""
+
+from pathlib import Path
+
+from tests.support.audio_files import save, tone
+from wavlm_jax.audio.folders import walk
+
+
+def test_every_file_of_audio_is_listed_or_named(tmp_path: Path):
+    for name in ("a.wav", "b/c.Flac", "b/d.caf", "e.rf64", "f.aifc", "g.nist", "h.snd"):
+        save(tmp_path / name, tone(500), kind={"nist": "NIST", "snd": "AU", "aifc": "AIFF"}.get(name[2:]))
+    for name in ("x.m4a", "b/y.M4A", "z.webm", "a.txt", "._a.wav", ".Trash/old.wav", "__MACOSX/._a.wav", ".git/config"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"\0\5\x16\7")
+    found = walk(tmp_path)
+    assert found.audio == ["a.wav", "b/c.Flac", "b/d.caf", "e.rf64", "f.aifc", "g.nist", "h.snd"]
+    assert found.others == ["a.txt", "b/y.M4A", "x.m4a", "z.webm"]
+    assert found.unread == ["b/y.M4A", "x.m4a", "z.webm"]
+    hidden, unread = found.notes
+    assert hidden == f"{tmp_path}: left out as hidden: .Trash/, ._a.wav, .git/ and 1 more"
+    assert "left out, not read: 2 .m4a, 1 .webm" in unread
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch):
+    def refuse(_root: Path, onerror):
+        onerror(PermissionError(13, "Permission denied", "in/locked"))
+        return iter(())
+
+    monkeypatch.setattr("wavlm_jax.audio.folders.os.walk", refuse)
+    assert walk(tmp_path).notes == ("in/locked: left out: Permission denied",)
