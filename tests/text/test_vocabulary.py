@@ -1,25 +1,30 @@
 """The vocabulary and transformers' own tokenizer: the same on valid input, and each trap of theirs avoided by name."""
 
+import hashlib
 import json
+import unicodedata
 from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import Wav2Vec2CTCTokenizer
+from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2PhonemeCTCTokenizer
 
 from wavlm_jax.settings import read
+from wavlm_jax.text.decoding import align, decode
 from wavlm_jax.text.vocabulary import (
     UnknownCharactersError,
     Vocabulary,
     VocabularyError,
     count_characters,
+    normal_form,
     read_vocabulary,
     write_vocabulary,
 )
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ'"
+NO_ROLES = {"unknown": None, "begin": None, "end": None}
 ENGLISH = Vocabulary.from_texts([LETTERS])
 OTHERS = {
     "english": ENGLISH,
@@ -52,14 +57,15 @@ def test_a_text_gets_the_ids_that_transformers_gives_it(english, text):
 @given(text=st.text(max_size=60))
 def test_any_text_is_encoded_or_its_unknown_characters_are_listed(text):
     strange = ENGLISH.unknown_characters(text)
-    assert set(strange) == set(text) - set(LETTERS) - {c for c in text if c.isspace()}
+    read = normal_form(text)
+    assert set(strange) == set(read) - set(LETTERS) - {c for c in read if c.isspace()}
     if strange:
         with pytest.raises(UnknownCharactersError) as caught:
             ENGLISH.encode(text)
         assert caught.value.characters == strange
     ids = ENGLISH.encode(text, replace_unknown=True)
     assert ENGLISH.blank_id not in ids
-    assert len(ids) == len(" ".join(text.split()))
+    assert len(ids) == len(" ".join(read.split()))
 
 
 def test_a_vocabulary_of_a_training_text_is_ordered_by_frequency():
@@ -80,6 +86,82 @@ def test_case_is_folded_like_in_transformers(tmp_path):
     theirs = Wav2Vec2CTCTokenizer.from_pretrained(tmp_path)
     assert theirs("cAt a").input_ids == folded.encode("cAt a").tolist()
     assert theirs.decode(folded.encode("cAt a")) == "cat a"
+
+
+@pytest.mark.parametrize("letters", ["abc", "ABC", "aBc", "οδς", "ΟΔΣ", "οδσ", "straße"])
+def test_what_is_heard_in_lower_case_can_be_spelt_whatever_the_case_of_the_tokens(letters):
+    vocabulary = Vocabulary(tokens=("<pad>", "|", *dict.fromkeys(letters)), do_lower_case=True, **NO_ROLES)
+    heard = decode([2, 0, 3, 4, 1, 3, 0, 3, 0, 4], vocabulary)
+    assert heard.text == heard.text.lower() == " ".join(word.text for word in heard.words)
+    assert heard.words[0].text == "".join(character.text for character in heard.characters[:3])
+    assert vocabulary.encode(heard.text).tolist() == vocabulary.encode(heard.text.upper()).tolist()
+    assert len(vocabulary.encode(heard.text)) == 7
+
+
+def test_the_last_sigma_of_a_word_is_one_in_text_words_and_characters(tmp_path):
+    greek = Vocabulary.from_texts(["οδος μας"], do_lower_case=True)
+    heard = decode([i for one in greek.encode("ΟΔΟΣ ΜΑΣ").tolist() for i in (one, 0)], greek)
+    assert heard.text == "οδος μας" == greek.spell(greek.encode("οδος μας"))
+    assert [word.text for word in heard.words] == heard.text.split()
+    write_vocabulary(greek, tmp_path)
+    assert Wav2Vec2CTCTokenizer.from_pretrained(tmp_path).decode(greek.encode("σας")) == "σας"
+
+
+@given(text=st.text("aéàạ한국ộK\u0301\u0323 ", max_size=12))
+def test_a_text_has_the_same_labels_in_every_normal_form(text):
+    spelt = {form: unicodedata.normalize(form, text) for form in ("NFC", "NFD")}
+    for made_from in spelt.values():
+        vocabulary = Vocabulary.from_texts([made_from, "x"])
+        first, second = (vocabulary.encode(one).tolist() for one in spelt.values())
+        assert first == second
+        assert vocabulary.spell(first) == " ".join(spelt["NFC"].split())
+    apart = Vocabulary(
+        tokens=("<pad>", "|", *dict.fromkeys(spelt["NFD"].replace(" ", ""))), **NO_ROLES
+    )  # as on the hub
+    assert apart.encode(spelt["NFC"]).tolist() == apart.encode(spelt["NFD"]).tolist()
+
+
+def test_a_vocabulary_of_letters_outside_normal_form_c_keeps_them():
+    hindi = Vocabulary(tokens=("<pad>", "|", "\u0958", "\u0915", "\u093c"), **NO_ROLES)
+    assert hindi.encode("\u0958").tolist() == [2]
+    assert hindi.encode("\u0915\u093c").tolist() == [3, 4]
+
+
+def test_invisible_characters_are_no_tokens_unless_the_vocabulary_has_them():
+    invisible = [c for c in map(chr, range(0x110000)) if unicodedata.category(c) in ("Cf", "Cc") and not c.isspace()]
+    seen = {0x600, 0x601, 0x602, 0x603, 0x604, 0x605, 0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0xFFF9, 0xFFFA, 0xFFFB}
+    seen |= {0x110BD, 0x110CD, *range(0x13430, 0x13440)}  # signs that are printed round others
+    text = "a" + "".join(c for c in invisible if ord(c) not in seen) + "\ufe0f\u3164\u034fb"
+    assert Vocabulary.from_texts([text]).tokens[5:] == ("a", "b")
+    assert Vocabulary.from_texts(["ab"]).encode(text).tolist() == [5, 6]
+    persian = Vocabulary(tokens=("<pad>", "|", "a", "\u200c", "b"), **NO_ROLES)
+    assert persian.encode("a\u200c\u200db").tolist() == [2, 3, 4]
+
+
+@pytest.mark.parametrize("delimiter", [None, "|"])
+def test_phones_have_the_spaces_of_transformers(tmp_path, delimiter):
+    tokens = ("<pad>", "<s>", "</s>", "<unk>", "ʃ", "i\u02d0", "h", "æ", "d", *([delimiter] if delimiter else []))
+    write_vocabulary(Vocabulary(tokens=tokens, delimiter=delimiter, phones=True), tmp_path)
+    theirs = Wav2Vec2PhonemeCTCTokenizer.from_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path / "theirs")
+    vocabulary = read_vocabulary(tmp_path / "theirs")
+    assert vocabulary == read_vocabulary(tmp_path)
+    path = np.random.default_rng(0).integers(len(vocabulary), size=99)
+    heard = decode(path, vocabulary)
+    assert heard.text == theirs.decode(path) == " ".join(word.text for word in heard.words)
+    assert vocabulary.spell(path) == theirs.decode(path, group_tokens=False)
+    text = "ʃ i\u02d0 h æ d" if delimiter is None else "ʃ i\u02d0 | h æ d"
+    assert vocabulary.encode(text).tolist() == theirs(text).input_ids
+    assert vocabulary.spell(vocabulary.encode(text)) == "ʃ i\u02d0 h æ d"
+    assert vocabulary.unknown_characters("ʃ hæ") == ("hæ",)
+    [*_, last] = align(np.log(np.full((9, len(vocabulary)), 0.1, np.float32)), text, vocabulary).transcript.characters
+    assert last.text == "d"
+
+
+def test_fingerprints_of_earlier_runs_stay():
+    fields = {name: value for name, value in asdict(OTHERS["xlsr"]).items() if name != "phones"}
+    assert OTHERS["xlsr"].fingerprint == hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    assert replace(OTHERS["xlsr"], phones=True).fingerprint != OTHERS["xlsr"].fingerprint
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -25,6 +25,7 @@ from wavlm_jax.shapes import Batch, Params, StepKey
 from wavlm_jax.tasks import common
 from wavlm_jax.tasks.common import Parts, Split, TaskSettings, class_sums, cross_entropy, forward, head_model
 from wavlm_jax.text.records import RecordError, read_lines
+from wavlm_jax.text.vocabulary import normal_form
 from wavlm_jax.training.task import LossSums, Task, Topology
 
 UNKNOWN = -1
@@ -174,14 +175,14 @@ def describe(corpus: Corpus, classes: Classes, split: str) -> str:
 
 def _class_names(corpus: Corpus, settings: TargetSettings, table: Mapping[str, str] | None) -> list[str]:
     columns: dict[str, Sequence[str]] = {"speaker": corpus.speakers, "text": corpus.texts, "id": corpus.ids}
-    values = list(columns[settings.column])
+    values = list(map(normal_form, columns[settings.column]))
     return values if table is None else [table.get(value, "") for value in values]
 
 
 def _read_table(path: Path) -> dict[str, str]:
     table: dict[str, str] = {}
     for number, line in read_lines(path):
-        cells = line.rstrip("\r\n").split("\t")
+        cells = normal_form(line).rstrip("\r\n").split("\t")
         if len(cells) != 2 or not all(cell.strip() for cell in cells):  # noqa: PLR2004
             raise RecordError(f"{path}, line {number}: found {line.strip()[:60]!r}, expected value TAB class")
         if cells[0] in table:

@@ -26,7 +26,7 @@ from wavlm_jax.shapes import Batch, Params, StepKey, samples_for
 from wavlm_jax.tasks import common
 from wavlm_jax.tasks.common import Parts, Split, TaskSettings, forward, head_model
 from wavlm_jax.text.decoding import collapse_greedily, frames_needed
-from wavlm_jax.text.vocabulary import UnknownCharactersError, Vocabulary, read_vocabulary
+from wavlm_jax.text.vocabulary import UnknownCharactersError, Vocabulary, normal_form, read_vocabulary
 from wavlm_jax.training.task import LossSums, Task, Topology
 
 PLANNED_FRAMES_PER_CHARACTER = 2
@@ -70,11 +70,17 @@ class Texts(NamedTuple):
     """Utterances without a transcript, left out."""
     infeasible: int
     """Utterances whose text does not fit into their frames; left out in training."""
+    respelt: int
+    """Utterances whose text is not in normal form C, or has invisible characters."""
 
     def describe(self, split: str) -> str:
         """One line for people."""
         line = f"{split}: {len(self.chosen)} utterances with {self.num_labels[self.chosen].sum()} characters"
-        notes = {"without a transcript, left out": self.without_text, "with more text than frames": self.infeasible}
+        notes = {
+            "without a transcript, left out": self.without_text,
+            "with more text than frames": self.infeasible,
+            "with text that is not in Unicode's form C or has invisible characters, read without": self.respelt,
+        }
         return "; ".join([line, *(f"{count} {what}" for what, count in notes.items() if count)])
 
 
@@ -152,7 +158,8 @@ def survey(
         counts[index], needed[index] = len(labels), frames_needed(labels)
     has_text, fits = counts > 0, needed <= frames
     keep = has_text & fits if drop_infeasible else has_text
-    found = Texts(np.flatnonzero(keep), counts, int(np.sum(~has_text)), int(np.sum(has_text & ~fits)))
+    respelt = sum(normal_form(text) != text for text in corpus.texts)
+    found = Texts(np.flatnonzero(keep), counts, int(np.sum(~has_text)), int(np.sum(has_text & ~fits)), respelt)
     if not len(found.chosen):
         raise SettingsError(f"{corpus.path}: no utterance is left to learn from; {found.describe('found')}")
     return found

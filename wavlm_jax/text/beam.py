@@ -10,7 +10,7 @@ the extra `decode`.
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -158,6 +158,8 @@ class BeamSearch:
             raise DecoderError("lexicon: the vocabulary has no delimiter between words; decode without a lexicon")
         if language_model is not None and not language_model.is_file():
             raise DecoderError(f"{language_model}: no such file; expected a language model (ARPA or KenLM binary)")
+        if lexicon is not None:  # its words go from delimiter to delimiter, of phones too
+            vocabulary = replace(vocabulary, phones=False)
         self._vocabulary, self._settings = vocabulary, settings
         self._words = None if lexicon is None else list(lexicon)
         self._bare = language_model is None and lexicon is None
@@ -210,7 +212,7 @@ class BeamSearch:
 
     def _transcript(self, result: Any, frames: int) -> Transcript:
         path = np.array(result.tokens[1 : frames + 1])
-        runs = [run for run in collapse(path) if run.token_id != self._vocabulary.blank_id]
+        runs = [run for run in collapse(path) if run.token_id not in self._vocabulary.hidden_ids]
         heard = transcript(runs, self._vocabulary)
         if self._words is None:
             return heard

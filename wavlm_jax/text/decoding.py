@@ -73,18 +73,17 @@ def decode(ids: Sequence[int] | Ids, vocabulary: Vocabulary, *, drop_special: bo
         VocabularyError: an id that the vocabulary does not have.
 
     """
-    hidden = vocabulary.special_ids if drop_special else {vocabulary.blank_id}
+    hidden = vocabulary.hidden_ids | (vocabulary.special_ids if drop_special else frozenset())
     return transcript([run for run in collapse(ids) if run.token_id not in hidden], vocabulary)
 
 
 def transcript(runs: Sequence[Run], vocabulary: Vocabulary) -> Transcript:
-    """The text that `runs` spell, one token per run."""
-    characters = tuple(Span(vocabulary.show(run.token_id), run.start, run.end) for run in runs)
-    text = "".join(character.text for character in characters).strip()
-    if vocabulary.do_lower_case:
-        text = text.lower()
-        characters = tuple(Span(text.lower(), start, end) for text, start, end in characters)
-    return Transcript(text, characters, _words(characters))
+    """The text that `runs` spell, one token per run, none of them hidden. Of phones, each is a word."""
+    shown = vocabulary.show_all([run.token_id for run in runs])
+    characters = tuple(Span(text, run.start, run.end) for text, run in zip(shown, runs, strict=True))
+    if vocabulary.phones:
+        return Transcript(" ".join(shown), characters, characters)
+    return Transcript("".join(shown).strip(), characters, _words(characters))
 
 
 def seconds(frame: int, geometry: Geometry = STANDARD) -> float:
@@ -183,7 +182,7 @@ def align(log_probs: LogProbs, text: str, vocabulary: Vocabulary) -> Alignment:
         )
     labels = vocabulary.encode(text)
     path = best_path(log_probs, labels, vocabulary.blank_id)
-    runs: list[Run] = [run for run in collapse(path) if run.token_id != vocabulary.blank_id]
+    runs: list[Run] = [run for run in collapse(path) if run.token_id not in vocabulary.hidden_ids]
     confidence = tuple(
         float(np.exp(log_probs[run.start : run.end, run.token_id].astype(np.float64)).mean()) for run in runs
     )

@@ -1,17 +1,20 @@
 """The vocabulary of a CTC model: characters to ids and back (FACTS B7, E33, E34), and its files at Hugging Face.
 
 Made from the training text, or read from vocab.json, tokenizer_config.json, special_tokens_map.json and
-added_tokens.json. What is written here `Wav2Vec2CTCTokenizer.from_pretrained(folder)` reads. The blank is a named
-token, not id 0 by assumption: Hugging Face calls it `<pad>`, fairseq `<s>`.
+added_tokens.json. What is written here `Wav2Vec2CTCTokenizer.from_pretrained(folder)` reads (of phones,
+`Wav2Vec2PhonemeCTCTokenizer`). The blank is a named token, not id 0 by assumption: Hugging Face calls it `<pad>`,
+fairseq `<s>`. Texts are read in Unicode's normal form C, without invisible characters (docs/parity.md).
 """
 
 import hashlib
 import json
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,14 @@ from wavlm_jax.settings import read
 
 BLANK, BEGIN, END, UNKNOWN, DELIMITER = "<pad>", "<s>", "</s>", "<unk>", "|"
 """The first five tokens (ids 0 to 4) of a vocabulary made from text, as in the English models on the hub."""
+
+_INVISIBLE = re.compile(
+    "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
+    "\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3"
+    "\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+"""Control characters that are no white space, and Unicode's Default_Ignorable_Code_Point: zero-width spaces, joiners,
+soft hyphens, byte order marks, directions, variation selectors."""
 
 
 class VocabularyError(ValueError):
@@ -61,7 +72,11 @@ class Vocabulary:
     end: str | None = END
     """Never in labels; models on the hub have outputs for them."""
     do_lower_case: bool = False
-    """As in Hugging Face: text is upper-cased by `encode` and lower-cased by `spell`."""
+    """As in Hugging Face: `encode` reads text in the case of the tokens, upper where they have both, and `spell` gives
+    it in lower case."""
+    phones: bool = False
+    """As in Hugging Face's Wav2Vec2PhonemeCTCTokenizer: texts have a space between two tokens, and the delimiter, if
+    there is one, is heard but not shown."""
 
     def __post_init__(self) -> None:
         doubled = [token for token, count in Counter(self.tokens).items() if count > 1]
@@ -126,21 +141,29 @@ class Vocabulary:
         return frozenset(self._ids[token] for token in special if token is not None)
 
     @property
+    def hidden_ids(self) -> frozenset[int]:
+        """Ids that a text does not show: the blank, and between phones the delimiter."""
+        hidden = {self.blank_id} if self.delimiter_id is None or not self.phones else {self.blank_id, self.delimiter_id}
+        return frozenset(hidden)
+
+    @property
     def fingerprint(self) -> str:
-        """SHA-256 over all fields."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        """SHA-256 over all fields; `phones` only where it is set, so that older runs keep theirs."""
+        fields = {name: value for name, value in asdict(self).items() if name != "phones" or value}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def unknown_characters(self, text: str) -> tuple[str, ...]:
         """The characters of `text` that have no token, each once, in order."""
-        return tuple(dict.fromkeys(piece for piece in self._pieces(text) if piece not in self._spelling))
+        return self._strange(self._pieces(text))
 
     def encode(self, text: str, *, replace_unknown: bool = False) -> Int32[np.ndarray, "labels"]:
-        """The labels of `text`: one id per character (or unit), the delimiter between words, no blank.
+        """The labels of `text`: one id per character (or unit, or phone), the delimiter between words, no blank.
 
-        White space at the ends is dropped; elsewhere any amount of it is one space.
+        White space at the ends is dropped; elsewhere any amount of it is one space. Invisible characters are left out,
+        and the text is read in normal form C, unless the vocabulary has the character, or spells in another form.
 
         Args:
             text: a transcript.
@@ -150,11 +173,12 @@ class Vocabulary:
             UnknownCharactersError: unless `replace_unknown`.
 
         """
-        unknown = self.unknown_characters(text)
+        pieces = self._pieces(text)
+        unknown = self._strange(pieces)
         if unknown and (not replace_unknown or self.unknown is None):
             raise UnknownCharactersError(text, unknown)
         stand_in = self.blank_id if self.unknown is None else self._ids[self.unknown]
-        return np.array([self._spelling.get(piece, stand_in) for piece in self._pieces(text)], np.int32)
+        return np.array([self._spelling.get(piece, stand_in) for piece in pieces], np.int32)
 
     def show(self, token_id: int) -> str:
         """Token `token_id` as text: a space for the delimiter, nothing for the blank.
@@ -172,8 +196,22 @@ class Vocabulary:
 
     def spell(self, ids: Sequence[int] | Int[np.ndarray, "labels"]) -> str:
         """The text of labels. Nothing is collapsed; that is `wavlm_jax.text.decoding`."""
-        text = "".join(self.show(int(token_id)) for token_id in ids).strip()
-        return text.lower() if self.do_lower_case else text
+        shown = self.show_all([int(token_id) for token_id in ids if int(token_id) not in self.hidden_ids])
+        return (" " if self.phones else "").join(shown).strip()
+
+    def show_all(self, ids: Sequence[int]) -> list[str]:
+        """What each of `ids` adds to a text. Case follows the whole text: the last sigma of a word is another letter.
+
+        Raises:
+            VocabularyError: there is no such id.
+
+        """
+        shown = [self.show(token_id) for token_id in ids]
+        if not self.do_lower_case:
+            return shown
+        lowered = "".join(shown).lower()  # as long as its letters lowered one by one
+        ends = np.cumsum([0, *(len(text.lower()) for text in shown)])
+        return [lowered[start:end] for start, end in pairwise(ends)]
 
     @cached_property
     def _ids(self) -> dict[str, int]:
@@ -185,7 +223,7 @@ class Vocabulary:
         parts = {self.blank, self.unknown, self.begin, self.end, self.delimiter}
         spelling = {token: number for token, number in self._ids.items() if token not in parts}
         if self.delimiter is not None:
-            spelling[" "] = self._ids[self.delimiter]
+            spelling[self.delimiter if self.phones else " "] = self._ids[self.delimiter]
         return spelling
 
     @cached_property
@@ -193,18 +231,62 @@ class Vocabulary:
         units = sorted((token for token in self._spelling if len(token) > 1), key=len, reverse=True)
         return re.compile("|".join([*map(re.escape, units), "."]), re.DOTALL)
 
+    @cached_property
+    def _letters(self) -> frozenset[str]:
+        return frozenset("".join(self._spelling))
+
+    @cached_property
+    def _forms(self) -> tuple[Callable[[str], str], ...]:
+        """Ways to write a text: the first is taken, unless another alone has no unknown character.
+
+        Where tokens are not in normal form C themselves (letters of Indic scripts that it takes apart), a text that
+        is written as they are comes first.
+        """
+        forms = partial(unicodedata.normalize, "NFC"), str, partial(unicodedata.normalize, "NFD")
+        composed = all(unicodedata.is_normalized("NFC", token) for token in self._spelling)
+        return forms if composed else (str, forms[0], forms[2])
+
     def _pieces(self, text: str) -> list[str]:
-        """Characters and units, the longest unit first; one space between words."""
+        """Characters and units, the longest unit first, and one space between words; or phones."""
+        text = _INVISIBLE.sub(lambda found: found[0] if found[0] in self._letters else "", text)
+        text = self._in_case(text) if self.do_lower_case else text
+        first = self._cut(self._forms[0](text))
+        if not self._strange(first):
+            return first
+        others = (self._cut(form(text)) for form in self._forms[1:])
+        return next((pieces for pieces in others if not self._strange(pieces)), first)
+
+    def _cut(self, text: str) -> list[str]:
+        if self.phones:
+            return text.split()
         between = "" if self.delimiter is None and " " not in self._spelling else " "
-        return self._splitter.findall(between.join((text.upper() if self.do_lower_case else text).split()))
+        return self._splitter.findall(between.join(text.split()))
+
+    def _strange(self, pieces: Sequence[str]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(piece for piece in pieces if piece not in self._spelling))
+
+    def _in_case(self, text: str) -> str:
+        """`text` in the case of the tokens; a letter that they have in the other case only is one in that case."""
+        letters = self._letters
+        text = text.upper() if any(letter != letter.lower() for letter in letters) else text.lower()
+        others = ((c.lower(), c.upper().lower()) for c in text)  # the second: the last sigma of a word
+        return "".join(
+            c if c in letters else next((other for other in pair if other in letters), c)
+            for c, pair in zip(text, others, strict=True)
+        )
 
 
 def count_characters(texts: Iterable[str], *, upper: bool = False) -> Counter[str]:
-    """How often each character occurs in `texts`, white space left out."""
+    """How often each character occurs in the `normal_form` of `texts`, white space left out."""
     counts: Counter[str] = Counter()
     for text in texts:
-        counts.update("".join((text.upper() if upper else text).split()))
+        counts.update("".join(normal_form(text.upper() if upper else text).split()))
     return counts
+
+
+def normal_form(text: str) -> str:
+    """`text` in Unicode's normal form C, without invisible characters."""
+    return unicodedata.normalize("NFC", _INVISIBLE.sub("", text))
 
 
 VOCABULARY, SETTINGS = "vocab.json", "tokenizer_config.json"
@@ -220,6 +302,7 @@ _ROLES = {
     "end": ("eos_token", END),
 }
 """Our name -> Hugging Face's, and the token that transformers assumes if no file names one."""
+_PHONES = "Wav2Vec2PhonemeCTCTokenizer"
 
 
 def read_vocabulary(folder: Path, language: str | None = None) -> Vocabulary:
@@ -282,13 +365,16 @@ def parse_vocabulary(files: Mapping[str, bytes], folder: Path, language: str | N
     ids = _of_language(stored, language or settings.get("target_lang"), folder / VOCABULARY)
     ids |= {token: number for token, number in _added(extra, settings, folder).items() if token not in ids}
     tokens = _in_order(ids, folder / VOCABULARY)
+    phones = settings.get("tokenizer_class") == _PHONES
+    if phones:
+        settings = {"word_delimiter_token": None} | settings
     roles = {ours: _role(ours, settings, special, folder) for ours in _ROLES}
     for role in ("delimiter", "unknown", "begin", "end"):
         if roles[role] not in ids:
             roles[role] = None  # transformers would add an id that the head has no output for
     try:
-        lower = _flag(settings, "do_lower_case", folder / SETTINGS)
-        return Vocabulary(tokens=tokens, do_lower_case=lower, **roles)
+        lower = _flag(settings, "do_lower_case", folder / SETTINGS) and not phones
+        return Vocabulary(tokens=tokens, do_lower_case=lower, phones=phones, **roles)
     except VocabularyError as error:
         raise VocabularyError(f"{folder}: {error}") from error
 
@@ -309,7 +395,9 @@ def files_of(vocabulary: Vocabulary) -> dict[str, bytes]:
         "target_lang": None,
     }
     settings |= {theirs: getattr(vocabulary, ours) for ours, (theirs, _) in _ROLES.items()}
-    if vocabulary.delimiter is None:
+    if vocabulary.phones:
+        settings |= {"tokenizer_class": _PHONES, "do_phonemize": False, "phone_delimiter_token": " "}
+    elif vocabulary.delimiter is None:
         del settings["word_delimiter_token"]  # null makes transformers fail on every text with a space
     ids = {token: number for number, token in enumerate(vocabulary.tokens)}
     return {
