@@ -16,6 +16,7 @@ import wavlm_jax
 from configs.finetune import classification as recipes
 from tests.support.tones import ONE, assert_outlined, make_corpus, one_device, ten_texts, tiny_classes, train
 from tests.support.torch_twins import waveforms
+from wavlm_jax.data.corpus import Corpus
 from wavlm_jax.settings import SettingsError, read_sections
 from wavlm_jax.tasks import classification
 from wavlm_jax.text.records import RecordError
@@ -136,6 +137,16 @@ def test_classes_come_from_the_speaker_the_text_or_a_table(root, folders, capsys
     assert shown == {0, 1, 2, 3, 5, 6, 7, 8}
     by_text = classification.build(tiny_classes(folders["train"], folders["same"], target={"column": "text"}), ONE)
     assert by_text.resolved["classes"] == sorted(text for text, _, _ in ten_texts())
+
+
+def test_a_class_is_one_in_every_normal_form(root):
+    names = ["E\u0301", "\u00c9", "\ufeffB"]
+    corpus = Corpus.open(make_corpus(root, "forms", [("AB", 0, name) for name in names]))
+    target = classification.TargetSettings(column="text", table=None, shown="utterances")
+    assert classification.training_classes(target, corpus).numbers(corpus).tolist() == [1, 1, 0]
+    (root / "forms.tsv").write_text("\ufeffE\u0301\tx\nB\ty\n")
+    tabled = dataclasses.replace(target, table=str(root / "forms.tsv"))
+    assert classification.training_classes(tabled, corpus).of(corpus) == ["x", "x", "y"]
 
 
 def test_crops_are_shown_where_any_part_tells_the_class(folders):

@@ -24,6 +24,7 @@ from tests.support.tones import ONE, make_corpus, one_device, ten_texts, tiny_ct
 from tests.support.torch_twins import attention_mask, small_config, waveforms
 from wavlm_jax.__main__ import main
 from wavlm_jax.config import HeadConfig
+from wavlm_jax.data.corpus import Corpus
 from wavlm_jax.model.heads import WavLMForCTC
 from wavlm_jax.settings import SettingsError, read, read_sections
 from wavlm_jax.tasks import ctc
@@ -181,6 +182,18 @@ def test_what_cannot_be_learned_is_dropped_and_counted(root, folders, capsys):
     assert ids == [0, 2, 3]
     assert sums.metrics["infeasible"] == (1.0, 3.0)
     assert sums.metrics["cer"][1] == sum(len(text) for _, _, text in ODD)
+
+
+def test_texts_in_two_normal_forms_have_the_same_labels_and_it_is_said(root):
+    corpus = Corpus.open(
+        make_corpus(root, "forms", [("AB", 0, "E\u0301 A"), ("AB", 0, "\u00c9\u200b A"), ("AB", 0, "A")])
+    )
+    text = ctc.TextSettings(vocabulary=None, min_count=1, do_lower_case=False, replace_unknown=False)
+    vocabulary = ctc.make_vocabulary(text, corpus)
+    assert vocabulary.tokens[5:] == ("A", "\u00c9")
+    found = ctc.survey(corpus, vocabulary, np.full(3, 20), replace_unknown=False, drop_infeasible=True)
+    assert found.num_labels.tolist() == [3, 3, 1]
+    assert "2 with text that is not in Unicode's form C" in found.describe("train")
 
 
 def test_masks_and_dropout_do_not_depend_on_micro_batches(folders):
