@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from tests.support.audio_files import encoded, save, tone
 from wavlm_jax.audio.wave import AudioFault, to_int16
 from wavlm_jax.data.corpus import Corpus, CorpusError
+from wavlm_jax.data.manifests import from_manifest
 from wavlm_jax.data.prepare import Preparation, prepare
-from wavlm_jax.data.sources import from_manifest
 
 LENGTHS = [400, 401, 5000, 16000, 32000, 12345, 8000] * 20
 PHONES = {"symbols": ["a", "b"], "starts": [0, 200], "ends": [200, 400]}

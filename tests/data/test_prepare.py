@@ -19,8 +19,9 @@ from tests.support.preparing import bad_files, failure, run, speech
 from wavlm_jax.audio.wave import to_int16
 from wavlm_jax.data.__main__ import main
 from wavlm_jax.data.corpus import Corpus, CorpusError, is_corpus
+from wavlm_jax.data.entries import Entry, FileReader, UtteranceSource
 from wavlm_jax.data.prepare import PrepareError, split
-from wavlm_jax.data.sources import Entry, FileReader, UtteranceSource, from_folder
+from wavlm_jax.data.sources import from_folder
 
 COMMAND = [sys.executable, "-m", "wavlm_jax.data"]
 

@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 
 from configs.finetune import classification, ctc
 from tests.support.speech import TINY
+from wavlm_jax.data.manifests import from_manifest
 from wavlm_jax.data.prepare import Preparation, prepare
-from wavlm_jax.data.sources import from_manifest
 from wavlm_jax.settings import read_sections
 from wavlm_jax.training import loop
 from wavlm_jax.training.start import RunSettings

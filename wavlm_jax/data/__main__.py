@@ -9,6 +9,7 @@ from wavlm_jax.data import simulate
 from wavlm_jax.data.conform import Policy
 from wavlm_jax.data.corpus import TURNS, Corpus, CorpusError, attach_turns
 from wavlm_jax.data.demo_corpus import DemoSettings, EspeakError, make_demo
+from wavlm_jax.data.entries import SourceError
 from wavlm_jax.data.prepare import (
     BAD_FILES,
     FREE_FAULTS,
@@ -20,7 +21,7 @@ from wavlm_jax.data.prepare import (
     prepare,
     split,
 )
-from wavlm_jax.data.sources import SourceError, open_source
+from wavlm_jax.data.sources import open_source
 from wavlm_jax.shapes import SAMPLE_RATE, samples_for
 from wavlm_jax.text.records import RecordError, read_rttm
 

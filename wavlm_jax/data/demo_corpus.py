@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 from wavlm_jax.audio.wave import FULL_SCALE, encode_flac, resample, to_int16
 from wavlm_jax.data.corpus import is_corpus, read_header
+from wavlm_jax.data.manifests import from_manifest
 from wavlm_jax.data.prepare import Preparation, PreparedCorpus, PrepareError, prepare
-from wavlm_jax.data.sources import from_manifest
 from wavlm_jax.files import write_text
 from wavlm_jax.shapes import SAMPLE_RATE
 

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from wavlm_jax.audio.wave import AudioFault
 from wavlm_jax.data.conform import Conformed, Policy, conform
 from wavlm_jax.data.corpus import FORMAT, CorpusHeader, CorpusShard, is_corpus, read_header, sha256_of, write_header
-from wavlm_jax.data.sources import AudioReader, Entry, PhoneTimes, UtteranceSource, digest, printable
+from wavlm_jax.data.entries import AudioReader, Entry, PhoneTimes, UtteranceSource, digest, printable
 from wavlm_jax.files import read_json, write_json, write_text
 from wavlm_jax.shapes import SAMPLE_RATE
 from wavlm_jax.version import __version__

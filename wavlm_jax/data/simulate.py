@@ -27,8 +27,8 @@ from jaxtyping import Int64
 from wavlm_jax.audio.wave import FULL_SCALE, encode_flac, to_int16
 from wavlm_jax.data.augment import Samples, noise_below, with_echoes
 from wavlm_jax.data.corpus import Corpus, attach_turns
+from wavlm_jax.data.entries import Entry, SourceError, UtteranceSource
 from wavlm_jax.data.prepare import Preparation, PreparedCorpus, available_cores, prepare, unordered
-from wavlm_jax.data.sources import Entry, SourceError, UtteranceSource
 from wavlm_jax.shapes import SAMPLE_RATE
 from wavlm_jax.text.records import Turn
 
