@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import datasets
@@ -50,6 +51,43 @@ def test_parquet(tmp_path: Path):
     assert corpus.speakers[1] == "y"
 
 
+def test_columns_as_they_are_on_the_hub(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    voices, words = datasets.ClassLabel(names=["anna", "bert"]), datasets.ClassLabel(names=["yes", "no"])
+    plain = rows(
+        speaker=[0, 1, None, -1, 0, 1],
+        speaker_number=[1272.0, None, 84.0, 1.5, 2.0, 3.0],
+        label=[0, 1, 0, 1, 0, 1],
+        about=[{"client_id": "u", "text": f"a\n b{n}"} for n in range(6)],
+    )
+    plain.cast_column("speaker", voices).cast_column("label", words).to_parquet(tmp_path / "in.parquet")
+    corpus = prepared(tmp_path, tmp_path / "in.parquet")
+    assert list(corpus.speakers) == ["anna", "bert", "", "", "anna", "bert"]
+    assert list(corpus.texts) == [f"a  b{n}" for n in range(6)]
+    note = "columns: speaker is 'speaker', text is 'about.text'; not used: speaker_number, label (--text-column"
+    assert note in capsys.readouterr().err
+    named = ("--text-column", "label", "--speaker-column", "speaker_number", "--audio-column", "audio")
+    shutil.rmtree(tmp_path / "out")
+    corpus = prepared(tmp_path, tmp_path / "in.parquet", *named)
+    assert list(corpus.texts) == ["yes", "no"] * 3
+    assert list(corpus.speakers) == ["1272", "", "84", "1.5", "2", "3"]
+    shutil.rmtree(tmp_path / "out")
+    assert (
+        list(prepared(tmp_path, tmp_path / "in.parquet", "--speaker-column", "about.client_id").speakers) == ["u"] * 6
+    )
+
+
+def test_ids_that_repeat_are_no_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rows(id=[7, 7, 7, 8, 9, 10], audio_id=[*"abcde", None]).to_parquet(tmp_path / "in.parquet")
+    assert list(prepared(tmp_path, tmp_path / "in.parquet").ids) == list("012345")
+    said = capsys.readouterr().err
+    assert "rows 0 and 1 have the same id '7' in column 'id', which is no id" in said
+    assert "row 5 has none in column 'audio_id', which is no id" in said
+    assert "ids are the paths of the audio" in said
+    rows(id=[7, 7, 7, 8, 9, 10], utt_id=list("abcdef")).to_parquet(tmp_path / "two.parquet")
+    shutil.rmtree(tmp_path / "out")
+    assert list(prepared(tmp_path, tmp_path / "two.parquet").ids) == list("abcdef")
+
+
 def test_arrow_from_save_to_disk_with_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     parts = datasets.DatasetDict({"train": rows(), "test": rows().select([0])})
     parts.save_to_disk(str(tmp_path / "saved"))
@@ -86,15 +124,22 @@ def test_what_nobody_can_load_is_an_error_with_its_name(tmp_path: Path, capsys: 
     (tmp_path / "empty").mkdir()
     datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "text.parquet")
     rows(id=["a"] * 6).to_parquet(tmp_path / "twice.parquet")
+    rows(text=[["a", "b"]] * 6).to_parquet(tmp_path / "list.parquet")
+    rows(speaker=[{"key": 1}] * 6).to_parquet(tmp_path / "nested.parquet")
     for source, expected in (
         ("no/such_data_set", "`datasets` cannot load it either"),
         (tmp_path / "nothing_here.tsv", "`datasets` cannot load it either"),
         (tmp_path / "empty", "`datasets` cannot load it either"),
-        (tmp_path / "text.parquet", "found 0 audio columns among text, expected one"),
-        (tmp_path / "twice.parquet", "rows 0 and 1 have the same id 'a'"),
+        (tmp_path / "text.parquet", "found 0 audio columns among text, expected one; --audio-column names it"),
+        ((tmp_path / "twice.parquet", "--id-column", "id"), "rows 0 and 1 have the same id 'a' in column 'id'"),
+        ((tmp_path / "twice.parquet", "--text-column", "txt"), "no column 'txt' for the text; found id"),
+        ((tmp_path / "twice.parquet", "--audio-column", "id"), "found 0 audio columns among audio, id, and 'id' is"),
+        (tmp_path / "list.parquet", "row 0: column 'text' is \"['a', 'b']\", expected text"),
+        (tmp_path / "nested.parquet", "row 0: column 'speaker' is \"{'key': 1}\", expected text; name speaker.key"),
     ):
         capsys.readouterr()
-        assert main([str(source), "--out", str(tmp_path / "out")]) == 1, source
+        words = source if isinstance(source, tuple) else (source,)
+        assert main([*map(str, words), "--out", str(tmp_path / "out")]) == 1, source
         assert expected in capsys.readouterr().err
 
 
@@ -175,7 +220,12 @@ FAULTY = {
         ['{"path": "0000.flac"}', '{"id": "a"}'],
         r"m.tsv:2: expected an object with a text under 'path'",
     ),
-    "JSON number as id": (['{"id": 3, "path": "0000.flac"}'], r"m.tsv:1: id is 3, expected text"),
+    "JSON list as id": (['{"id": [3], "path": "0000.flac"}'], r"m.tsv:1: id is '\[3\]', expected text"),
+    "nested speaker": (
+        ['{"path": "0000.flac", "speaker": {"name": "a"}}'],
+        r"m.tsv:1: speaker is .*, expected text; --speaker-column names another",
+    ),
+    "blank line in a table": (["path,text", "0000.flac,a", "", "0001.flac,b"], r"m.csv:3: empty line"),
     "phones of one kind": (
         ['{"path": "0000.flac", "phones": {"symbols": ["a"]}}'],
         r"m.tsv:1: phones has to be an object with symbols, starts, ends",
@@ -201,7 +251,8 @@ def test_faults_of_a_manifest_name_the_line(tmp_path: Path, capsys: pytest.Captu
     save(tmp_path / "secret.flac", tone(3000))
     (tmp_path / "data/out.flac").symlink_to(tmp_path / "secret.flac")
     lines, expected = FAULTY[name]
-    file = manifest(tmp_path / "data", "m.tsv", [line.replace(ROOT, str(tmp_path / "data")) for line in lines])
+    name = "m.csv" if "m.csv" in expected else "m.tsv"
+    file = manifest(tmp_path / "data", name, [line.replace(ROOT, str(tmp_path / "data")) for line in lines])
     message = failure(capsys, file, "--out", tmp_path / "out")
     assert re.search(expected, message), message
     assert not list(tmp_path.glob("out*"))
@@ -212,6 +263,29 @@ def test_a_manifest_that_lies_about_lengths_is_counted(tmp_path: Path):
     lines = [HEADER, *[f"{n}\t{n:04d}.flac\t{3000 + 10 * n + (n == 4)}" for n in range(10)]]
     assert run(manifest(tmp_path / "data", "m.tsv", lines), "--out", tmp_path / "out") == 0
     assert bad_files(tmp_path / "out") == {"4": "length_mismatch"}
+
+
+def test_columns_of_a_manifest_by_name(tmp_path: Path):
+    speech(tmp_path / "data", 2)
+    lines = ["\ufeffid,wav,who,said,path", '7,0000.flac,a,"hello\r\nworld\n\nagain",x', "7,0001.flac,b,,x"]
+    file = manifest(tmp_path / "data", "m.csv", lines)
+    words = ("--id-column", "wav", "--audio-column", "wav", "--speaker-column", "who", "--text-column", "said")
+    assert run(file, "--out", tmp_path / "out", *words) == 0
+    corpus = Corpus.open(tmp_path / "out")
+    assert list(corpus.ids) == ["0000.flac", "0001.flac"]
+    assert list(corpus.texts) == ["hello world again", ""]
+    assert list(corpus.speakers) == ["a", "b"]
+    objects = ['\ufeff{"path": "0000.flac", "speaker": 3, "x": {"norm": 1.0}, "text": ""}']
+    file = manifest(tmp_path / "data", "m.jsonl", objects)
+    assert run(file, "--out", tmp_path / "json", "--text-column", "x.norm") == 0
+    corpus = Corpus.open(tmp_path / "json")
+    assert (list(corpus.speakers), list(corpus.texts)) == (["3"], ["1"])
+
+
+def test_a_folder_has_no_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    source = speech(tmp_path / "data", 1)
+    message = failure(capsys, source, "--out", tmp_path / "out", "--text-column", "said")
+    assert "a folder of audio, which has no columns; --text-column is for tables" in message
 
 
 def test_binary_that_calls_itself_a_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

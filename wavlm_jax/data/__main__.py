@@ -9,7 +9,7 @@ from wavlm_jax.data import simulate
 from wavlm_jax.data.conform import Policy
 from wavlm_jax.data.corpus import TURNS, Corpus, CorpusError, attach_turns
 from wavlm_jax.data.demo_corpus import DemoSettings, EspeakError, make_demo
-from wavlm_jax.data.entries import SourceError
+from wavlm_jax.data.entries import COLUMNS, SourceError
 from wavlm_jax.data.prepare import (
     BAD_FILES,
     FREE_FAULTS,
@@ -60,7 +60,7 @@ def _prepare(words: Sequence[str]) -> None:
     if options.rttm and options.long == "split":
         parser.error("--rttm: turns are of whole recordings; give it without --long split")
     turns = [turn for file in options.rttm for turn in read_rttm(file)]
-    source = open_source(options.source, options.root, options.subset, options.split)
+    source = open_source(options.source, options.root, options.subset, options.split, _chosen(options))
     for note in source.notes:
         print(f"note: {note}", file=sys.stderr)
     name = options.name or Path(options.source).stem
@@ -79,6 +79,11 @@ def _prepare(words: Sequence[str]) -> None:
         report(prepare(entries, out, preparation), out)
         if turns:
             print(f"  {attach_turns(Corpus.open(out), turns)} recordings have turns ({out / TURNS})")
+
+
+def _chosen(options: argparse.Namespace) -> dict[str, str]:
+    """The columns that were named."""
+    return {key: name for key in COLUMNS if (name := getattr(options, f"{key}_column", None)) is not None}
 
 
 def _policy(options: argparse.Namespace) -> Policy:
@@ -130,6 +135,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--rttm", type=Path, nargs="+", default=[], metavar="FILE", help="who speaks when; recordings are named by id")
     add("--subset", default=None, help="configuration of a hub data set")
     add("--split", default=None, help="split of a data set that has several")
+    for key, names in COLUMNS.items():
+        if key in ("id", "path", "speaker", "text"):
+            word = "audio" if key == "path" else key
+            usual = f"default: the first of {', '.join(names)}"
+            add(f"--{word}-column", dest=f"{key}_column", metavar="NAME", help=usual + "; a.b is b inside of a")
     return parser
 
 

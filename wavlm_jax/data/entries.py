@@ -6,22 +6,27 @@ Names come from outside and may not leave their root: `..`, absolute paths and l
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from wavlm_jax.audio.wave import AudioFault, AudioSource
 
 COLUMNS = {
     "id": ("id", "utterance_id", "utt_id", "segment_id", "audio_id"),
-    "path": ("path", "file_name"),
+    "path": ("path", "file_name", "audio_filepath"),
     "samples": ("samples",),
-    "speaker": ("speaker", "speaker_id", "client_id"),
+    "speaker": ("speaker", "speaker_id", "client_id", "spk_id"),
     "text": ("text", "transcription", "transcript", "sentence", "normalized_text", "raw_transcription"),
     "phones": ("phones",),
 }
 """Names of columns in manifests and data sets; the first that exists is taken."""
+Chosen: TypeAlias = Mapping[str, str]
+"""Key of `COLUMNS` -> the column that a user has named for it, "" for none."""
+_NESTED = ("speaker", "text")
+_MOST_LISTED = 20
+_MOST_SHOWN = 80
 
 
 class SourceError(ValueError):
@@ -54,6 +59,71 @@ class Entry(NamedTuple):
     def listing(self) -> str:
         """Everything but the stamp, for digests."""
         return json.dumps(self._replace(stamp=""), ensure_ascii=True)
+
+
+def names_in(row: Mapping[str, Any]) -> dict[str, None]:
+    """Names of the columns of a row, or of its types: its keys, and `key.inner` of what is nested in one."""
+    inner = (f"{key}.{name}" for key, value in row.items() if isinstance(value, Mapping) for name in value)
+    return dict.fromkeys([*row, *inner])
+
+
+def value_at(row: Mapping[str, Any], name: str) -> Any:
+    """The cell of a row that a name of `names_in` stands for."""
+    if name in row:
+        return row[name]
+    key, _, inner = name.partition(".")
+    return None if row[key] is None else row[key][inner]
+
+
+def choose_columns(available: Iterable[str], chosen: Chosen, where: str) -> dict[str, str]:
+    """Key of `COLUMNS` -> its column: the one that the user names, else the first known one, nested ones last.
+
+    Raises:
+        SourceError: there is no column of the name that the user gave.
+
+    """
+    found, taken = dict.fromkeys(available), {}
+    for key, names in COLUMNS.items():
+        nested = [name for name in found if key in _NESTED and "." in name and name.rpartition(".")[2] in names]
+        name = chosen.get(key, next((name for name in (*names, *nested) if name in found), ""))
+        if name and name not in found:
+            raise SourceError(f"{where}: no column {name!r} for the {key}; found {listed(found)}")
+        if name:
+            taken[key] = name
+    return taken
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a message of bounded length."""
+    known = [name[:_MOST_LISTED] for name in names]
+    more = f" and {len(known) - _MOST_LISTED} more" if len(known) > _MOST_LISTED else ""
+    return ", ".join(known[:_MOST_LISTED]) + more
+
+
+def text_of(value: Any) -> str:
+    """A cell as text: numbers without a needless point, "" for nothing and NaN.
+
+    Raises:
+        ValueError: a list, an object, or half a character, which JSON can spell and UTF-8 cannot.
+
+    """
+    if value is None or value != value:  # noqa: PLR0124  (NaN)
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, str | int | float):
+        raise ValueError(f"is {str(value)[:_MOST_SHOWN]!r}, expected text")
+    text = str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"is {text[:_MOST_SHOWN]!r}, expected text") from error
+    return text
+
+
+def one_line(text: str) -> str:
+    """A transcript whose line breaks are blanks."""
+    return " ".join(line for line in text.splitlines() if line)
 
 
 AudioReader: TypeAlias = Callable[[Entry], AudioSource]

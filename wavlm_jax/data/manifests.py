@@ -5,20 +5,27 @@ line, before any work is done.
 """
 
 import csv
+import io
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias
 
 from wavlm_jax.data.entries import (
-    COLUMNS,
+    Chosen,
     Entry,
     FileReader,
     PhoneTimes,
     SourceError,
     UtteranceSource,
+    choose_columns,
     inside,
+    listed,
+    names_in,
+    one_line,
     stamp_of,
+    text_of,
+    value_at,
 )
 
 _MOST_DIGITS = 18
@@ -27,7 +34,7 @@ Numbered: TypeAlias = tuple[int, Mapping[str, Any]]
 """Number of a line, and its columns."""
 
 
-def from_manifest(file: Path, root: Path | None = None) -> UtteranceSource:
+def from_manifest(file: Path, root: Path | None = None, chosen: Chosen | None = None) -> UtteranceSource:
     """The utterances that a manifest lists.
 
     Args:
@@ -36,20 +43,25 @@ def from_manifest(file: Path, root: Path | None = None) -> UtteranceSource:
             Other usual names of these columns are accepted too (`COLUMNS`).
         root: the folder that paths are relative to. None: fairseq's first line, else the folder of the manifest or its
             parent, whichever has the first path.
+        chosen: columns that go before the usual names.
 
     Raises:
         SourceError: names the line.
 
     """
-    lines, notes = _lines(file), tuple[str, ...]()
-    if lines[0].startswith("{"):
-        rows = _json_rows(file, lines)
-    elif "\t" in lines[0] or file.suffix == ".csv":
-        rows = _table_rows(file, lines, "," if file.suffix == ".csv" else "\t")
+    text, chosen, notes = _text(file), chosen or {}, tuple[str, ...]()
+    first = text.partition("\n")[0].removesuffix("\r")
+    if first.startswith("{"):
+        rows = _json_rows(file, _lines(file, text), chosen)
+    elif file.suffix == ".csv":
+        rows = _table_rows(file, csv.reader(io.StringIO(text, newline=""), strict=True), chosen)
+    elif "\t" in first:
+        table = csv.reader(_lines(file, text), delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
+        rows = _table_rows(file, table, chosen)
     else:
-        rows = _fairseq_rows(file, lines[1:])
+        rows = _fairseq_rows(file, _lines(file, text)[1:])
         if root is None:
-            root = _fairseq_root(file, lines[0])
+            root = _fairseq_root(file, first)
             notes = (f"{file}: paths are relative to {root}, as its first line says",)
     numbered = list(rows)
     if not numbered:
@@ -60,62 +72,71 @@ def from_manifest(file: Path, root: Path | None = None) -> UtteranceSource:
     return UtteranceSource(f"manifest {file}, root {root}", entries, FileReader(root), notes)
 
 
-def _lines(file: Path) -> list[str]:
+def _text(file: Path) -> str:
     try:
-        text = file.read_bytes().decode("utf-8-sig")
+        return file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise SourceError(
             f"{file}: not UTF-8 text at byte {error.start}; expected a .tsv or .jsonl manifest"
         ) from error
+
+
+def _lines(file: Path, text: str) -> list[str]:
     lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
     for number, line in enumerate(lines, 1):
         if not line.strip():
-            raise SourceError(f"{file}:{number}: empty line, expected an utterance; remove it")
+            raise _empty(file, number)
     return lines
 
 
-def _json_rows(file: Path, lines: list[str]) -> Iterator[Numbered]:
+def _empty(file: Path, number: int) -> SourceError:
+    return SourceError(f"{file}:{number}: empty line, expected an utterance; remove it")
+
+
+def _json_rows(file: Path, lines: list[str], chosen: Chosen) -> Iterator[Numbered]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise SourceError(f"{file}:{number}: not JSON ({error})") from error
-        if not isinstance(row, dict) or not isinstance(row := _known(row), dict) or not isinstance(row["path"], str):
+        known = _known(row, chosen, f"{file}:{number}") if isinstance(row, dict) else {}
+        if not isinstance(known.get("path"), str):
             raise SourceError(f"{file}:{number}: expected an object with a text under 'path', found {line[:80]!r}")
-        yield number, row
+        yield number, known
 
 
-def _table_rows(file: Path, lines: list[str], delimiter: str) -> Iterator[Numbered]:
-    """Rows of a CSV, or of a TSV, in which a quote is an ordinary character."""
-    if delimiter == ",":
-        table = _cells(file, csv.reader(lines, strict=True))
-    else:
-        table = _cells(file, csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE, strict=True))
-    _, columns = next(table)
-    if len(set(columns)) < len(columns) or _known(dict.fromkeys(columns, "")) is None:
+def _known(row: Mapping[str, Any], chosen: Chosen, where: str) -> dict[str, Any]:
+    """The known columns under our names."""
+    cells = {key: value_at(row, name) for key, name in choose_columns(names_in(row), chosen, where).items()}
+    return {key: value for key, value in cells.items() if value is not None}
+
+
+def _table_rows(file: Path, table: Any, chosen: Chosen) -> Iterator[Numbered]:
+    """Rows of a csv.reader; in a TSV, a quote is an ordinary character."""
+    cells = _cells(file, table)
+    columns = next(cells, (1, []))[1]
+    taken = choose_columns(columns, chosen, f"{file}:1")
+    if len(set(columns)) < len(columns) or "path" not in taken:
         raise SourceError(
-            f"{file}:1: found columns {', '.join(columns)}; expected path and, optional, id, samples, speaker, text, "
+            f"{file}:1: found columns {listed(columns)}; expected path and, optional, id, samples, speaker, text, "
             "each once (or fairseq's form: the root folder alone on the first line)"
         )
-    for number, cells in table:
-        if len(cells) != len(columns):
-            raise SourceError(f"{file}:{number}: found {len(cells)} columns, the header has {len(columns)}")
-        yield number, _known(dict(zip(columns, cells, strict=True))) or {}
+    for number, row in cells:
+        if len(row) != len(columns):
+            raise SourceError(f"{file}:{number}: found {len(row)} columns, the header has {len(columns)}")
+        named = dict(zip(columns, row, strict=True))
+        yield number, {key: named[name] for key, name in taken.items()}
 
 
 def _cells(file: Path, table: Any) -> Iterator[tuple[int, list[str]]]:
     """Line numbers and cells of a csv.reader, whose own errors do not name the line."""
     try:
         for cells in table:
+            if not "".join(cells).strip() and len(cells) <= 1:
+                raise _empty(file, table.line_num)
             yield table.line_num, cells
     except csv.Error as error:
         raise SourceError(f"{file}:{table.line_num}: {error}") from error
-
-
-def _known(row: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The known columns under our names; None if there is no path."""
-    found = {key: next((row[name] for name in names if name in row), None) for key, names in COLUMNS.items()}
-    return {key: value for key, value in found.items() if value is not None} if found["path"] is not None else None
 
 
 def _fairseq_rows(file: Path, lines: list[str]) -> Iterator[Numbered]:
@@ -147,12 +168,15 @@ def _find_root(file: Path, first: str) -> Path:
 def _entry(row: Mapping[str, Any], root: Path, where: str) -> Entry:
     path = row["path"]
     name = row["id"] if "id" in row else str(PurePosixPath(path).with_suffix(""))
-    texts = {"id": name, "speaker": row.get("speaker", ""), "text": row.get("text", "")}
-    for key, value in texts.items():
-        if not isinstance(value, str) or not _is_unicode(value):
-            raise SourceError(f"{where}: {key} is {value!r}, expected text")
-    if not name or name != name.strip():
-        raise SourceError(f"{where}: id is {name!r}, expected text without blanks at its ends")
+    texts = {}
+    for key, value in (("id", name), ("speaker", row.get("speaker")), ("text", row.get("text"))):
+        try:
+            texts[key] = text_of(value)
+        except ValueError as error:
+            raise SourceError(f"{where}: {key} {error}; --{key}-column names another column") from error
+    texts["text"] = one_line(texts["text"])
+    if not texts["id"] or texts["id"] != texts["id"].strip():
+        raise SourceError(f"{where}: id is {texts['id']!r}, expected text without blanks at its ends")
     _check_path(path, root, where)
     samples = _samples(row.get("samples"), where)
     phones = _alignment(row.get("phones"), samples, where)
@@ -188,7 +212,7 @@ def _alignment(value: Any, samples: int | None, where: str) -> PhoneTimes | None
         raise SourceError(f"{where}: phones: symbols, starts and ends have to be lists")
     phones = PhoneTimes(**value)
     numbers = [*phones.starts, *phones.ends]
-    texts = all(isinstance(symbol, str) and _is_unicode(symbol) for symbol in phones.symbols)
+    texts = all(_is_text(symbol) for symbol in phones.symbols)
     if not texts or not all(isinstance(number, int) for number in numbers):
         raise SourceError(f"{where}: phones: expected texts under symbols, whole numbers under starts and ends")
     spans = sorted(numbers) == [n for pair in zip(phones.starts, phones.ends, strict=False) for n in pair]
@@ -199,13 +223,11 @@ def _alignment(value: Any, samples: int | None, where: str) -> PhoneTimes | None
     return phones
 
 
-def _is_unicode(text: str) -> bool:
-    """JSON can spell half a character (a lone surrogate), which UTF-8 cannot encode."""
+def _is_text(value: Any) -> bool:
     try:
-        text.encode()
-    except UnicodeEncodeError:
+        return isinstance(value, str) and value == text_of(value)
+    except ValueError:
         return False
-    return True
 
 
 def _check_unique(file: Path, names: list[tuple[int, str]]) -> None:
@@ -213,6 +235,7 @@ def _check_unique(file: Path, names: list[tuple[int, str]]) -> None:
     for number, name in names:
         if name in seen:
             raise SourceError(
-                f"{file}:{number}: id {name!r} stands in line {seen[name]} already; ids have to be unique"
+                f"{file}:{number}: id {name!r} stands in line {seen[name]} already; ids have to be unique "
+                "(--id-column names a column that is, such as the path's)"
             )
         seen[name] = number
