@@ -1,8 +1,10 @@
 """The border between a config and the code: whatever is misspelt, missing or of the wrong type is named."""
 
+import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import re
 import types
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -13,7 +15,9 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from tests.support import toy_task
+from wavlm_jax.command_line import plain_number
 from wavlm_jax.config import Compute, WavLMConfig
+from wavlm_jax.inference.commands import COMMANDS
 from wavlm_jax.settings import SettingsError, convert, read, read_sections
 from wavlm_jax.training.metric_writers import WandbSettings
 from wavlm_jax.training.start import RunSettings
@@ -114,6 +118,44 @@ def test_an_int_is_a_float_and_a_list_is_a_tuple() -> None:
     found = read_sections(config, RunSettings)
     assert isinstance(found.optim.learning_rate, float)
     assert found.train.eval_splits == ("valid", "other")
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf, -0.0])
+def test_no_number_that_comparisons_let_pass_is_a_setting(odd: float) -> None:
+    """Wherever it stands, and whatever type is expected there; the key is named, at once."""
+    for hint, value, where in (
+        (float, odd, "train.x"),
+        (float | None, odd, "train.x"),
+        (tuple[float, ...], (1.0, odd), "train.x[1]"),
+        (dict[str, float], {"a": odd}, "train.x.a"),
+        (Any, {"a": [0.5, {"b": odd}]}, "train.x.a[1].b"),
+        (object, odd, "train.x"),
+    ):
+        with pytest.raises(
+            SettingsError, match=rf"^config\.{re.escape(where)}: found -?(nan|inf|0\.0).* finite number"
+        ):
+            convert(value, hint, "train.x")
+    config = as_config(FULL)
+    floats = [path for path in PATHS if isinstance(parent_of(config, path)[path[-1]], float)]
+    assert ("train", "max_step_seconds") in floats
+    for path in floats:
+        config = as_config(FULL)
+        parent_of(config, path)[path[-1]] = odd
+        with pytest.raises(SettingsError, match=re.escape(f"config.{'.'.join(path)}: found")):
+            read_sections(config, RunSettings)
+
+
+@pytest.mark.parametrize("odd", ["nan", "inf", "-inf", "-0", "1e999", "x"])
+def test_no_option_takes_such_a_number(odd: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, command in COMMANDS.items():
+        parser = argparse.ArgumentParser(name)
+        command.add_options(parser)
+        for action in parser._actions:
+            assert action.type is not float, action.option_strings
+            if action.type is plain_number:
+                with pytest.raises(SystemExit):
+                    parser.parse_args(["a.wav", "--model", "m", f"{action.option_strings[0]}={odd}"])
+                assert action.option_strings[0] in capsys.readouterr().err
 
 
 def test_a_section_that_is_a_value_is_named() -> None:

@@ -1,5 +1,6 @@
-"""Shared by the commands with a `--config` file: checked overrides, and messages instead of tracebacks."""
+"""Shared by the commands: numbers of options, checked overrides of a config, messages instead of tracebacks."""
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,10 +9,18 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from wavlm_jax.settings import nearest
+from wavlm_jax.settings import PLAIN, is_plain, nearest
 
 EXIT_WRONG = 2
 """Exit code: something in flags, config or data is wrong, and the message says what."""
+
+
+def plain_number(text: str) -> float:
+    """The value of an option of argparse, refused as a config's would be (`settings.is_plain`)."""
+    value = float(text)
+    if not is_plain(value):
+        raise argparse.ArgumentTypeError(f"found {text}, expected {PLAIN}")
+    return value
 
 
 def parse(arguments: Sequence[str]) -> list[str]:
@@ -22,6 +31,9 @@ def parse(arguments: Sequence[str]) -> list[str]:
     program = Path(arguments[0]).name
     try:
         rest = list(flags.FLAGS(list(arguments)))
+        for name, value in flags.FLAGS.flag_values_dict().items():
+            if isinstance(value, float) and not is_plain(value):
+                raise flags.IllegalFlagValueError(f"--{name}: found {value}, expected {PLAIN}")
         if flags.FLAGS["verbosity"].using_default_value:
             logging.set_verbosity(logging.WARNING)  # Orbax tells about every file that it writes
     except (AttributeError, KeyError) as error:

@@ -5,6 +5,7 @@ Unknown, missing and mistyped keys are errors that name the key, what was found,
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -87,10 +88,13 @@ def nearest(key: str, known: Mapping[str, Any]) -> str:
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the type `hint`. An int may stand for a float and a list for a tuple; nothing else is converted."""
+    """`value` as the type `hint`. An int may stand for a float and a list for a tuple; nothing else is converted.
+
+    Every float, also inside a value of any type, has to be an `is_plain` one.
+    """
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
-        return value
+        return _any(value, where)
     if dataclasses.is_dataclass(hint):
         return read(value, typing.cast("type[Any]", hint), where)
     containers = {
@@ -104,6 +108,15 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     if origin in containers:
         return containers[origin](value, arguments, where)
     return _scalar(value, hint, where)
+
+
+def is_plain(number: float) -> bool:
+    """Whether a number can be a setting: NaN, the infinities and -0.0 are mistakes that checks of ranges let pass."""
+    return math.isfinite(number) and (number != 0 or math.copysign(1, number) > 0)
+
+
+PLAIN = "a finite number, and 0 without a sign"
+"""What `is_plain` demands, for messages."""
 
 
 def describe(hint: Any) -> str:
@@ -156,6 +169,18 @@ def _mapping(value: Any, arguments: tuple[Any, ...], where: str) -> dict[str, An
     return {str(key): convert(item, inner, f"{where}.{key}") for key, item in value.items()}
 
 
+def _any(value: Any, where: str) -> Any:
+    if hasattr(value, "items"):
+        for key, item in value.items():
+            _any(item, f"{where}.{key}")
+    elif isinstance(value, (tuple, list)):
+        for number, item in enumerate(value):
+            _any(item, f"{where}[{number}]")
+    elif isinstance(value, float) and not is_plain(value):
+        _fail(value, PLAIN, where)
+    return value
+
+
 def _scalar(value: Any, hint: Any, where: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
@@ -163,4 +188,4 @@ def _scalar(value: Any, hint: Any, where: str) -> Any:
         _fail(value, "int", where)
     if not isinstance(value, hint):
         _fail(value, describe(hint), where)
-    return value
+    return _any(value, where)

@@ -1,5 +1,7 @@
 """The plan of an epoch: every utterance once, full batches, seconds per update, arithmetic (USERS #9, #25, #39)."""
 
+import dataclasses
+import re
 from collections import Counter
 
 import numpy as np
@@ -193,21 +195,43 @@ def test_settings_that_cannot_be(changes):
 @given(st.sampled_from(SIZES), st.sampled_from((1, 2, 4, 8)), st.sampled_from((1, 3, 8)))
 @settings(max_examples=40, deadline=None)
 def test_an_evaluation_shows_every_utterance_exactly_once(size, hosts, rows):
-    lengths = lengths_of(size, longest=20.0, shortest=0.03)
+    lengths = lengths_of(size, longest=8.0, shortest=0.03)
     planned, found = evaluation_plan(lengths, batch_settings(row_multiple=hosts * rows))
     shown = np.concatenate([batch.indices for batch in planned])
     assert sorted(shown[shown != FILLER]) == list(range(size))
     assert found.fillers == np.sum(shown == FILLER)
-    assert found.cut == np.sum(lengths > samples_for(400))
     assert all(len(batch.indices) % (hosts * rows) == 0 for batch in planned)
     shapes = {(batch.bucket, len(batch.indices)) for batch in planned}
     assert shapes == set(found.rows.items())
     for batch in planned:
         real = lengths[batch.indices[batch.indices != FILLER]]
         assert len(real)
-        assert (np.minimum(real, samples_for(BUCKETS[-1])) <= samples_for(batch.bucket)).all()
+        assert (real <= samples_for(batch.bucket)).all()
     assert all((batch.indices != FILLER).all() for batch in planned if batch.bucket > planned[-1].bucket)
     assert found.fillers < hosts * rows * found.batches[planned[-1].bucket]
+
+
+@pytest.mark.parametrize(("more", "per_device"), [(0, 100.0), (1, 100.0), (40_000, 100.0), (640_000, 48.0)])
+def test_an_evaluation_cuts_nothing_and_says_which_buckets_would_do(more, per_device):
+    lengths = np.array([20_000, samples_for(BUCKETS[-1]) + more, 400])
+    sizes = batch_settings(seconds_per_device=per_device)
+    if not more:
+        assert evaluation_plan(lengths, sizes)[1].num_batches
+        return
+    with pytest.raises(PlanError, match=rf"1 of 3 utterances .* lasts {lengths[1] / 16000:.2f} s") as refused:
+        evaluation_plan(lengths, sizes)
+    buckets = re.search(r'evaluation_buckets="\((.*)\)"', str(refused.value))
+    assert buckets is not None
+    seconds = re.search(r"seconds_per_device=([\d.]+),", str(refused.value))
+    mended = dataclasses.replace(
+        sizes,
+        buckets=tuple(int(bucket) for bucket in buckets[1].split(", ")),
+        seconds_per_device=float(seconds[1]) if seconds else per_device,
+    )
+    planned, found = evaluation_plan(lengths, mended)
+    assert sum(int(np.sum(batch.indices != FILLER)) for batch in planned) == 3
+    for bucket, count in found.rows.items():
+        microbatches(count, bucket, mended, devices=1, group=1)
 
 
 def padding_share(lengths, planned) -> float:
@@ -221,10 +245,9 @@ def test_a_long_tailed_corpus_is_padded_little_and_compiles_once_a_bucket():
     lengths = lengths_of(10_000, longest=35.0)
     buckets = (72, 96, 120, 144, 168, 192, 216, 248, 288, 328, 384, 448, 544, 672, 864, 1344)
     batches = batch_settings(buckets=buckets, seconds_per_update=320.0)
-    planned, found = evaluation_plan(lengths, batches)
+    planned, _ = evaluation_plan(lengths, batches)
     assert padding_share(lengths, planned) < 0.10
     assert len({(batch.bucket, len(batch.indices)) for batch in planned}) == len(buckets) == 16
-    assert found.cut == 0
     shapes = {(batch.bucket, len(batch.indices)) for batch in plan(lengths, batches, 0, 0, "crop")}
     assert len(shapes) <= len(buckets)
     assert padding_share(lengths, plan(lengths, batches, 0, 0, "crop")) == 0

@@ -209,6 +209,11 @@ def test_rooms_keep_the_time_and_noise_has_its_level(root):
         (["--conversations", "0"], "--conversations: found 0"),
         (["--snr-db", "9", "3"], "snr_db: found (9.0, 3.0)"),
         (["--noise", "nowhere"], "nowhere"),
+        (["--snr-db", "nan", "nan"], "--snr-db: found nan, expected a finite number"),
+        (["--snr-db", "0", "inf"], "--snr-db: found inf"),
+        (["--snr-db", "-500", "0"], "snr_db: found (-500.0, 0.0)"),
+        (["--level-db", "1e6"], "level_db: found 1000000.0"),
+        (["--seconds", "1e12"], "seconds: found 1000000000000.0"),
     ],
 )
 def test_wrong_options_get_an_answer(root, tmp_path, capsys, options, message):

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from wavlm_jax.command_line import plain_number
 from wavlm_jax.data import simulate
 from wavlm_jax.data.conform import Policy
 from wavlm_jax.data.corpus import TURNS, Corpus, CorpusError, attach_turns
@@ -144,15 +145,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _share(text: str) -> float:
-    share = float(text)
+    share = plain_number(text)
     if not 0 <= share <= 1:
         raise argparse.ArgumentTypeError(f"{text} is no share; expected 0 to 1")
     return share
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 <= seconds < float("inf"):
+    seconds = plain_number(text)
+    if seconds < 0:
         raise argparse.ArgumentTypeError(f"{text} is no length; expected seconds, 0 or more")
     return seconds
 

@@ -25,6 +25,11 @@ _PEAK = 0.99
 """Of full scale: the new peak of a row that would clip."""
 
 
+MOST_DB = 100.0
+"""Either way: beyond, one of two sounds is less than a 16-bit sample has."""
+RANGE_DB = f"low <= high, both within +-{MOST_DB:.0f}"
+
+
 def noise_below(wave: Samples, noise: Float32[np.ndarray, "noise"], snr_db: float) -> Samples:
     """`noise`, repeated to the length of `wave` and scaled to an SNR of `snr_db`; silence if either is silent."""
     laid = np.resize(noise, len(wave))
@@ -106,8 +111,8 @@ class AugmentationSettings:
                 raise ValueError(f"{name}_prob: found {share}, expected a share in [0, 1]")
             if share > 0 and corpus is None:
                 raise ValueError(f"{name}_prob: found {share} without {name}_corpus; name a corpus, or set it to 0")
-        if self.noise_snr_db[0] > self.noise_snr_db[1]:
-            raise ValueError(f"noise_snr_db: found {self.noise_snr_db}, expected (low, high) with low <= high")
+        if not -MOST_DB <= self.noise_snr_db[0] <= self.noise_snr_db[1] <= MOST_DB:
+            raise ValueError(f"noise_snr_db: found {self.noise_snr_db}, expected (low, high), {RANGE_DB}")
         if len({*self.speeds}) < len(self.speeds) or any(not 0.5 <= speed <= 2 for speed in self.speeds):  # noqa: PLR2004
             raise ValueError(f"speeds: found {self.speeds}, expected different ones, each from 0.5 to 2")
         if self.speed_makes_speakers and 1.0 not in self.speeds:

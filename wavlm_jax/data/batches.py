@@ -10,19 +10,22 @@ The order is a function of (seed, epoch): an argsort of raw Philox output, which
 versions, unlike its shuffles.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64, UInt64
 
-from wavlm_jax.shapes import SAMPLE_RATE, samples_for
+from wavlm_jax.shapes import SAMPLE_RATE, STANDARD, samples_for
 
 Fit = Literal["crop", "pad"]
 Lengths = Int64[np.ndarray, "utterances"]
 
 FILLER = -1
 """Instead of an utterance's number: a row of weight 0."""
+_BUCKET_STEP = 128
+"""Frames: buckets that are proposed are multiples of it."""
 _WARN_FROM = 0.2
 """Relative difference between an update's seconds and the config's from which on there is a warning (USERS #39)."""
 
@@ -71,8 +74,6 @@ class Census(NamedTuple):
     """Bucket -> rows per batch."""
     left_out: int
     """Utterances that fit no bucket: shorter than the smallest ("crop"), longer than the largest ("pad")."""
-    cut: int
-    """Utterances longer than the largest bucket, of which only the start is used (evaluation)."""
     repeats: int
     """Rows per epoch that repeat an utterance, to fill the last batch."""
     fillers: int
@@ -88,7 +89,6 @@ class Census(NamedTuple):
         parts = [f"{count} batches of {self.rows[b]} rows x {b} frames" for b, count in sorted(self.batches.items())]
         notes = {
             "utterances fit no bucket and are left out": self.left_out,
-            "utterances are cut to the largest bucket": self.cut,
             "rows are repeats": self.repeats,
             "rows are fillers": self.fillers,
         }
@@ -204,25 +204,24 @@ def census(lengths: Lengths, settings: BatchSettings, fit: Fit = "crop") -> Cens
     batches = plan(lengths, settings, seed=0, epoch=0, fit=fit)
     left_out = int(np.sum(_buckets_of(lengths, settings, fit) < 0))
     shown = sum(len(batch.indices) for batch in batches)
-    return _census(batches, left_out=left_out, cut=0, repeats=shown - (len(lengths) - left_out))
+    return _census(batches, left_out=left_out, repeats=shown - (len(lengths) - left_out))
 
 
 def evaluation_plan(lengths: Lengths, settings: BatchSettings) -> tuple[list[PlannedBatch], Census]:
     """Batches that hold every utterance exactly once, padded to its bucket, longest first.
 
     The utterances of a bucket are spread evenly over as few batches as its rows allow; open rows go to the longest of
-    the shorter utterances, and at the very end to `FILLER`. Of an utterance longer than the largest bucket only the
-    start is used, and `Census.cut` counts it: make the buckets larger if that matters.
+    the shorter utterances, and at the very end to `FILLER`.
 
     Raises:
-        PlanError: no utterance.
+        PlanError: no utterance, or one that is longer than the largest bucket; says which buckets would do.
 
     """
     if not len(lengths):
         raise PlanError("evaluation: the corpus has no utterance")
     home = _buckets_of(lengths, settings, "pad")
-    cut = home < 0
-    home[cut] = settings.buckets[-1]
+    if (home < 0).any():
+        raise PlanError(_too_long(lengths, int(np.sum(home < 0)), settings))
     longest_first = np.argsort(-lengths, kind="stable")
     batches, placed = [], 0
     for bucket, most in reversed(rows_per_bucket(settings).items()):
@@ -234,7 +233,7 @@ def evaluation_plan(lengths: Lengths, settings: BatchSettings) -> tuple[list[Pla
             filled = np.pad(taken, (0, count * rows - len(taken)), constant_values=FILLER)
             batches += [PlannedBatch(bucket, part) for part in filled.reshape(count, rows)]
             placed += len(taken)
-    return batches, _census(batches, left_out=0, cut=int(cut.sum()), repeats=0)
+    return batches, _census(batches, left_out=0, repeats=0)
 
 
 def of_corpus(batches: list[PlannedBatch], chosen: Int64[np.ndarray, "chosen"] | None) -> list[PlannedBatch]:
@@ -245,13 +244,13 @@ def of_corpus(batches: list[PlannedBatch], chosen: Int64[np.ndarray, "chosen"] |
     return [PlannedBatch(batch.bucket, numbers[batch.indices]) for batch in batches]
 
 
-def _census(batches: list[PlannedBatch], left_out: int, cut: int, repeats: int) -> Census:
+def _census(batches: list[PlannedBatch], left_out: int, repeats: int) -> Census:
     counts: dict[int, int] = {}
     for batch in batches:
         counts[batch.bucket] = counts.get(batch.bucket, 0) + 1
     rows = {batch.bucket: len(batch.indices) for batch in batches}
     fillers = sum(int(np.sum(batch.indices == FILLER)) for batch in batches)
-    return Census(counts, rows, left_out, cut, repeats, fillers)
+    return Census(counts, rows, left_out, repeats, fillers)
 
 
 def _buckets_of(lengths: Lengths, settings: BatchSettings, fit: Fit) -> Int64[np.ndarray, "utterances"]:
@@ -277,4 +276,18 @@ def _nothing_fits(lengths: Lengths, settings: BatchSettings, fit: Fit) -> str:
     return (
         f"nothing to train on: {found}, all {side} than the bucket of {edge} frames = {samples_for(edge)} samples; "
         "change the buckets"
+    )
+
+
+def _too_long(lengths: Lengths, count: int, settings: BatchSettings) -> str:
+    enough = math.ceil(int(lengths.max()) / STANDARD.hop / _BUCKET_STEP) * _BUCKET_STEP
+    wanted = ", ".join(map(str, (*settings.buckets, enough)))
+    memory = ""
+    if seconds_of(enough) > settings.seconds_per_device:
+        memory = f" with config.batch.seconds_per_device={math.ceil(seconds_of(enough))}.0"
+    return (
+        f"evaluation: {count} of {len(lengths)} utterances are longer than the largest bucket of {settings.buckets}, "
+        f"the longest lasts {lengths.max() / SAMPLE_RATE:.2f} s; none is cut, as its labels are of the whole. Expected "
+        f'config.data.evaluation_buckets="({wanted})"{memory}, or a corpus prepared with --max-seconds '
+        f"{seconds_of(settings.buckets[-1])} (longer ones are then dropped, or cut with --long split)"
     )

@@ -378,7 +378,7 @@ class DataSettings:
     evaluation: tuple[str, ...]
     """A split has the name of its folder: corpora/demo/valid is `valid`."""
     evaluation_buckets: tuple[int, ...]
-    """Frames that evaluation utterances are padded to; longer ones are cut to the last bucket."""
+    """Frames that evaluation utterances are padded to; all have to fit, as none is cut."""
 
     def __post_init__(self) -> None:
         names = ["train", *(Path(path).name for path in self.evaluation)]

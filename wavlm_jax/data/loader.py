@@ -25,6 +25,7 @@ from wavlm_jax.data.batches import (
     FILLER,
     BatchSettings,
     Fit,
+    PlanError,
     PlannedBatch,
     census,
     evaluation_plan,
@@ -186,7 +187,7 @@ class BatchReader:
     def _speed(self, length: int, samples: int, bits: int) -> float:
         """Speed of a row; 1 for a whole utterance that slowed down would be longer than its bucket: nothing is cut."""
         speed = 1.0 if self.augment is None else self.augment.speed(bits)
-        return 1.0 if self.alignment is None and length <= samples < after_speed(length, speed) else speed
+        return 1.0 if self.alignment is None and samples < after_speed(length, speed) else speed
 
     def _row(self, planned: PlannedBatch, row: int, bits: int, faults: list[str]) -> Arrays:
         """The planned utterance, or instead of a damaged one the next of the batch that can be decoded."""
@@ -355,7 +356,10 @@ class _CorpusStream:
         self.num_batches: int | None = None
         plans: Callable[[int], PlannedBatch]
         if seed is None:
-            planned, self.census = evaluation_plan(lengths, batch)
+            try:
+                planned, self.census = evaluation_plan(lengths, batch)
+            except PlanError as error:
+                raise PlanError(f"{corpus.path}: {error}") from error
             self.num_batches = len(planned)
             plans = of_corpus(planned, chosen).__getitem__
         else:
@@ -423,8 +427,8 @@ class PaddedStream(_CorpusStream):
     """Whole utterances, padded with zeros to their bucket, for fine-tuning and evaluation.
 
     With a seed endless and shuffled; utterances longer than the largest bucket are left out. Without a seed an
-    evaluation: finite, each utterance once, rows of weight 0 (id -1) where a batch is not full or an utterance cannot
-    be decoded.
+    evaluation: finite, each utterance once and whole (a PlanError where a bucket for it is missing), rows of weight 0
+    (id -1) where a batch is not full or an utterance cannot be decoded.
     """
 
     _fit = "pad"

@@ -25,7 +25,8 @@ import numpy as np
 from jaxtyping import Int64
 
 from wavlm_jax.audio.wave import FULL_SCALE, encode_flac, to_int16
-from wavlm_jax.data.augment import Samples, noise_below, with_echoes
+from wavlm_jax.command_line import plain_number
+from wavlm_jax.data.augment import MOST_DB, RANGE_DB, Samples, noise_below, with_echoes
 from wavlm_jax.data.corpus import Corpus, attach_turns
 from wavlm_jax.data.entries import Entry, SourceError, UtteranceSource
 from wavlm_jax.data.prepare import Preparation, PreparedCorpus, available_cores, prepare, unordered
@@ -42,6 +43,8 @@ _LEAST_SPEECH = 5
 _SPEECH_RMS = 0.05
 """Root mean square of speech at 0 dB: 26 dB below full scale."""
 _PEAK = 0.99
+_LONGEST = 36_000.0
+"""Seconds: a conversation is mixed in memory (10 h: 2.3 GB)."""
 _CHUNK = 256
 """Utterances per job when speech is searched."""
 _MIXING = 1 << 63
@@ -67,12 +70,12 @@ class ConversationSettings:
         if not self.speakers or min(self.speakers) < 1:
             raise ValueError(f"speakers: found {self.speakers}, expected numbers of 1 or more")
         for name in ("seconds", "pause_seconds"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: found {getattr(self, name)}, expected more than 0")
+            if not 0 < getattr(self, name) <= _LONGEST:
+                raise ValueError(f"{name}: found {getattr(self, name)}, expected more than 0, at most {_LONGEST:.0f}")
         if self.overlap is not None and not 0 <= self.overlap < 1:
             raise ValueError(f"overlap: found {self.overlap}, expected a share in [0, 1), or None")
-        if not 0 <= self.level_db < math.inf:
-            raise ValueError(f"level_db: found {self.level_db}, expected 0 or more")
+        if not 0 <= self.level_db <= MOST_DB:
+            raise ValueError(f"level_db: found {self.level_db}, expected 0 to {MOST_DB:.0f}")
 
 
 class Speech(NamedTuple):
@@ -242,8 +245,8 @@ class Room:
     """Room impulse responses: each speaker has one throughout a conversation; the direct sound stays in time."""
 
     def __post_init__(self) -> None:
-        if self.snr_db[0] > self.snr_db[1]:
-            raise ValueError(f"snr_db: found {self.snr_db}, expected the smaller number first")
+        if not -MOST_DB <= self.snr_db[0] <= self.snr_db[1] <= MOST_DB:
+            raise ValueError(f"snr_db: found {self.snr_db}, expected (low, high), {RANGE_DB}")
 
 
 @dataclass(frozen=True)
@@ -424,13 +427,18 @@ def command(words: Sequence[str]) -> tuple[PreparedCorpus, Path]:
         default=list(defaults.speakers),
         help="how many, drawn at random (default: 2 3 4)",
     )
-    add("--seconds", type=float, default=defaults.seconds, help="length of each, about (default: 60)")
-    add("--pause-seconds", type=float, default=defaults.pause_seconds, help="mean pause (default: 1)")
-    add("--overlap", type=float, default=defaults.overlap, help="share of overlapped speech (default: 0.15)")
+    add("--seconds", type=plain_number, default=defaults.seconds, help="length of each, about (default: 60)")
+    add("--pause-seconds", type=plain_number, default=defaults.pause_seconds, help="mean pause (default: 1)")
+    add("--overlap", type=plain_number, default=defaults.overlap, help="share of overlapped speech (default: 0.15)")
     add("--independent", action="store_true", help="speakers on time lines of their own, as in EEND; ignores --overlap")
-    add("--level-db", type=float, default=defaults.level_db, help="levels of speakers differ by up to +- (default: 5)")
+    add(
+        "--level-db",
+        type=plain_number,
+        default=defaults.level_db,
+        help="levels of speakers differ by up to +- (default: 5)",
+    )
     add("--noise", type=Path, metavar="CORPUS", help="noise to mix in")
-    add("--snr-db", type=float, nargs=2, default=list(room.snr_db), help="range of the SNR (default: 10 25)")
+    add("--snr-db", type=plain_number, nargs=2, default=list(room.snr_db), help="range of the SNR (default: 10 25)")
     add("--rirs", type=Path, metavar="CORPUS", help="room impulse responses, one per speaker and conversation")
     add("--seed", type=int, default=0)
     add("--workers", type=int, default=available_cores(), help="processes (default: one per core)")

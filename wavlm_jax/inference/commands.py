@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import wavlm_jax.files
 from wavlm_jax.audio.recordings import ChunkSettings, Recording, open_recordings
+from wavlm_jax.command_line import plain_number
 from wavlm_jax.inference import recognition
 from wavlm_jax.inference.diarization import TurnSettings, diarize, error_table, pieces_of
 from wavlm_jax.inference.features import FeatureSettings, write_features
@@ -78,9 +79,9 @@ def _add_shared(
     add("--out", type=_writable, help="where to write; stdout if not given")
     add("--device", choices=("cpu", "gpu", "tpu"), help="where to compute; the fastest there is if not given")
     add("--resample", action="store_true", help="take files at other rates than 16 kHz")
-    add("--batch-seconds", type=float, default=60.0, help="most audio in a batch (default: 60)")
-    add("--chunk-seconds", type=float, help=f"longer files are cut into pieces (default: {chunk})")
-    add("--overlap-seconds", type=float, help=f"of two pieces (default: {overlap})")
+    add("--batch-seconds", type=plain_number, default=60.0, help="most audio in a batch (default: 60)")
+    add("--chunk-seconds", type=plain_number, help=f"longer files are cut into pieces (default: {chunk})")
+    add("--overlap-seconds", type=plain_number, help=f"of two pieces (default: {overlap})")
     add("--quiet", action="store_true", help="no progress bar")
 
 
@@ -214,8 +215,8 @@ def _transcribe_options(parser: argparse.ArgumentParser) -> None:
     add("--lm", type=Path, help="n-gram model (ARPA or KenLM): of characters, or of words with --lexicon")
     add("--lexicon", type=Path, help="words that can be heard, one per line, with or without spelling")
     add("--beam", type=int, help="beam search of this width, without a language model too")
-    add("--lm-weight", type=float, help=f"with --lm; default: {defaults.lm_weight}")
-    add("--word-score", type=float, help=f"with --lexicon; default: {defaults.word_score}")
+    add("--lm-weight", type=plain_number, help=f"with --lm; default: {defaults.lm_weight}")
+    add("--word-score", type=plain_number, help=f"with --lexicon; default: {defaults.word_score}")
     add("--lm-unknown", choices=("refuse", "allow"), default="refuse", help="tokens or words that the model lacks")
 
 
@@ -378,15 +379,28 @@ def _diarize_options(parser: argparse.ArgumentParser) -> None:
     turns = TurnSettings()
     _add_shared(parser, chunk="as long as the rows it was trained on, 30 if unknown", overlap="half a piece")
     add = parser.add_argument
-    add("--threshold", type=float, default=turns.threshold, help=f"default: {turns.threshold}")
+    add("--threshold", type=plain_number, default=turns.threshold, help=f"default: {turns.threshold}")
     add(
-        "--fill-seconds", type=float, default=turns.fill_seconds, help=f"shorter gaps go; default: {turns.fill_seconds}"
+        "--fill-seconds",
+        type=plain_number,
+        default=turns.fill_seconds,
+        help=f"shorter gaps go; default: {turns.fill_seconds}",
     )
-    add("--least-seconds", type=float, default=turns.least_seconds, help=f"of a turn; default: {turns.least_seconds}")
+    add(
+        "--least-seconds",
+        type=plain_number,
+        default=turns.least_seconds,
+        help=f"of a turn; default: {turns.least_seconds}",
+    )
     add("--reference", type=Path, nargs="+", metavar="RTTM", help="the truth: a table of errors goes to stderr")
     add("--uem", type=Path, help="what is scored (default: whole files); with --reference")
-    add("--collar", type=float, default=0.0, help="seconds left out on each side of a boundary of the reference")
-    add("--score-windows", type=float, metavar="SECONDS", help="a second table: each window with its own best speakers")
+    add("--collar", type=plain_number, default=0.0, help="seconds left out on each side of a boundary of the reference")
+    add(
+        "--score-windows",
+        type=plain_number,
+        metavar="SECONDS",
+        help="a second table: each window with its own best speakers",
+    )
 
 
 def _diarize(options: Options) -> None:
