@@ -42,6 +42,11 @@ def prepared(tmp_path: Path, source: object, *words: object) -> Corpus:
     return corpus
 
 
+def corpus_of(folder: Path, source: object, *words: object) -> Corpus:
+    assert run(source, "--out", folder / "out", *words) == 0
+    return Corpus.open(folder / "out")
+
+
 def test_parquet(tmp_path: Path):
     columns = {"sentence": [f"text {n}" for n in range(6)], "client_id": ["x", "y"] * 3, "utterance_id": list("abcdef")}
     rows("FLAC", **columns).to_parquet(tmp_path / "speech.parquet")
@@ -93,7 +98,7 @@ def test_arrow_from_save_to_disk_with_splits(tmp_path: Path, capsys: pytest.Capt
     parts.save_to_disk(str(tmp_path / "saved"))
     capsys.readouterr()
     assert main([str(tmp_path / "saved"), "--out", str(tmp_path / "out")]) == 1
-    assert "has the splits train, test; pass --split" in capsys.readouterr().err
+    assert "has the splits train, test, which are not joined unasked; pass --split" in capsys.readouterr().err
     corpus = prepared(tmp_path, tmp_path / "saved", "--split", "train")
     assert list(corpus.ids) == [f"{n:08d}" for n in range(6)]
 
@@ -115,9 +120,132 @@ def test_a_row_that_points_out_of_the_data_set_is_a_fault(tmp_path: Path):
     secret = save(tmp_path / "secret.flac", SPEECH[0])
     audio = [{"bytes": encoded(SPEECH[1]), "path": None}, {"bytes": None, "path": str(secret)}]
     audio.append({"bytes": None, "path": "../secret.flac"})
-    pyarrow.parquet.write_table(pyarrow.table({"audio": audio}), tmp_path / "in.parquet")
-    assert main([str(tmp_path / "in.parquet"), "--out", str(tmp_path / "out")]) == 0
-    assert Corpus.open(tmp_path / "out").header.faults == {"outside_root": 2}
+    audio += [{"bytes": None, "path": "beside.flac"}, {"bytes": None, "path": str(tmp_path / "in/beside.flac")}, None]
+    save(tmp_path / "in/beside.flac", SPEECH[2])
+    pyarrow.parquet.write_table(pyarrow.table({"audio": audio}), tmp_path / "in/rows.parquet")
+    assert main([str(tmp_path / "in/rows.parquet"), "--out", str(tmp_path / "refused")]) == 0
+    assert Corpus.open(tmp_path / "refused").header.faults == {"outside_root": 2, "missing": 1}
+    cured = re.findall(r"--root (\S+),", (tmp_path / "refused/bad_files.jsonl").read_text())
+    assert cured == [str(tmp_path)] * 2
+    corpus = corpus_of(tmp_path, tmp_path / "in/rows.parquet", "--root", tmp_path / "in/..")
+    assert [len(corpus), corpus.header.faults] == [5, {"missing": 1}]
+
+
+def test_paths_in_a_column_of_texts(tmp_path: Path):
+    names = [save(tmp_path / f"saved/clips/{n}.flac", samples).name for n, samples in enumerate(SPEECH)]
+    datasets.Dataset.from_dict({"audio": [f"clips/{name}" for name in names]}).save_to_disk(str(tmp_path / "saved"))
+    assert len(corpus_of(tmp_path, tmp_path / "saved")) == len(names)
+
+
+def test_what_lies_outside_is_read_where_root_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """The hub's cache has links to blobs elsewhere; lists have absolute paths. The cure that a message names works."""
+    blob = save(tmp_path / "blobs/0a1b", SPEECH[0], kind="FLAC")
+    snapshot = tmp_path / "snapshots/main"
+    snapshot.mkdir(parents=True)
+    (snapshot / "a.flac").symlink_to(blob)
+    (tmp_path / "lists/deep").mkdir(parents=True)
+    (tmp_path / "lists/deep/absolute.csv").write_text(f"path,text\n{snapshot}/a.flac,x\n{blob},y\n")
+    (tmp_path / "list.csv").write_text("path,text\nsnapshots/main/a.flac,x\n")
+    (tmp_path / "lists/deep/m.tsv").write_text(f"{snapshot}\na.flac\t{len(SPEECH[0])}\n")
+    for number, source in enumerate(("snapshots/main", "lists/deep/absolute.csv", "lists/deep/m.tsv")):
+        message = failure(capsys, tmp_path / source, "--out", tmp_path / "refused")
+        cure = re.search(r"--root (\S+),", message)
+        assert cure is not None, message
+        shutil.rmtree(tmp_path / "refused.partial", ignore_errors=True)
+        for root in (cure[1], tmp_path, "/"):
+            assert run(tmp_path / source, "--out", tmp_path / f"out{number}", "--root", root) == 0, root
+    assert run(tmp_path / "list.csv", "--out", tmp_path / "inside") == 0
+    (tmp_path / "lists/up.csv").write_text("path\n../snapshots/main/a.flac\n")
+    assert run(tmp_path / "lists/up.csv", "--out", tmp_path / "up", "--root", tmp_path) == 0
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (("data/train-00000-of-00001", "data/test-00000-of-00001"), ("data/train", "test")),
+        (("train/0", "test/0"), ("train", "test")),
+        (("train", "test"), ("train", "test")),
+        (("train.100-00000-of-00001", "train.360-00000-of-00001"), ("train.100", "train.360")),
+        (("en/train-00000-of-00001-0123456789abcdef", "de/train-00000-of-00001"), ("en/train", "de/train")),
+        (("part-0000", "part-0001"), None),
+        (("train-00000-of-00002", "train-00001-of-00002"), None),
+    ],
+)
+def test_parquet_files_of_several_splits_are_never_joined_unasked(tmp_path: Path, capsys, names, splits):
+    for name, picked in zip(names, ([0, 1, 2], [3, 4]), strict=True):
+        file = tmp_path / "in" / f"{name}.parquet"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rows("FLAC", id=list("abcdef")).select(picked).to_parquet(file)
+    if splits is None:
+        assert len(corpus_of(tmp_path, tmp_path / "in")) == 5
+        return
+    message = failure(capsys, tmp_path / "in", "--out", tmp_path / "refused")
+    assert "not joined unasked; pass --split" in message
+    assert all(split in message for split in splits)
+    lengths = [len(corpus_of(tmp_path / str(n), tmp_path / "in", "--split", split)) for n, split in enumerate(splits)]
+    assert lengths == [3, 2]
+    assert len(corpus_of(tmp_path, tmp_path / "in", "--split", "*")) == 5
+    assert "found 0" in failure(capsys, tmp_path / "in", "--out", tmp_path / "refused", "--split", "valid")
+    if names[0].startswith("en"):
+        assert "found 2" in failure(capsys, tmp_path / "in", "--out", tmp_path / "refused", "--split", "train")
+        assert len(corpus_of(tmp_path / "en", tmp_path / "in", "--subset", "en")) == 3
+
+
+def test_another_split_is_another_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    parts = {"train": rows(), "test": rows().select([5, 4, 3, 2, 1, 0])}
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
+    corpus_of(tmp_path, tmp_path / "saved", "--split", "train")
+    assert run(tmp_path / "saved", "--out", tmp_path / "out", "--split", "train") == 0
+    assert "made from data set" in failure(capsys, tmp_path / "saved", "--out", tmp_path / "out", "--split", "test")
+
+
+def test_folders_that_are_named_like_splits_are_never_joined_unasked(tmp_path: Path, capsys):
+    for name in ("train-clean-100/1/a", "train-clean-360/2/b", "dev-clean/3/c", "tester/d"):
+        save(tmp_path / "in" / f"{name}.flac", SPEECH[0])
+    message = failure(capsys, tmp_path / "in", "--out", tmp_path / "refused")
+    assert "the splits dev-clean, train-clean-100, train-clean-360, which" in message
+    for split, ids in (
+        ("dev-clean", ["dev-clean/3/c"]),
+        ("train*", ["train-clean-100/1/a", "train-clean-360/2/b"]),
+        ("*", ["dev-clean/3/c", "tester/d", "train-clean-100/1/a", "train-clean-360/2/b"]),
+    ):
+        assert list(corpus_of(tmp_path / f"of {split}", tmp_path / "in", "--split", split).ids) == ids
+    shutil.rmtree(tmp_path / "in/dev-clean")
+    assert len(corpus_of(tmp_path / "alike", tmp_path / "in")) == 3  # all for training
+    (tmp_path / "list.csv").write_text("path\nin/tester/d.flac\n")
+    assert "choose nothing" in failure(capsys, tmp_path / "list.csv", "--out", tmp_path / "o", "--split", "train")
+
+
+def test_metadata_below_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for name in (
+        "splits/train/a",
+        "splits/test/b",
+        "inner/data/a",
+        "inner/more/b",
+        "two/en/a",
+        "two/de/b",
+        "top/test/a",
+    ):
+        save(tmp_path / f"{name}.flac", SPEECH[0])
+    save(tmp_path / "top/train/b.flac", SPEECH[1])
+    for name, cells in (
+        ("splits/train", "a.flac,HELLO\n"),
+        ("splits/test", "b.flac,WORLD\n"),
+        ("inner/data", "a.flac,HELLO\n"),
+        ("two/en", "a.flac,HELLO\n"),
+        ("two/de", "b.flac,HALLO\n"),
+        ("top", "test/a.flac,HELLO\ntrain/b.flac,WORLD\n"),
+    ):
+        (tmp_path / name / "metadata.csv").write_text("file_name,transcription\n" + cells)
+    for name in ("splits", "top"):
+        assert "the splits test, train, which" in failure(capsys, tmp_path / name, "--out", tmp_path / "refused")
+    assert "metadata stands in 2 folders (de, en)" in failure(capsys, tmp_path / "two", "--out", tmp_path / "refused")
+    assert list(corpus_of(tmp_path / "1", tmp_path / "splits", "--split", "train").texts) == ["HELLO"]
+    assert list(corpus_of(tmp_path / "2", tmp_path / "top", "--split", "train").texts) == ["WORLD"]
+    assert list(corpus_of(tmp_path / "3", tmp_path / "top", "--split", "*").texts) == ["HELLO", "WORLD"]
+    capsys.readouterr()
+    assert list(corpus_of(tmp_path / "4", tmp_path / "inner").texts) == ["HELLO"]
+    assert "does not list 1 audio files, left out, such as more/b.flac" in capsys.readouterr().err
 
 
 def test_what_nobody_can_load_is_an_error_with_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -132,10 +132,10 @@ def _parser() -> argparse.ArgumentParser:
         help=f"share of bad files above which it stops (default: 0.001; {FREE_FAULTS} are always tolerated)",
     )
     add("--holdout", type=_share, default=0.0, help="share for CORPUS/valid, by hash of the id; the rest: CORPUS/train")
-    add("--root", type=Path, default=None, help="folder that a manifest's paths are relative to (default: found out)")
+    add("--root", type=Path, default=None, help="folder that has all audio, also by absolute paths and links")
     add("--rttm", type=Path, nargs="+", default=[], metavar="FILE", help="who speaks when; recordings are named by id")
-    add("--subset", default=None, help="configuration of a hub data set")
-    add("--split", default=None, help="split of a data set that has several")
+    add("--subset", default=None, help="configuration of a hub data set, or folder of parquet files")
+    add("--split", default=None, help="which of several splits: its name, or 'train*' for all that match")
     for key, names in COLUMNS.items():
         if key in ("id", "path", "speaker", "text"):
             word = "audio" if key == "path" else key

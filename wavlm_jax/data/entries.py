@@ -1,6 +1,7 @@
 """Entries of a source: one per utterance, not decoded yet, and how their audio is read.
 
-Names come from outside and may not leave their root: `..`, absolute paths and links that point elsewhere are refused.
+Names come from outside and may not leave their root, whatever leads there: `..`, an absolute path or a link. The root
+is the folder of the source, or what the user says (`--root`).
 """
 
 import hashlib
@@ -146,10 +147,12 @@ class FileReader:
     """Audio files under `root`, a resolved path. An `AudioReader`."""
 
     root: Path
+    folder: Path | None = None
+    """What relative paths start from; None: the root."""
 
     def __call__(self, entry: Entry) -> Path:
-        """The file, unless a link leads out of the root."""
-        path = self.root / str(entry.audio)
+        """The file, unless its path or a link leads out of the root."""
+        path = (self.folder or self.root) / str(entry.audio)
         return kept_inside(path, self.root, str(path))
 
 
@@ -161,8 +164,14 @@ def inside(path: Path, root: Path) -> bool:
 def kept_inside(path: Path, root: Path, what: str) -> Path:
     """`path` if it lies under `root`, else an `AudioFault` outside_root about `what`."""
     if not inside(path, root):
-        raise AudioFault("outside_root", f"{what} leads out of {root}")
+        raise AudioFault("outside_root", f"{what} leads out of {root}; {root_cure([path])}")
     return path
+
+
+def root_cure(paths: Iterable[Path]) -> str:
+    """What makes files outside of the root readable, for messages."""
+    common = os.path.commonpath([path.resolve().parent for path in paths])
+    return f"if the source is to be trusted with it: --root {common}, or another folder that has all audio"
 
 
 def digest(entries: Iterable[Entry], *extra: str, stamps: bool = False) -> str:

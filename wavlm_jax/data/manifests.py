@@ -23,6 +23,7 @@ from wavlm_jax.data.entries import (
     listed,
     names_in,
     one_line,
+    root_cure,
     stamp_of,
     text_of,
     value_at,
@@ -41,8 +42,9 @@ def from_manifest(file: Path, root: Path | None = None, chosen: Chosen | None = 
         file: a .tsv or .csv with a header line (columns path and, optional, id, samples, speaker, text), .jsonl with
             the same keys and, optional, phones {symbols, starts, ends}; or fairseq's: root, then path TAB samples.
             Other usual names of these columns are accepted too (`COLUMNS`).
-        root: the folder that paths are relative to. None: fairseq's first line, else the folder of the manifest or its
-            parent, whichever has the first path.
+        root: has all audio, also by absolute paths and links. None: the folder that paths are relative to. That is
+            the first of these which has the first path: `root`, fairseq's first line, the folder of the manifest, its
+            parent.
         chosen: columns that go before the usual names.
 
     Raises:
@@ -51,6 +53,7 @@ def from_manifest(file: Path, root: Path | None = None, chosen: Chosen | None = 
     """
     text, chosen, notes = _text(file), chosen or {}, tuple[str, ...]()
     first = text.partition("\n")[0].removesuffix("\r")
+    folders = [*([] if root is None else [root]), file.parent, file.resolve().parent.parent]
     if first.startswith("{"):
         rows = _json_rows(file, _lines(file, text), chosen)
     elif file.suffix == ".csv":
@@ -61,15 +64,20 @@ def from_manifest(file: Path, root: Path | None = None, chosen: Chosen | None = 
     else:
         rows = _fairseq_rows(file, _lines(file, text)[1:])
         if root is None:
-            root = _fairseq_root(file, first)
-            notes = (f"{file}: paths are relative to {root}, as its first line says",)
+            folders = [_fairseq_root(file, first)]
+            notes = (f"{file}: paths are relative to {folders[0]}, as its first line says",)
+        else:
+            folders.insert(1, file.parent / first)
     numbered = list(rows)
     if not numbered:
         raise SourceError(f"{file}: no utterance, expected one a line")
-    root = (root or _find_root(file, str(numbered[0][1]["path"]))).resolve()
-    entries = [_entry(row, root, f"{file}:{number}") for number, row in numbered]
+    folder = _find_folder(file, str(numbered[0][1]["path"]), folders).resolve()
+    root = (root or folder).resolve()
+    _check_paths(file, numbered, folder, root)
+    home = file.parent.absolute()
+    entries = [_entry({"id": _name(row["path"], home), **row}, folder, f"{file}:{number}") for number, row in numbered]
     _check_unique(file, [(number, entry.id) for (number, _), entry in zip(numbered, entries, strict=True)])
-    return UtteranceSource(f"manifest {file}, root {root}", entries, FileReader(root), notes)
+    return UtteranceSource(f"manifest {file}, root {root}", entries, FileReader(root, folder), notes)
 
 
 def _text(file: Path) -> str:
@@ -144,7 +152,7 @@ def _fairseq_rows(file: Path, lines: list[str]) -> Iterator[Numbered]:
         cells = line.split("\t")
         if len(cells) != 2:  # noqa: PLR2004
             raise SourceError(f"{file}:{number}: found {len(cells)} columns, expected path TAB samples")
-        yield number, {"id": str(PurePosixPath(cells[0]).with_suffix("")), "path": cells[0], "samples": cells[1]}
+        yield number, {"path": cells[0], "samples": cells[1]}
 
 
 def _fairseq_root(file: Path, line: str) -> Path:
@@ -155,21 +163,50 @@ def _fairseq_root(file: Path, line: str) -> Path:
     return root
 
 
-def _find_root(file: Path, first: str) -> Path:
-    for folder in (file.parent, file.resolve().parent.parent):
-        if (folder / first).exists():
+def _find_folder(file: Path, first: str, folders: list[Path]) -> Path:
+    """The one of `folders` that has the first path of a manifest; of an absolute path, that it lies in."""
+    if len(folders) == 1:
+        return folders[0]
+    _check_name(first, f"{file}, first utterance")
+    having = [folder for folder in folders if (folder / first).exists()]
+    for folder in having:
+        if inside(folder / first, folder.resolve()):
             return folder
+    if having:
+        return having[0]
     raise SourceError(
-        f"{file}: first path {first!r} is neither under {file.parent} nor under {file.resolve().parent.parent}; "
-        "pass --root FOLDER"
+        f"{file}: first path {first!r} is neither under {' nor under '.join(map(str, folders))}; pass --root FOLDER"
     )
 
 
-def _entry(row: Mapping[str, Any], root: Path, where: str) -> Entry:
-    path = row["path"]
-    name = row["id"] if "id" in row else str(PurePosixPath(path).with_suffix(""))
+def _check_name(path: str, where: str) -> None:
+    if PurePosixPath(path).name in ("", "..") or "\0" in path:
+        raise SourceError(f"{where}: path {path!r} names no file")
+
+
+def _check_paths(file: Path, numbered: list[Numbered], folder: Path, root: Path) -> None:
+    """All paths have to exist, inside of the root."""
+    for number, row in numbered:
+        _check_name(row["path"], f"{file}:{number}")
+        if not inside(folder / row["path"], root):
+            cure = root_cure(folder / row["path"] for _, row in numbered)
+            raise SourceError(f"{file}:{number}: path {row['path']!r} leads out of {root}; {cure}")
+        if not (folder / row["path"]).exists():
+            raise SourceError(
+                f"{file}:{number}: path {row['path']!r} does not exist under {folder} (columns swapped? blank at the "
+                "end?)"
+            )
+
+
+def _name(path: str, home: Path) -> str:
+    """The id of a row without one: its path without suffix, an absolute one from the manifest's folder or / on."""
+    pure = PurePosixPath(path).with_suffix("")
+    return str(pure.relative_to(home) if pure.is_relative_to(home) else pure).lstrip("/")
+
+
+def _entry(row: Mapping[str, Any], folder: Path, where: str) -> Entry:
     texts = {}
-    for key, value in (("id", name), ("speaker", row.get("speaker")), ("text", row.get("text"))):
+    for key, value in (("id", row["id"]), ("speaker", row.get("speaker")), ("text", row.get("text"))):
         try:
             texts[key] = text_of(value)
         except ValueError as error:
@@ -177,20 +214,10 @@ def _entry(row: Mapping[str, Any], root: Path, where: str) -> Entry:
     texts["text"] = one_line(texts["text"])
     if not texts["id"] or texts["id"] != texts["id"].strip():
         raise SourceError(f"{where}: id is {texts['id']!r}, expected text without blanks at its ends")
-    _check_path(path, root, where)
     samples = _samples(row.get("samples"), where)
     phones = _alignment(row.get("phones"), samples, where)
-    return Entry(**texts, audio=path, stamp=stamp_of(root / path), samples=samples, phones=phones)
-
-
-def _check_path(path: str, root: Path, where: str) -> None:
-    pure = PurePosixPath(path)
-    if pure.is_absolute() or ".." in pure.parts or "\0" in path or not inside(root / path, root):
-        raise SourceError(
-            f"{where}: path {path!r} leads out of {root}; paths are relative and stay inside; pass --root"
-        )
-    if not (root / path).exists():
-        raise SourceError(f"{where}: path {path!r} does not exist under {root} (columns swapped? blank at the end?)")
+    path = row["path"]
+    return Entry(**texts, audio=path, stamp=stamp_of(folder / path), samples=samples, phones=phones)
 
 
 def _samples(value: Any, where: str) -> int | None:

@@ -115,8 +115,8 @@ def prepare(source: UtteranceSource, out: Path, preparation: Preparation) -> Pre
         _claim(partial, source, options)
         jobs = _jobs(source, partial)
         reports = _write_shards(jobs, source.reader, preparation, partial)
-        header = _header(jobs, reports, source, preparation, state)
         _write_bad_files(partial, [row for report in reports for row in report.bad_files])
+        header = _header(jobs, reports, source, preparation, state)
         _write_dataset_info(partial, [job.file.name for job in jobs])
         write_header(partial, header)
     header = _same_corpus(partial, state)
@@ -271,7 +271,9 @@ def _header(
     faults = _summed(Counter(row["fault"] for row in report.bad_files) for report in reports)
     dropped = _summed(report.dropped for report in reports)
     if not rows:
-        raise PrepareError(f"{source.description}: no usable utterance: {faults} bad, {dropped} dropped")
+        bad = next((row for report in reports for row in report.bad_files), None)
+        example = "" if bad is None else f"; for example {bad['path']}: {bad['detail']} ({bad['fault']})"
+        raise PrepareError(f"{source.description}: no usable utterance: {faults} bad, {dropped} dropped{example}")
     everything = hashlib.sha256("".join(name for report in reports for name in report.utterances).encode())
     packages = ("soundfile", "soxr", "datasets", "pyarrow", "numpy")
     versions = {name: importlib.metadata.version(name) for name in packages}

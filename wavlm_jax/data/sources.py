@@ -4,15 +4,20 @@ Faults of a list are errors before any work is done; faults of audio files are f
 counted.
 """
 
+import dataclasses
+import fnmatch
 import os
+import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow.compute as pc
 
 from wavlm_jax.audio.folders import AUDIO_SUFFIXES, AudioFolder, counted, walk
+from wavlm_jax.audio.wave import AudioFault
 from wavlm_jax.data.entries import (
     COLUMNS,
     Chosen,
@@ -48,36 +53,123 @@ def open_source(
 
     Args:
         name: a path, or a name on the hub.
-        root: folder that the paths of a manifest are relative to (None: see `from_manifest`).
-        subset: configuration of a hub data set.
-        split: split of a data set that has several.
+        root: folder that has all audio, where that is not the source's own (see `from_manifest`).
+        subset: configuration of a data set.
+        split: which of several splits; of files, a pattern such as `train*` takes all that match.
         chosen: columns that go before the usual names.
 
     Raises:
-        SourceError: it cannot be read.
+        SourceError: it cannot be read, or has several splits and none is named.
 
     """
     path = Path(name)
     if path.is_file() and path.suffix in MANIFEST_SUFFIXES:
+        if split is not None or subset is not None:
+            raise SourceError(f"{name}: a manifest, of which --split and --subset choose nothing; name the one to read")
         return from_manifest(path, root, chosen)
-    for metadata in AUDIOFOLDER:
-        if (path / metadata).is_file():
-            return from_manifest(path / metadata, root or path, chosen)
     if path.is_dir():
-        folder = walk(path.resolve())
+        folder = _of_split(walk(path.resolve()), split)
+        if (metadata := _metadata(folder)) is not None:
+            return _from_metadata(folder, metadata, root, chosen)
         if folder.audio or folder.unread:
             if chosen:
                 raise SourceError(
                     f"{path}: a folder of audio, which has no columns; --{min(chosen)}-column is for tables"
                 )
-            return from_folder(folder)
-    return from_datasets(name, subset, split, chosen)
+            return from_folder(folder, root)
+    return from_datasets(name, subset, split, chosen, root)
 
 
-def from_folder(folder: AudioFolder | Path) -> UtteranceSource:
+_SPLIT_FOLDER = re.compile(r"(train|test|dev|val|eval)(ing|elopment|id|idation|uation)?(?![a-z])", re.IGNORECASE)
+_MOST_NAMED = 10
+
+
+def _split_folder(path: str) -> str:
+    """The part of a path down to the first folder that is named like a split, such as train-clean-100; else ""."""
+    folders = PurePosixPath(path).parts[:-1]
+    number = next((number for number, folder in enumerate(folders) if _SPLIT_FOLDER.match(folder)), None)
+    return "" if number is None else "/".join(folders[: number + 1])
+
+
+def _of_split(folder: AudioFolder, split: str | None) -> AudioFolder:
+    """What belongs to a split, where folders are named like splits; training and test audio is never joined unasked."""
+    held = [*folder.audio, *folder.unread]
+    names = sorted({_split_folder(name) for name in held} - {""})
+    kinds = {_SPLIT_FOLDER.match(PurePosixPath(name).name)[1].lower() for name in names}
+    if not held or (split is None and len(kinds) <= 1):
+        return folder
+    chosen = {*choose_splits(str(folder.root), names, split), *([""] if split == "*" else [])}
+    audio = [name for name in folder.audio if _split_folder(name) in chosen]
+    others = [name for name in folder.others if _split_folder(name) in {*chosen, ""}]
+    unread = [name for name in folder.unread if _split_folder(name) in chosen]
+    return folder._replace(audio=audio, others=others, unread=unread)
+
+
+def choose_splits(where: str, names: Sequence[str], split: str | None) -> list[str]:
+    """Those of `names` (paths of folders or files) that `split` asks for.
+
+    Args:
+        where: the source, for messages.
+        names: of all splits.
+        split: a name or its last part; with `*`, `?` or `[` a pattern; None: the only one.
+
+    Raises:
+        SourceError: none, or several that no pattern joins.
+
+    """
+    joins = split is not None and any(sign in split for sign in "*?[")
+    if split is None:
+        found = list(names)
+    elif joins:
+        found = [name for name in names if fnmatch.fnmatchcase(name, split)]
+    else:
+        found = [name for name in names if name == split] or [n for n in names if PurePosixPath(n).name == split]
+    if not found or (len(found) > 1 and not joins):
+        some = ", ".join(names[:_MOST_NAMED]) + (f" and {len(names) - _MOST_NAMED} more" * (len(names) > _MOST_NAMED))
+        asked = "" if split is None else f"--split {split}: found {len(found)}; "
+        raise SourceError(
+            f"{where}: {asked}it has the splits {some or '(none)'}, which are not joined unasked; pass --split "
+            "with one of them, or with a pattern in quotes that takes several ('train*', '*')"
+        )
+    return found
+
+
+def _metadata(folder: AudioFolder) -> str | None:
+    """The metadata of an audiofolder: in the folder itself, or in the one folder below that has any.
+
+    Raises:
+        SourceError: it stands in several folders.
+
+    """
+    top = [name for name in AUDIOFOLDER if name in folder.others]
+    named = [name for name in folder.others if PurePosixPath(name).name in AUDIOFOLDER and folder.audio]
+    found = {str(PurePosixPath(name).parent): name for name in named}  # in one folder: .jsonl, which sorts behind .csv
+    if not top and len(found) > 1:
+        some = ", ".join(list(found)[:_MOST_NAMED])
+        raise SourceError(
+            f"{folder.root}: metadata stands in {len(found)} folders ({some}); give one of them as SOURCE"
+        )
+    return next(iter([*top, *found.values()]), None)
+
+
+def _from_metadata(folder: AudioFolder, metadata: str, root: Path | None, chosen: Chosen | None) -> UtteranceSource:
+    """The rows of an audiofolder's metadata whose folders are those of `folder`; audio without a row is noted."""
+    file = folder.root / metadata
+    source = from_manifest(file, root or file.parent, chosen)
+    place = PurePosixPath(metadata).parent
+    paths = [os.path.normpath(place / str(entry.audio)) for entry in source.entries]
+    splits = {_split_folder(path) for path in folder.audio} | {""}
+    kept = [entry for entry, path in zip(source.entries, paths, strict=True) if _split_folder(path) in splits]
+    notes = (*source.notes, *folder.notes)
+    if unlisted := [path for path in folder.audio if path not in {*paths}]:
+        notes += (f"{file}: does not list {len(unlisted)} audio files, left out, such as {printable(unlisted[0])}",)
+    return dataclasses.replace(source, entries=kept, notes=notes)
+
+
+def from_folder(folder: AudioFolder | Path, root: Path | None = None) -> UtteranceSource:
     """Every audio file of a folder, sorted by path. The id is the path without suffix.
 
-    Links to files are followed if they stay inside the root.
+    Links to files are followed if they stay inside `root`, by default the folder.
 
     Raises:
         SourceError: no audio file there.
@@ -85,18 +177,19 @@ def from_folder(folder: AudioFolder | Path) -> UtteranceSource:
     """
     if isinstance(folder, Path):
         folder = walk(folder.resolve())
-    root = folder.root
+    place = folder.root
     if not folder.audio:
         found = f"only {counted(folder.unread)}, which are not read" if folder.unread else "no audio file"
-        raise SourceError(f"{root}: {found}, expected some of *{', *'.join(sorted(AUDIO_SUFFIXES))}")
+        raise SourceError(f"{place}: {found}, expected some of *{', *'.join(sorted(AUDIO_SUFFIXES))}")
     stems = [os.path.splitext(path)[0] for path in folder.audio]  # noqa: PTH122  (Path would normalise odd names)
     counts = Counter(stems)
     names = [path if counts[stem] > 1 else stem for path, stem in zip(folder.audio, stems, strict=True)]
     entries = [
-        Entry(id=printable(name), audio=path, stamp=stamp_of(root / path))
+        Entry(id=printable(name), audio=path, stamp=stamp_of(place / path))
         for name, path in zip(names, folder.audio, strict=True)
     ]
-    return UtteranceSource(f"folder {root}", entries, FileReader(root), folder.notes)
+    reader = FileReader((root or place).resolve(), place)
+    return UtteranceSource(f"folder {place}", entries, reader, folder.notes)
 
 
 @dataclass(frozen=True)
@@ -106,18 +199,27 @@ class RowReader:
     dataset: Any
     column: str
     root: Path
+    folder: Path
+    """What relative paths start from, if not from the root."""
 
     def __call__(self, entry: Entry) -> bytes | Path:
         """The bytes of one row, or its file."""
         audio = self.dataset[int(entry.audio)][self.column]
+        if audio is None or (audio["bytes"] is None and not audio["path"]):
+            raise AudioFault("missing", f"row {entry.audio} has neither bytes nor a path")
         if audio["bytes"] is not None:
             return bytes(audio["bytes"])
-        path = self.root / str(audio["path"])
+        places = [folder / str(audio["path"]) for folder in (self.root, self.folder)]
+        path = next((place for place in places if place.exists()), places[-1])
         return kept_inside(path, self.root, f"row {entry.audio} has no bytes and points to {path}, which")
 
 
 def from_datasets(
-    name: str, subset: str | None = None, split: str | None = None, chosen: Chosen | None = None
+    name: str,
+    subset: str | None = None,
+    split: str | None = None,
+    chosen: Chosen | None = None,
+    root: Path | None = None,
 ) -> UtteranceSource:
     """The utterances of a data set; classes have their names, and audio stays undecoded bytes.
 
@@ -126,19 +228,25 @@ def from_datasets(
 
     Args:
         name: a folder from save_to_disk, a .parquet file or a folder of them, or a name on the hub.
-        subset: configuration of a hub data set.
-        split: name of a split; None: the only one.
+        subset: configuration of a hub data set, or a folder of parquet files.
+        split: see `choose_splits`; None: the only one.
         chosen: columns that go before the usual names; `path` is the audio's.
+        root: below which rows may name files instead of having bytes; None: the data set's folder, of a name on the
+            hub the cache that it is downloaded to.
 
     Raises:
         SourceError: it cannot be loaded, has several splits and none is named, has not exactly one audio column, or
             no text in a column for texts, or the column that was named for ids repeats one.
 
     """
+    import datasets  # noqa: PLC0415 a second or more, for those who need it
+
     chosen = chosen or {}
     try:
         dataset, column = _load_dataset(name, subset, split, chosen.get("path"))
-    except (OSError, ValueError, ConnectionError, RuntimeError) as error:
+    except SourceError:
+        raise
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, datasets.exceptions.DatasetsError) as error:
         raise SourceError(
             f"{name}: not a folder of audio or a manifest, and `datasets` cannot load it either: {error}"
         ) from error
@@ -149,8 +257,9 @@ def from_datasets(
     speakers, texts = (
         _texts(dataset, taken[key], name) if key in taken else [""] * len(dataset) for key in ("speaker", "text")
     )
+    version = getattr(dataset, "_fingerprint", "")
     entries = [
-        Entry(id=identity, audio=row, speaker=speaker, text=one_line(text))
+        Entry(id=identity, audio=row, stamp=version, speaker=speaker, text=one_line(text))
         for row, (identity, speaker, text) in enumerate(zip(ids, speakers, texts, strict=True))
     ]
     used = {taken[key] for key in ("id", "speaker", "text") if key in taken}
@@ -160,8 +269,9 @@ def from_datasets(
         f"{name}: columns: {', '.join(said) or 'neither speaker nor text'}"
         + (f"; not used: {listed(unused)} (--text-column and --speaker-column name others)" if unused else "")
     )
-    version = getattr(dataset, "_fingerprint", "")
-    reader = RowReader(dataset, column, Path(name).resolve())
+    folder = Path(name) if Path(name).exists() else Path(datasets.config.HF_CACHE_HOME).expanduser()
+    folder = (folder.parent if folder.is_file() else folder).resolve()
+    reader = RowReader(dataset, column, (root or folder).resolve(), folder)
     return UtteranceSource(f"data set {name} {split or ''} {version}".strip(), entries, reader, tuple(notes))
 
 
@@ -196,27 +306,44 @@ def _load_dataset(name: str, subset: str | None, split: str | None, audio: str |
     path = Path(name)
     if any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):
         loaded = datasets.load_from_disk(name)
-    elif path.suffix == ".parquet" or (path.is_dir() and any(path.rglob("*.parquet"))):
-        files = str(path) if path.is_file() else sorted(str(file) for file in path.rglob("*.parquet"))
-        loaded = datasets.load_dataset("parquet", data_files=files)
+    elif path.suffix == ".parquet" and path.is_file():
+        loaded = datasets.load_dataset("parquet", data_files=name)
+    elif path.is_dir() and any(path.rglob("*.parquet")):
+        loaded = datasets.load_dataset("parquet", data_files=_parquet_files(path, subset, split), split="train")
     else:
         loaded = datasets.load_dataset(name, subset)
     if isinstance(loaded, datasets.DatasetDict):
-        if split is None and len(loaded) == 1:
-            split = next(iter(loaded))
-        if split not in loaded:
-            raise ValueError(f"{name} has the splits {', '.join(map(str, loaded))}; pass --split with one of them")
-        loaded = loaded[split]
-    columns = [
+        parts = [loaded[part] for part in choose_splits(name, list(map(str, loaded)), split)]
+        loaded = datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+    sound = [
         column
         for column, feature in loaded.features.items()
-        if (isinstance(feature, datasets.Audio) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"}))
-        and audio in (None, column)
+        if isinstance(feature, datasets.Audio) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
     ]
+    if not sound:  # paths as texts
+        usual = next((column for column in ("audio", *COLUMNS["path"]) if column in loaded.features), None)
+        sound = [column for column in (audio or usual,) if column in loaded.features]
+    columns = [column for column in sound if audio in (None, column)]
     if len(columns) != 1:
         wanted = "expected one; --audio-column names it" if audio is None else f"and {audio!r} is none"
         raise ValueError(f"found {len(columns)} audio columns among {listed(loaded.column_names)}, {wanted}")
     return loaded.cast_column(columns[0], datasets.Audio(decode=False)), columns[0]
+
+
+_SHARD = re.compile(r"(^|[-_.])\d+[-_.]of[-_.]\d+(-[0-9a-f]{16})?$|^\d+$|[-_]\d{4,}$")
+"""The end of a file's name that numbers the parts of one split: train-00000-of-00002, 0, part-0001."""
+
+
+def _parquet_files(folder: Path, subset: str | None, split: str | None) -> list[str]:
+    """The parquet files of a split: those that lie in one folder and whose names differ in a number alone."""
+    splits: dict[str, list[str]] = {}
+    for file in sorted(folder.rglob("*.parquet")):
+        inner = file.relative_to(folder)
+        hidden = any(part.startswith(".") for part in inner.parts)
+        if not hidden and (subset is None or subset in inner.parts[:-1]):
+            splits.setdefault(str(inner.parent / _SHARD.sub("", inner.stem)), []).append(str(file))
+    where = str(folder) if subset is None else f"{folder}, --subset {subset}"
+    return [file for name in choose_splits(where, list(splits), split) for file in splits[name]]
 
 
 def _texts(dataset: Any, name: str, where: str) -> list[str]:
