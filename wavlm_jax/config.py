@@ -297,6 +297,8 @@ class HeadConfig:
     """Classes; of the frame head: speakers (or other events) that are on or off."""
     classifier_proj_size: int = 256
     """Sequence classification: width that frames are averaged in."""
+    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = None
+    """Sequence classification: what the scores mean, as in transformers (`function_to_apply`)."""
     use_weighted_layer_sum: bool = False
     """Whether the head reads a learned average of all hidden states instead of the last one."""
     layer_sum_states: States = "raw"
@@ -349,6 +351,16 @@ class HeadConfig:
                 "add_adapter, use_weighted_layer_sum: found both; the adapter reads the last hidden state alone, so "
                 "expected one of them"
             )
+
+    @property
+    def function_to_apply(self) -> Literal["softmax", "sigmoid", "none"]:
+        """What makes answers of the scores of a sequence classifier, as in transformers' pipeline.
+
+        One label without a `problem_type` is a number too: its softmax would be 1 for every recording.
+        """
+        if self.problem_type is None:
+            return "none" if self.num_labels == 1 else "softmax"
+        return {"multi_label_classification": "sigmoid", "regression": "none"}.get(self.problem_type, "softmax")
 
     @property
     def tdnn_context(self) -> int:

@@ -158,6 +158,23 @@ def test_classes_are_those_of_transformers(folder, capsys):
     assert found["label"] == max(expected, key=expected.get)
 
 
+def test_a_regression_says_its_numbers_and_a_name_that_was_changed_is_said(folder, capsys):
+    config = json.loads((folder / "classes" / "config.json").read_text()) | {"problem_type": "regression"}
+    shutil.copytree(folder / "classes", folder / "numbers")
+    (folder / "numbers" / "config.json").write_text(json.dumps(config))
+    for name in ("call 1.wav", "call_1.wav"):
+        shutil.copy(folder / "b.wav", folder / name)
+    calls = [str(folder / "call 1.wav"), str(folder / "call_1.wav")]
+    assert main(["classify", *calls, "--model", str(folder / "numbers"), "--top", "1"]) == 0
+    out, err = capsys.readouterr()
+    found = [json.loads(line) for line in out.splitlines()]
+    logits = theirs(folder, "WavLMForSequenceClassification", "numbers", "b.wav").logits[0].tolist()
+    assert found[0]["values"] == pytest.approx(dict(zip(("cat", "dog", "owl"), logits, strict=True)), abs=1e-5)
+    assert "label" not in found[0]
+    assert found[0]["name"] != found[1]["name"]
+    assert f"{calls[0]} as {found[0]['name']}" in err
+
+
 def test_turns_are_those_of_transformers(folder):
     """Frames that transformers' class holds for speech, gaps under 0.2 s filled, then turns under 0.1 s left out."""
     out = folder / "b.rttm"

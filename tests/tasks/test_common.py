@@ -9,7 +9,8 @@ import torch
 from tests.support.head_twins import head_twins, small_head
 from tests.support.torch_twins import attention_mask, small_config, waveforms
 from wavlm_jax.model.heads import WavLMForSequenceClassification
-from wavlm_jax.tasks.common import cross_entropy
+from wavlm_jax.settings import SettingsError
+from wavlm_jax.tasks.common import cross_entropy, head_config
 
 
 @pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")  # transformers' own call
@@ -23,6 +24,13 @@ def test_the_loss_of_a_classifier_is_that_of_transformers_class():
     output = jax.jit(twin.model.apply)({"params": twin.params}, jnp.array(waveform), jnp.array(lengths))
     found = cross_entropy(output.logits, jnp.array(labels))
     np.testing.assert_allclose(found.mean(), given.loss.item(), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
+def test_what_is_not_trained_is_refused(kind):
+    with pytest.raises(SettingsError, match=f"config.head.problem_type: found '{kind}'"):
+        head_config({"problem_type": kind}, num_labels=3)
+    assert head_config({"problem_type": "single_label_classification"}, num_labels=3).function_to_apply == "softmax"
 
 
 def test_cross_entropy_is_torch_s():

@@ -1,6 +1,7 @@
 """Beam search, which needs flashlight-text: against every path there is. Not collected where it has no wheel (3.13)."""
 
 import functools
+import gzip
 import itertools
 import math
 from dataclasses import asdict, replace
@@ -22,6 +23,7 @@ from wavlm_jax.inference.running import InferenceSettings
 from wavlm_jax.model.heads import CTCOutput, WavLMForCTC
 from wavlm_jax.text.beam import BeamSearch, BeamSettings, DecoderError, read_lexicon, words_of_arpa
 from wavlm_jax.text.decoding import decode
+from wavlm_jax.text.records import RecordError
 from wavlm_jax.text.vocabulary import VocabularyError, files_of_record
 from wavlm_jax.weights import Model, Origin, Weights
 
@@ -126,13 +128,13 @@ def test_words_of_a_lexicon_keep_their_names_and_times(tmp_path):
     [
         (
             lambda m: BeamSearch(SPECIAL, language_model=m["words.arpa"]),
-            r"does not know 2 of 3 tokens.*'B', '\|'.*same case",
+            r"does not know 2 of 3 tokens.*'B', '\|'.*lower and upper case too",
         ),
         (lambda m: BeamSearch(TINY, language_model=m["words.arpa"].with_name("none")), "none: no such file"),
         (lambda m: BeamSearch(TINY, language_model=m["words.arpa"].parent), "no such file; expected a language model"),
         (lambda _: BeamSearch(replace(TINY, delimiter=None), lexicon={"A": [(2,)]}), "no delimiter between words"),
         (
-            lambda m: BeamSearch(replace(TINY, tokens=("<pad>", "|", "a", "b")), language_model=m["characters.bin"]),
+            lambda m: BeamSearch(replace(TINY, tokens=("<pad>", "|", "x", "y")), language_model=m["characters.bin"]),
             "does not know 2 of 3 tokens of the vocabulary",
         ),
         (
@@ -144,6 +146,37 @@ def test_words_of_a_lexicon_keep_their_names_and_times(tmp_path):
 def test_what_does_not_fit_together_is_refused(models, make, message):
     with pytest.raises(DecoderError, match=message):
         make(models)
+
+
+@pytest.mark.parametrize("name", ["words.arpa", "words.bin", "words.arpa.gz", "commented.arpa"])
+@pytest.mark.parametrize("lower", ["vocabulary", "model"])
+def test_a_language_model_of_another_case_or_gzipped_is_the_same_model(tmp_path, models, name, lower):
+    arpa = models["words.arpa"].read_text()
+    if lower == "model":
+        arpa = arpa.replace("A", "a").replace("B", "b")
+    (tmp_path / "words.arpa").write_text(arpa)
+    (tmp_path / "words.arpa.gz").write_bytes(gzip.compress(arpa.encode()))
+    (tmp_path / "commented.arpa").write_text("# by hand\n" + arpa)
+    path = models[name] if name == "words.bin" else tmp_path / name
+    vocabulary = replace(TINY, tokens=tuple(map(str.lower, TINY.tokens))) if lower == "vocabulary" else TINY
+    words = [word.lower() if lower == "vocabulary" else word for word in lexicon_of(models["words.arpa"])]
+    assert sorted(map(str.upper, words_of_arpa(tmp_path / name if name != "words.bin" else models["words.arpa"]))) == [
+        "A",
+        "AB",
+        "BA",
+    ]
+    lexicon = {word: [tuple(vocabulary.encode(word).tolist())] for word in words}
+    log_probs = log_probs_of(3, 9)
+    [expected] = BeamSearch(TINY, BeamSettings(), models["words.arpa"], lexicon_of(models["words.arpa"]))(log_probs)
+    [found] = BeamSearch(vocabulary, BeamSettings(), path, lexicon)(log_probs)
+    assert found.score == pytest.approx(expected.score, abs=1e-4)
+    assert found.transcript.text.upper() == expected.transcript.text
+
+
+def test_a_gzipped_model_that_is_cut_off_is_named(tmp_path, models):
+    (tmp_path / "cut.gz").write_bytes(gzip.compress(models["words.arpa"].read_bytes())[:-9])
+    with pytest.raises(RecordError, match=r"cut\.gz, after line \d+: gzip data that are damaged or cut off"):
+        words_of_arpa(tmp_path / "cut.gz")
 
 
 @pytest.mark.parametrize(

@@ -145,3 +145,11 @@ def test_importing_the_library_loads_no_scorer():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_names_in_an_rttm_have_no_white_space_and_stay_different():
+    text = write_rttm([Turn("a b", 0.0, 1.0, "Ms X"), Turn("a b", 1.0, 1.0, "Y"), Turn("c", 0.0, 1.0, "Ms_X")])
+    assert [line.split()[1] + " " + line.split()[7] for line in text.splitlines()] == ["a_b Ms_X", "a_b Y", "c Ms_X"]
+    for other in (Turn("a_b", 0.0, 1.0, "Ms X"), Turn("a b", 0.0, 1.0, "Ms_X")):
+        with pytest.raises(RecordError, match="would both be"):
+            write_rttm([Turn("a b", 0.0, 1.0, "Ms X"), other])

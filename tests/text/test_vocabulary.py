@@ -19,7 +19,9 @@ from wavlm_jax.text.vocabulary import (
     VocabularyError,
     count_characters,
     normal_form,
+    parse_vocabulary,
     read_vocabulary,
+    tokenizer_files,
     write_vocabulary,
 )
 
@@ -185,6 +187,40 @@ def test_tokens_outside_vocab_json_are_read_where_transformers_keeps_them(tmp_pa
     vocabulary = read_vocabulary(tmp_path)
     assert vocabulary.tokens == ("|", "[PAD]", "A", "<s>", "</s>")
     assert (vocabulary.blank_id, vocabulary.unknown, vocabulary.begin) == (1, None, "<s>")
+
+
+@pytest.mark.parametrize("num_outputs", [6, 7, 8])
+def test_tokens_fit_the_outputs_of_the_head_and_spell_as_transformers_does(tmp_path, num_outputs):
+    """Tokens that transformers adds by itself, a gap in the ids, and outputs that no token has."""
+    (tmp_path / "vocab.json").write_text(json.dumps({"<pad>": 0, "<unk>": 1, "|": 2, "A": 3, "B": 5}))
+    Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json")).save_pretrained(tmp_path)  # adds <s> and </s>
+    theirs = Wav2Vec2CTCTokenizer.from_pretrained(tmp_path)
+    assert max(theirs.get_vocab().values()) == 7
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["WavLMForCTC"], "vocab_size": num_outputs}))
+    found = read_vocabulary(tmp_path)
+    assert found == parse_vocabulary(tokenizer_files(tmp_path), tmp_path, num_outputs=num_outputs)
+    assert len(found) == num_outputs
+    path = np.random.default_rng(0).integers(num_outputs, size=200)
+    assert decode(path, found).text == theirs.decode(path)
+    assert found.spell([3, 4, 5]) == theirs.decode([3, 4, 5], group_tokens=False) == "A<unk>B"
+    assert found.begin == ("<s>" if num_outputs > found.tokens.index("B") + 1 else None)
+    with pytest.raises(UnknownCharactersError):
+        found.encode("<no token 4>")
+    write_vocabulary(found, tmp_path / "again")
+    assert parse_vocabulary(tokenizer_files(tmp_path / "again"), tmp_path, num_outputs=num_outputs) == found
+
+
+@pytest.mark.parametrize(
+    ("num_outputs", "message"),
+    [
+        (4, r"5 tokens, the model 4 outputs, 'B' has id 4; it belongs to another"),
+        (8, "5 tokens, the model 8 outputs; it"),
+    ],
+)
+def test_a_vocabulary_of_another_head_is_refused(tmp_path, num_outputs, message):
+    (tmp_path / "vocab.json").write_text(json.dumps({"<pad>": 0, "<unk>": 1, "|": 2, "A": 3, "B": 4}))
+    with pytest.raises(VocabularyError, match=message):
+        parse_vocabulary(tokenizer_files(tmp_path), tmp_path, num_outputs=num_outputs)
 
 
 def test_a_vocabulary_of_many_languages_gives_one(tmp_path):

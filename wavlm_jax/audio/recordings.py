@@ -226,6 +226,15 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
+def renamed(recordings: Sequence[Recording]) -> list[str]:
+    """A line for each recording whose name is neither its file's nor its path: white space, or a number behind it."""
+    return [
+        f"{one.path} as {one.name}"
+        for one in recordings
+        if one.name not in (one.path.stem, str(one.path.with_suffix("")), str(one.path))
+    ]
+
+
 def _opened(name: str, path: Path, resampling: bool, geometry: Geometry) -> Recording:
     with open_audio(path) as audio:
         rate, frames = audio.samplerate, num_samples_of(audio)

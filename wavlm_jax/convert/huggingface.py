@@ -369,6 +369,8 @@ def _conventions_json(weights: Weights) -> dict[str, Any]:
 def _head_values(task: TaskHead, config: WavLMConfig) -> dict[str, Any]:
     head = {key: value for key, value in dataclasses.asdict(task.config).items() if key not in _NOT_STORED}
     head["output_hidden_size"] = head["output_hidden_size"] or config.hidden_size
+    if head["problem_type"] is None:
+        del head["problem_type"]
     if not config.position_bias:  # transformers' HuBERT has neither
         head = {key: value for key, value in head.items() if "adapter" not in key and key != "output_hidden_size"}
     values = head | {"architectures": [task.kind if config.position_bias else task.kind.replace("WavLM", "Hubert")]}

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 import wavlm_jax.files
-from wavlm_jax.audio.recordings import ChunkSettings, Recording, open_recordings
+from wavlm_jax.audio.recordings import ChunkSettings, Recording, first_of, open_recordings, renamed
 from wavlm_jax.command_line import plain_number
 from wavlm_jax.inference import recognition
 from wavlm_jax.inference.diarization import TurnSettings, diarize, error_table, pieces_of
@@ -116,6 +116,8 @@ def _open(
     settings = InferenceSettings(chunks=chunks, batch_seconds=options.batch_seconds, resampling=options.resample)
     paths = _paths_of(options.files) if paths is None else paths
     recordings = open_recordings(paths, resampling=options.resample, geometry=geometry_of(model.config))
+    if others := renamed(recordings):
+        print(f"named otherwise than their files, as RTTM, CTM and TSV need it: {first_of(others)}", file=sys.stderr)
     return model, recordings, settings
 
 
@@ -357,17 +359,14 @@ def _classify(options: Options) -> None:
     if options.top < 1:
         raise UsageError(f"--top: found {options.top}, expected 1 or more")
     model, recordings, settings = _open(options, "classify")
+    numbers = model.module.head.function_to_apply == "none"
+
+    def said(answers: list[Answer]) -> dict[str, Any]:
+        values = {answer.label: round(answer.probability, 6) for answer in answers[: None if numbers else options.top]}
+        return {"values": values} if numbers else {"label": answers[0].label, "classes": values}
 
     def as_text(found: Mapping[Recording, list[Answer]]) -> str:
-        return _json_lines(
-            {
-                "name": recording.name,
-                "path": str(recording.path),
-                "label": answers[0].label,
-                "classes": {answer.label: round(answer.probability, 6) for answer in answers[: options.top]},
-            }
-            for recording, answers in found.items()
-        )
+        return _json_lines({"name": one.name, "path": str(one.path), **said(answers)} for one, answers in found.items())
 
     _write(as_text(_collect(classify(model, recordings, settings), recordings, as_text, options)), options.out)
 

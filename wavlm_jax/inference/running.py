@@ -79,12 +79,13 @@ def vocabulary_of(model: Model) -> Vocabulary:
 
     Raises:
         UsageError: there is none.
+        VocabularyError: it is damaged, or belongs to another model.
 
     """
     origin = model.weights.origin
     if VOCABULARY not in origin.files:
         raise UsageError(f"{origin.path}: has no {VOCABULARY}; a CTC model needs its vocabulary to spell")
-    return parse_vocabulary(origin.files, Path(origin.path))
+    return parse_vocabulary(origin.files, Path(origin.path), num_outputs=model.module.head.vocab_size)
 
 
 def geometry_of(config: WavLMConfig) -> Geometry:

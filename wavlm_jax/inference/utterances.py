@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from wavlm_jax.audio.recordings import Recording
 from wavlm_jax.inference.running import InferenceSettings, by_recording, labels_of
-from wavlm_jax.model.heads import ClassOutput, XVectorOutput
+from wavlm_jax.model.heads import XVectorOutput
 from wavlm_jax.weights import Model
 
 Embedding = Float[np.ndarray, "embedding"]
@@ -20,6 +20,7 @@ class Answer(NamedTuple):
 
     label: str
     probability: float
+    """Of labels that do not exclude one another each has its own; of a regression it is the number itself."""
 
 
 def embed(
@@ -37,21 +38,24 @@ def embed(
 def classify(
     model: Model, recordings: Sequence[Recording], settings: InferenceSettings
 ) -> Iterator[tuple[Recording, list[Answer]]]:
-    """The classes of each recording, the likeliest first. Short recordings come first.
+    """The classes of each recording, the likeliest first (numbers of a regression: in the order of the labels).
+
+    Short recordings come first. `head.function_to_apply` makes probabilities of scores.
 
     Raises:
         ValueError: another number of class names than the model has classes.
         AudioFault: a file that cannot be read to its end.
 
     """
-    labels = labels_of(model)
+    labels, apply = labels_of(model), model.module.head.function_to_apply
     if len(labels) != model.module.head.num_labels:
         raise ValueError(f"labels: found {len(labels)}, the model has {model.module.head.num_labels} classes")
 
     def named(values: np.ndarray) -> list[Answer]:
-        return [Answer(labels[number], float(values[number])) for number in np.argsort(-values, kind="stable")]
+        order = range(len(values)) if apply == "none" else np.argsort(-values, kind="stable").tolist()
+        return [Answer(labels[number], float(values[number])) for number in order]
 
-    found = _averaged(model, _class_probabilities, lambda values: values, recordings, settings)
+    found = _averaged(model, lambda output: _APPLIED[apply](output.logits), lambda values: values, recordings, settings)
     return ((recording, named(values)) for recording, values in found)
 
 
@@ -59,8 +63,11 @@ def _embeddings(output: XVectorOutput) -> jax.Array:
     return output.embeddings
 
 
-def _class_probabilities(output: ClassOutput) -> jax.Array:
-    return jax.nn.softmax(output.logits, axis=-1)
+_APPLIED: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "softmax": jax.nn.softmax,
+    "sigmoid": jax.nn.sigmoid,
+    "none": lambda logits: logits,
+}
 
 
 def _averaged(

@@ -183,7 +183,16 @@ def head_config(section: Mapping[str, Any], **derived: int) -> HeadConfig:
                 f"config.head.{name}: found {section[name]!r}, but it follows from the data (here it is {value}); "
                 "leave it out"
             )
-    return read({**section, **derived}, HeadConfig, "head")
+    head = read({**section, **derived}, HeadConfig, "head")
+    if head.problem_type not in _TRAINED:
+        raise SettingsError(
+            f"config.head.problem_type: found {head.problem_type!r}; training knows one class per utterance alone, so "
+            "leave it out (models of that kind are loaded and give their answers, but are not trained)"
+        )
+    return head
+
+
+_TRAINED = (None, "single_label_classification")
 
 
 def head_model(settings: TaskSettings, **derived: int) -> Headed:
@@ -332,6 +341,11 @@ def _fitting_head(path: str, weights: Weights, fresh: Params, parts: Parts) -> P
             f"config.init.head: {path} has a head of {', '.join(found) or 'no parts'}, expected one of "
             f"{', '.join(wanted)}; {cure}"
         )
+    if task.config.problem_type not in _TRAINED:
+        raise SettingsError(
+            f"config.init.head: {path} has a head for {task.config.problem_type}, which is not what is trained here; "
+            f"{cure}"
+        )
     if parts.classes is not None and task.labels is not None and task.labels != parts.classes:
         raise SettingsError(
             f"config.init.head: the classes of {path} are not those of config.data.train "
@@ -339,7 +353,8 @@ def _fitting_head(path: str, weights: Weights, fresh: Params, parts: Parts) -> P
             "config.init.head = False"
         )
     if parts.vocabulary is not None and VOCABULARY in weights.origin.files:
-        _check_vocabulary(path, parse_vocabulary(weights.origin.files, Path(path)), parts.vocabulary)
+        there = parse_vocabulary(weights.origin.files, Path(path), num_outputs=task.config.vocab_size)
+        _check_vocabulary(path, there, parts.vocabulary)
     expected, given = shapes_of(fresh), shapes_of(task.params)
     if differing := [name for name in sorted({*expected, *given}) if expected.get(name) != given.get(name)]:
         first = differing[0]

@@ -49,7 +49,7 @@ def read_lexicon(path: Path, vocabulary: Vocabulary) -> Lexicon:
 
 
 def words_of_arpa(path: Path) -> list[str]:
-    """The words that an ARPA language model knows (its unigrams, without `<s>`, `</s>` and `<unk>`).
+    """The words that an ARPA language model, gzipped or not, knows (unigrams without `<s>`, `</s>` and `<unk>`).
 
     Raises:
         RecordError: not an ARPA file, naming the line.
@@ -57,7 +57,7 @@ def words_of_arpa(path: Path) -> list[str]:
     """
     words: list[str] = []
     inside = False
-    for number, line in read_lines(path):
+    for number, line in read_lines(path, unpack=True):
         text = line.strip()
         if text == "\\1-grams:":
             inside = True
@@ -70,7 +70,7 @@ def words_of_arpa(path: Path) -> list[str]:
                     f"{path}, line {number}: found {text[:60]!r}, expected log10 probability, word, backoff"
                 )
             words.extend([] if fields[1] in _MARKERS else [fields[1]])
-        elif number == 1 and text and text != "\\data\\":
+        elif number == 1 and text and text[0] != "#" and text != "\\data\\":
             raise RecordError(f"{path}, line 1: found {text[:60]!r}, expected \\data\\ as ARPA files have it")
     raise RecordError(f"{path}: found no end of the 1-grams; is it an ARPA file, and whole?")
 
@@ -168,8 +168,9 @@ class BeamSearch:
         if language_model is None:
             self._lm = self._parts.ZeroLM()
         else:
-            self._lm = _read_language_model(language_model, units, dictionary, kenlm)
-            self._check_known(language_model, units)
+            special = vocabulary.special_ids if self._words is None else frozenset()
+            self._lm, missing = _fitting_language_model(language_model, units, special, dictionary, kenlm)
+            self._check_known(language_model, [units[number] for number in missing], len(units) - len(special))
         self._decoder = self._lexicon_free() if lexicon is None else self._with_lexicon(lexicon)
 
     def __call__(self, log_probs: Float[np.ndarray, "frames tokens"]) -> list[Hypothesis]:
@@ -211,7 +212,7 @@ class BeamSearch:
         return np.ascontiguousarray(emissions)
 
     def _transcript(self, result: Any, frames: int) -> Transcript:
-        path = np.array(result.tokens[1 : frames + 1])
+        path = self._vocabulary.known(result.tokens[1 : frames + 1])
         runs = [run for run in collapse(path) if run.token_id not in self._vocabulary.hidden_ids]
         heard = transcript(runs, self._vocabulary)
         if self._words is None:
@@ -259,15 +260,13 @@ class BeamSearch:
         delimiter = self._vocabulary.delimiter_id
         return -1 if delimiter is None else delimiter
 
-    def _check_known(self, path: Path, units: Sequence[str]) -> None:
-        special = self._vocabulary.special_ids if self._words is None else frozenset()
-        missing = [units[number] for number in _unknown_units(path, self._lm, units) if number not in special]
+    def _check_known(self, path: Path, missing: Sequence[str], num_units: int) -> None:
         if missing and self._settings.lm_unknown == "refuse":
             what = "tokens of the vocabulary" if self._words is None else "words of the lexicon"
             listed = ", ".join(map(repr, missing[:_LISTED])) + (", ..." if len(missing) > _LISTED else "")
             raise DecoderError(
-                f"{path}: does not know {len(missing)} of {len(units) - len(special)} {what} ({listed}); is it a model "
-                "of the same case and of the right units (characters without a lexicon, words with one)? "
+                f"{path}: does not know {len(missing)} of {num_units} {what} ({listed}), tried in lower and "
+                "upper case too; is it a model of the right units (characters without a lexicon, words with one)? "
                 "lm_unknown='allow' (--lm-unknown allow) goes on"
             )
 
@@ -275,9 +274,29 @@ class BeamSearch:
 _NO_WORD = "\x00 nobody says this"
 """A word that no language model knows."""
 _LISTED = 8
-_ARPA_HEAD = 64
+_BINARY_HEAD = b"mmap lm http://kheafield.com/code"
 _NO_WHEEL = (3, 13)
 """Python versions from this one on have no wheel of flashlight-text."""
+
+
+def _fitting_language_model(
+    path: Path, units: Sequence[str], special: frozenset[int], dictionary: Any, kenlm: Any
+) -> tuple[Any, list[int]]:
+    """KenLM's model, and the numbers of the units, other than `special`, that it does not know.
+
+    Where it does not know most of them it is tried in lower and in upper case, as models often come in another case
+    than a vocabulary; units that would become one are not.
+    """
+    found: list[tuple[Any, list[int]]] = []
+    for case in (str, str.lower, str.upper):
+        spelt = [case(unit) for unit in units]
+        if len({*spelt}) < len(spelt):
+            continue
+        model = _read_language_model(path, spelt, dictionary, kenlm)
+        found.append((model, [n for n in _unknown_units(path, model, spelt) if n not in special]))
+        if len(found[-1][1]) <= (len(units) - len(special)) // 2:
+            break
+    return min(found, key=lambda one: len(one[1]))
 
 
 def _read_language_model(path: Path, units: Sequence[str], dictionary: Any, kenlm: Any) -> Any:
@@ -295,8 +314,8 @@ def _unknown_units(path: Path, model: Any, units: Sequence[str]) -> list[int]:
     An ARPA file lists its words. Of a binary file, a word is unknown if it has the score of `_NO_WORD`.
     """
     with path.open("rb") as file:
-        is_arpa = file.read(_ARPA_HEAD).lstrip().startswith(b"\\data\\")
-    if is_arpa:
+        is_binary = file.read(len(_BINARY_HEAD)) == _BINARY_HEAD
+    if not is_binary:
         known = set(words_of_arpa(path))
         return [number for number, unit in enumerate(units) if unit not in known]
     start = model.start(False)

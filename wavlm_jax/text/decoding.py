@@ -74,7 +74,7 @@ def decode(ids: Sequence[int] | Ids, vocabulary: Vocabulary, *, drop_special: bo
 
     """
     hidden = vocabulary.hidden_ids | (vocabulary.special_ids if drop_special else frozenset())
-    return transcript([run for run in collapse(ids) if run.token_id not in hidden], vocabulary)
+    return transcript([run for run in collapse(vocabulary.known(ids)) if run.token_id not in hidden], vocabulary)
 
 
 def transcript(runs: Sequence[Run], vocabulary: Vocabulary) -> Transcript:

@@ -6,8 +6,10 @@ Trial lists of speaker verification have either VoxCeleb's form, `1|0 path path`
 `path path target|nontarget`.
 """
 
+import gzip
 import io
 import math
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -15,14 +17,19 @@ from typing import NamedTuple, NoReturn
 from wavlm_jax.files import open_regular
 
 MOST_LINE = 1 << 16
+_GZIP = b"\x1f\x8b"
 
 
 class RecordError(ValueError):
     """A text file with a line that cannot be right; the message names file, line, what was found and expected."""
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+def read_lines(path: Path, *, unpack: bool = False) -> Iterator[tuple[int, str]]:
     """Lines with their numbers, from 1 on; reading stops at the first sign that the file is not text.
+
+    Args:
+        path: the file.
+        unpack: whether it may be gzipped; of unbounded length then.
 
     Raises:
         RecordError: no such file, one that is no regular file, a line that is too long, or bytes that are not UTF-8.
@@ -30,12 +37,16 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """
     number = 0
     try:
-        with io.TextIOWrapper(io.BufferedReader(open_regular(path)), encoding="utf-8-sig") as file:
+        with io.BufferedReader(open_regular(path)) as stored:
+            packed = unpack and stored.peek(2)[:2] == _GZIP
+            file = io.TextIOWrapper(gzip.GzipFile(fileobj=stored) if packed else stored, encoding="utf-8-sig")
             while line := file.readline(MOST_LINE):
                 number += 1
                 if len(line) == MOST_LINE:
                     raise RecordError(f"{path}, line {number}: longer than {MOST_LINE} characters; is it a text file?")
                 yield number, line
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise RecordError(f"{path}, after line {number}: gzip data that are damaged or cut off ({error})") from error
     except OSError as error:
         raise RecordError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -132,12 +143,27 @@ def read_rttm(path: Path) -> list[Turn]:
 
 
 def write_rttm(turns: Iterable[Turn]) -> str:
-    """The text of an RTTM file, times in milliseconds."""
-    return "".join(
-        f"SPEAKER {turn.recording} {turn.channel} {turn.start:.3f} {turn.duration:.3f} <NA> <NA> {turn.speaker} "
-        "<NA> <NA>\n"
-        for turn in turns
-    )
+    """The text of an RTTM file, times in milliseconds; white space in names becomes _, as fields end there.
+
+    Raises:
+        RecordError: two recordings, or two speakers of one, that would have the same name then.
+
+    """
+    lines: list[str] = []
+    names: dict[tuple[str, ...], tuple[str, ...]] = {}
+    for turn in turns:
+        recording, speaker = ("_".join(name.split()) for name in (turn.recording, turn.speaker))
+        for written, name in (
+            ((recording,), (turn.recording,)),
+            ((recording, speaker), (turn.recording, turn.speaker)),
+        ):
+            if names.setdefault(written, name) != name:
+                raise RecordError(
+                    f"RTTM: {names[written][-1]!r} and {name[-1]!r} would both be {written[-1]}; rename one"
+                )
+        times = f"{turn.start:.3f} {turn.duration:.3f}"
+        lines.append(f"SPEAKER {recording} {turn.channel} {times} <NA> <NA> {speaker} <NA> <NA>\n")
+    return "".join(lines)
 
 
 def read_uem(path: Path) -> list[Region]:

@@ -21,11 +21,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, Int32
 
-from wavlm_jax.files import write_bytes
+from wavlm_jax.files import read_json, write_bytes
 from wavlm_jax.settings import read
 
 BLANK, BEGIN, END, UNKNOWN, DELIMITER = "<pad>", "<s>", "</s>", "<unk>", "|"
 """The first five tokens (ids 0 to 4) of a vocabulary made from text, as in the English models on the hub."""
+
+_NO_TOKEN = re.compile(r"<no token \d+>")
+"""What stands for an output of a head that its vocabulary has no token for."""
 
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
@@ -136,9 +139,9 @@ class Vocabulary:
 
     @property
     def special_ids(self) -> frozenset[int]:
-        """Ids without a character: blank, unknown, begin and end (not the delimiter, which is a space)."""
+        """Ids without a character: blank, unknown, begin, end, no token (not the delimiter, which is a space)."""
         special = (self.blank, self.unknown, self.begin, self.end)
-        return frozenset(self._ids[token] for token in special if token is not None)
+        return frozenset(self._ids[token] for token in special if token is not None) | self._without_token
 
     @property
     def hidden_ids(self) -> frozenset[int]:
@@ -194,9 +197,14 @@ class Vocabulary:
             return ""
         return " " if token == self.delimiter else token
 
+    def known(self, ids: Sequence[int] | Int[np.ndarray, "labels"]) -> list[int]:
+        """`ids`, those of outputs without a token as the unknown token, which is how transformers reads them."""
+        stand_in = self.blank_id if self.unknown is None else self._ids[self.unknown]
+        return [stand_in if number in self._without_token else number for number in np.asarray(ids, np.int64).tolist()]
+
     def spell(self, ids: Sequence[int] | Int[np.ndarray, "labels"]) -> str:
         """The text of labels. Nothing is collapsed; that is `wavlm_jax.text.decoding`."""
-        shown = self.show_all([int(token_id) for token_id in ids if int(token_id) not in self.hidden_ids])
+        shown = self.show_all([number for number in self.known(ids) if number not in self.hidden_ids])
         return (" " if self.phones else "").join(shown).strip()
 
     def show_all(self, ids: Sequence[int]) -> list[str]:
@@ -218,10 +226,14 @@ class Vocabulary:
         return {token: number for number, token in enumerate(self.tokens)}
 
     @cached_property
+    def _without_token(self) -> frozenset[int]:
+        return frozenset(number for number, token in enumerate(self.tokens) if _NO_TOKEN.fullmatch(token))
+
+    @cached_property
     def _spelling(self) -> dict[str, int]:
         """Character (or unit) of a text -> id."""
-        parts = {self.blank, self.unknown, self.begin, self.end, self.delimiter}
-        spelling = {token: number for token, number in self._ids.items() if token not in parts}
+        special = self.special_ids | ({self.delimiter_id} if self.delimiter_id is not None else set())
+        spelling = {token: number for token, number in self._ids.items() if number not in special}
         if self.delimiter is not None:
             spelling[self.delimiter if self.phones else " "] = self._ids[self.delimiter]
         return spelling
@@ -309,14 +321,18 @@ def read_vocabulary(folder: Path, language: str | None = None) -> Vocabulary:
     """The vocabulary of a Hugging Face folder (a tokenizer, a processor, or a model with a CTC head).
 
     Args:
-        folder: has vocab.json and, where needed, the other files.
+        folder: has vocab.json and, where needed, the other files; config.json, if it is a CTC model's, says how many
+            outputs there are.
         language: which part of a multilingual vocabulary (None: the one that tokenizer_config.json names).
 
     Raises:
         VocabularyError: a damaged or impossible file; the message names it.
 
     """
-    return parse_vocabulary(tokenizer_files(folder), folder, language)
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    outputs = config.get("vocab_size") if "ForCTC" in str(config.get("architectures")) else None
+    num_outputs = outputs if isinstance(outputs, int) and 0 < outputs <= MOST_TOKENS else None
+    return parse_vocabulary(tokenizer_files(folder), folder, language, num_outputs=num_outputs)
 
 
 def files_of_record(values: Any) -> dict[str, bytes]:
@@ -345,13 +361,18 @@ def tokenizer_files(folder: Path) -> dict[str, bytes]:
     return found
 
 
-def parse_vocabulary(files: Mapping[str, bytes], folder: Path, language: str | None = None) -> Vocabulary:
+def parse_vocabulary(
+    files: Mapping[str, bytes], folder: Path, language: str | None = None, *, num_outputs: int | None = None
+) -> Vocabulary:
     """The vocabulary in these files.
 
     Args:
         files: name -> content (`tokenizer_files`).
         folder: where they come from, for messages.
         language: see `read_vocabulary`.
+        num_outputs: of the CTC head. Special and added tokens beyond them are left out, as transformers adds them by
+            itself; outputs without a token, at most a third of all, are spelt as the unknown token, as there. None:
+            every id has a token.
 
     Raises:
         VocabularyError: see `read_vocabulary`.
@@ -363,12 +384,15 @@ def parse_vocabulary(files: Mapping[str, bytes], folder: Path, language: str | N
     stored = parsed[VOCABULARY]
     settings, special, extra = (parsed.get(name, {}) for name in (SETTINGS, SPECIAL, ADDED))
     ids = _of_language(stored, language or settings.get("target_lang"), folder / VOCABULARY)
-    ids |= {token: number for token, number in _added(extra, settings, folder).items() if token not in ids}
-    tokens = _in_order(ids, folder / VOCABULARY)
+    added = _added(extra, settings, folder)
+    ids |= {token: number for token, number in added.items() if token not in ids}
     phones = settings.get("tokenizer_class") == _PHONES
     if phones:
         settings = {"word_delimiter_token": None} | settings
     roles = {ours: _role(ours, settings, special, folder) for ours in _ROLES}
+    if num_outputs is not None:
+        ids = _fitting(ids, {*added, *roles.values()}, num_outputs, folder / VOCABULARY)
+    tokens = _in_order(ids, folder / VOCABULARY)
     for role in ("delimiter", "unknown", "begin", "end"):
         if roles[role] not in ids:
             roles[role] = None  # transformers would add an id that the head has no output for
@@ -399,7 +423,7 @@ def files_of(vocabulary: Vocabulary) -> dict[str, bytes]:
         settings |= {"tokenizer_class": _PHONES, "do_phonemize": False, "phone_delimiter_token": " "}
     elif vocabulary.delimiter is None:
         del settings["word_delimiter_token"]  # null makes transformers fail on every text with a space
-    ids = {token: number for number, token in enumerate(vocabulary.tokens)}
+    ids = {token: number for number, token in enumerate(vocabulary.tokens) if not _NO_TOKEN.fullmatch(token)}
     return {
         name: (json.dumps(values, ensure_ascii=False, indent=2) + "\n").encode()
         for name, values in ((VOCABULARY, ids), (SETTINGS, settings))
@@ -437,6 +461,20 @@ def _added(added: dict[str, Any], settings: Mapping[str, Any], folder: Path) -> 
             raise VocabularyError(f"{folder / SETTINGS}: added_tokens_decoder has {number!r}: {token!r}")
         added.setdefault(token["content"], int(number))
     return added
+
+
+def _fitting(ids: Mapping[str, Any], special: set[Any], num_outputs: int, path: Path) -> dict[str, Any]:
+    """Token -> id of the tokens that a head with so many outputs has, and of what stands for outputs without one."""
+    beyond = [token for token, number in ids.items() if isinstance(number, int) and number >= num_outputs]
+    ordinary = [token for token in beyond if token not in special]
+    fitting = {token: number for token, number in ids.items() if token not in beyond}
+    lacking = {*range(num_outputs)}.difference(number for number in fitting.values() if isinstance(number, int))
+    if ordinary or len(lacking) > num_outputs // 3:
+        first = f", {ordinary[0]!r} has id {ids[ordinary[0]]}" if ordinary else ""
+        raise VocabularyError(
+            f"{path}: has {len(ids)} tokens, the model {num_outputs} outputs{first}; it belongs to another model"
+        )
+    return fitting | {f"<no token {number}>": number for number in lacking}
 
 
 def _in_order(ids: Mapping[str, Any], path: Path) -> tuple[str, ...]:
