@@ -4,18 +4,22 @@ A share of the rows gets a second voice, or noise, laid over at most half of its
 first voice, so the model learns to follow one speaker through another.
 
 Decisions against the authors' code (FACTS E25-E28), all undone by `reference_quirks`: a partner is never the row
-itself, comes from the unmixed copy, and a span has at least one sample. Partners come from the row's own group of
+itself, comes from the unmixed copy, and a span has at least one sample; the energy of noise is that of the piece that
+was read, not of its whole clip, whose ends are heard a little less. Partners come from the row's own group of
 `group` consecutive rows, which never crosses a device or a micro-batch, so mixing needs no communication.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from wavlm_jax.shapes import NumSamples, RowKeys, Waveform
+
+Normalize: TypeAlias = Callable[[Waveform, NumSamples], Waveform]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +39,8 @@ class MixingSettings:
     noise_snr_db: tuple[float, float]
     """As `snr_db`, for noise (-5, 20)."""
     reference_quirks: bool = False
-    """The authors' form: in row order and in place, self and already mixed partners allowed, span 0 allowed."""
+    """The authors' form: in row order and in place (and normalised there again, where the model normalises), self and
+    already mixed partners allowed, span 0 allowed, noise by the energy of its whole clip and from any place of it."""
 
     def __post_init__(self) -> None:
         for name in ("prob", "noise_prob_given_mix"):
@@ -87,6 +92,9 @@ def mix(
     settings: MixingSettings,
     noise: Float[Array, "rows noise_samples"] | None = None,
     num_noise_samples: NumSamples | None = None,
+    *,
+    whole_clips: "WholeClips | None" = None,
+    normalize: Normalize | None = None,
 ) -> tuple[Waveform, Provenance]:
     """Mixed waveforms and what was done to them.
 
@@ -98,6 +106,8 @@ def mix(
         noise: one noise clip per row; a row whose `num_noise_samples` is 0 has none. The loader deals clips to a share
             `noise_prob_given_mix` of all rows, so that the share among the mixed rows is that too.
         num_noise_samples: real samples of each clip.
+        whole_clips: what the noise was cut from; counts with `reference_quirks` only.
+        normalize: applied to a row when it was mixed, before it is a partner; with `reference_quirks` only.
 
     """
     rows, samples = waveform.shape
@@ -107,14 +117,17 @@ def mix(
     partner = _partners(draws.offset, settings)
     if noise is None or num_noise_samples is None:
         noise, num_noise_samples = jnp.zeros((rows, 0)), jnp.zeros(rows, jnp.int32)
-    clips = _Clips(jnp.pad(noise, ((0, 0), (0, samples - noise.shape[1]))), num_noise_samples)
+    clips = _Clips(jnp.pad(noise, ((0, 0), (0, samples - noise.shape[1]))), num_noise_samples, jnp.full(rows, -1.0))
     snr = _snr_db(draws.snr_unit, num_noise_samples > 0, settings)
     if settings.reference_quirks:
-        mixed, scale, span = _mix_in_order(waveform, num_samples, draws, partner, snr, clips)
+        if whole_clips is not None:
+            place = jnp.where(num_noise_samples > 0, whole_clips.place, draws.source_unit)
+            draws, clips = draws._replace(source_unit=place), clips._replace(power=whole_clips.power)
+        mixed, scale, span = _mix_in_order(waveform, num_samples, draws, partner, snr, clips, normalize)
     else:
         voices, lengths = (_of_partners(values, partner, settings.group) for values in (waveform, num_samples))
         sources = clips.instead_of(voices, lengths)
-        overlaid, scale, span = _overlay(waveform, num_samples, *sources, draws, snr, shortest=1)
+        overlaid, scale, span = _overlay(waveform, num_samples, *sources, _power(*sources), draws, snr, shortest=1)
         mixed = jnp.where(draws.mixed[:, None], overlaid, waveform)
     return mixed, Provenance(
         mixed=draws.mixed,
@@ -128,11 +141,23 @@ def mix(
     )
 
 
+class WholeClips(NamedTuple):
+    """The clips that the noise of each row is a piece of."""
+
+    power: Float[Array, "rows"]
+    """Mean square of the whole clip."""
+    place: Float[Array, "rows"]
+    """In [0, 1): where in the clip the piece was cut. Also places the span in it, which then starts anywhere in the
+    clip with the same probability."""
+
+
 class _Clips(NamedTuple):
     """One noise clip per row, padded to the rows' samples; 0 real samples: none."""
 
     waveform: Waveform
     num_samples: NumSamples
+    power: Float[Array, "*rows"]
+    """Of the whole clip; negative: unknown."""
 
     def instead_of(self, voices: Waveform, num_samples: NumSamples) -> tuple[Waveform, NumSamples]:
         """The clip where there is one, else the voice."""
@@ -207,6 +232,7 @@ def _overlay(
     num_samples: NumSamples,
     sources: Waveform,
     source_samples: NumSamples,
+    source_power: Float[Array, "rows"],
     draws: _Draws,
     snr_db: Float[Array, "rows"],
     *,
@@ -214,7 +240,7 @@ def _overlay(
 ) -> tuple[Waveform, Float[Array, "rows"], _Span]:
     """Each row with its own source added, as if it were to be mixed; the factor on the source; where it landed."""
     span = _span(num_samples, source_samples, draws, shortest)
-    power, source_power = _power(waveform, num_samples), _power(sources, source_samples)
+    power = _power(waveform, num_samples)
     heard = source_power > 0
     scale = jnp.where(heard, jnp.sqrt(power / (jnp.where(heard, source_power, 1.0) * 10 ** (snr_db / 10))), 0.0)
     added = jax.vmap(_place)(sources, span)
@@ -236,6 +262,7 @@ def _mix_in_order(
     partner: Int[Array, "rows"],
     snr_db: Float[Array, "rows"],
     clips: _Clips,
+    normalize: Normalize | None,
 ) -> tuple[Waveform, Float[Array, "rows"], _Span]:
     """The authors' loop: row after row, in place, so that a later row may receive an already mixed one."""
 
@@ -244,9 +271,13 @@ def _mix_in_order(
             return values[row][None]
 
         voice = wave[partner[row]][None], num_samples[partner[row]][None]
-        source = _Clips(*map(only, clips)).instead_of(*voice)
+        clip = _Clips(*map(only, clips))
+        source = clip.instead_of(*voice)
+        known = (clip.num_samples > 0) & (clip.power >= 0)
+        power = jnp.where(known, clip.power, _power(*source))
         pick = _Draws(*map(only, draws))
-        new, scale, span = _overlay(only(wave), only(num_samples), *source, pick, only(snr_db), shortest=0)
+        new, scale, span = _overlay(only(wave), only(num_samples), *source, power, pick, only(snr_db), shortest=0)
+        new = new if normalize is None else normalize(new, only(num_samples))
         wave = wave.at[row].set(jnp.where(draws.mixed[row], new[0], wave[row]))
         return wave, (scale[0], _Span(*(value[0] for value in span)))
 

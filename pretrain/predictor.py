@@ -5,6 +5,7 @@ From int16 waveforms and labels to loss sums: normalise, mix, mask, predict, com
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -12,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pretrain.mixing import MixingSettings, Provenance, mix
+from pretrain.mixing import MixingSettings, Provenance, WholeClips, mix
 from wavlm_jax.config import Compute, WavLMConfig
 from wavlm_jax.model.frontend import INT16_SCALE, model_waveform, normalize_waveform, uniform
-from wavlm_jax.model.layers import channel_mask, span_mask
+from wavlm_jax.model.layers import channel_mask, span_mask, torn
 from wavlm_jax.model.wavlm import WavLM, WavLMOutput
 from wavlm_jax.shapes import (
     Batch,
@@ -54,6 +55,9 @@ class ObjectiveSettings:
     """Weight of the mean square of the conv encoder's output (10)."""
     special_rows: int
     """Label embeddings before the clusters that are never a target: 0, or 4 as in fairseq's checkpoints (FACTS E20)."""
+    mask_tearing: bool = False
+    """The authors' form: in training, single masked frames are dropped at random until the rows of a group (of
+    `mixing.group`) have equally many (FACTS C3, E18), which tears spans."""
 
     def __post_init__(self) -> None:
         if self.masked_weight < 0 or self.unmasked_weight < 0 or self.masked_weight + self.unmasked_weight == 0:
@@ -226,12 +230,11 @@ class MaskedPredictionLoss:
         Args:
             params: of `MaskedPredictor`.
             batch: `waveform` int16 (rows, samples), `num_samples`, `labels` (rows, frames), `id`, `weight`, `mean` and
-                `variance` of the whole utterance, `row` number in the global batch; `noise` and `num_noise_samples`
-                where a noise corpus is mixed in.
+                `variance` of the whole utterance, `row` number in the global batch; where a noise corpus is mixed in,
+                what `pretrain.task.NoiseClips` deals.
             key: of the step. None: evaluation; masks then depend on the utterance alone, nothing is mixed or dropped.
 
         """
-        config = self.predictor.config
         keys = _row_keys(batch, key)
         num_samples = batch["num_samples"]
         waveform = self.clean_waveform(batch)
@@ -239,15 +242,7 @@ class MaskedPredictionLoss:
         if key is not None and self.mixing.prob > 0:
             waveform, did = self.mixed_waveform(batch, waveform, keys.mixing)
             mixed_rows = did.mixed
-        frames = num_frames(waveform.shape[1])
-        time_mask = span_mask(
-            keys.masks,
-            num_frames(num_samples),
-            frames,
-            prob=config.mask_time_prob,
-            length=config.mask_time_length,
-            min_masks=config.mask_time_min_masks,
-        )
+        time_mask = self.time_mask(num_samples, num_frames(waveform.shape[1]), keys.masks, training=key is not None)
         output: WavLMOutput
         applied: Any = self.predictor.apply(
             {"params": params},
@@ -268,26 +263,36 @@ class MaskedPredictionLoss:
         mixed = jnp.sum((mixed_rows & counts).astype(jnp.float32))
         return dataclasses.replace(sums, metrics=sums.metrics | {"mixed_share": (mixed, rows)})
 
+    def time_mask(self, num_samples: NumSamples, frames: int, row_keys: RowKeys, *, training: bool) -> TimeMask:
+        """The frames to be predicted, (rows, frames); torn in training where the objective says so."""
+        config = self.predictor.config
+        mask = span_mask(
+            row_keys,
+            num_frames(num_samples),
+            frames,
+            prob=config.mask_time_prob,
+            length=config.mask_time_length,
+            min_masks=config.mask_time_min_masks,
+        )
+        return torn(mask, row_keys, self.mixing.group) if training and self.predictor.objective.mask_tearing else mask
+
     def clean_waveform(self, batch: Batch) -> Waveform:
         """float32 rows; where the model wants it, normalised by the statistics of the *whole* utterance (FACTS C4)."""
         return model_waveform(batch, self.predictor.config)
 
     def mixed_waveform(self, batch: Batch, waveform: Waveform, keys: RowKeys) -> tuple[Waveform, Provenance]:
         """Mixed rows; a mixed row is normalised again where the model wants normalised waves (FACTS E29)."""
-        noise = None
+        noise, count, whole = None, None, None
         if "noise" in batch:
-            noise = batch["noise"].astype(jnp.float32) / INT16_SCALE
+            noise, count = batch["noise"].astype(jnp.float32) / INT16_SCALE, batch["num_noise_samples"]
+            whole = WholeClips(batch["noise_power"], batch["noise_place"])
+        config, quirks = self.predictor.config, self.mixing.reference_quirks
+        normalize = partial(normalize_waveform, eps=config.normalize_eps) if config.do_normalize else None
         waveform, did = mix(
-            waveform,
-            batch["num_samples"],
-            keys,
-            self.mixing,
-            noise,
-            batch["num_noise_samples"] if noise is not None else None,
+            waveform, batch["num_samples"], keys, self.mixing, noise, count, whole_clips=whole, normalize=normalize
         )
-        config = self.predictor.config
-        if config.do_normalize:
-            again = normalize_waveform(waveform, batch["num_samples"], config.normalize_eps)
+        if normalize is not None and not quirks:
+            again = normalize(waveform, batch["num_samples"])
             waveform = jnp.where(did.mixed[:, None], again, waveform)
         return waveform, did
 

@@ -74,23 +74,33 @@ class NoiseClips:
     def __call__(self, index: int, first_frame: int, frames: int, bits: int) -> Mapping[str, np.ndarray]:
         """`noise` int16 (samples / 2,), zeros behind `num_noise_samples`, which is 0 where the row got no clip.
 
+        `noise_power` and `noise_place` float32 () are those of `mixing.WholeClips`, 0 without a clip.
         A span never takes more than half of a row (FACTS C7), so more of a clip is never needed; its start is random.
         """
         del index, first_frame
         size = samples_for(frames) // 2
         dealt, which, where = np.random.Generator(np.random.Philox(bits)).random(3)
-        noise, count = np.zeros(size, np.int16), 0
+        noise, count, power = np.zeros(size, np.int16), 0, 0.0
         if dealt < self.share:
             clip = self.corpus.random_piece(which, where, size)
             count = len(clip)
             noise[:count] = clip
-        return {"noise": noise, "num_noise_samples": np.asarray(count, np.int32)}
+            number = int(which * len(self.corpus))  # as `random_piece` chooses it
+            power = self.corpus.means[number] ** 2 + self.corpus.variances[number]
+        return {
+            "noise": noise,
+            "num_noise_samples": np.asarray(count, np.int32),
+            "noise_power": np.asarray(power, np.float32),
+            "noise_place": np.asarray(where if count else 0, np.float32),
+        }
 
     @staticmethod
     def shapes(frames: int) -> Mapping[str, jax.ShapeDtypeStruct]:
         """What a row of `frames` gets."""
         noise = jax.ShapeDtypeStruct((samples_for(frames) // 2,), np.int16)
-        return {"noise": noise, "num_noise_samples": jax.ShapeDtypeStruct((), np.int32)}
+        number = jax.ShapeDtypeStruct((), np.float32)
+        count = jax.ShapeDtypeStruct((), np.int32)
+        return {"noise": noise, "num_noise_samples": count, "noise_power": number, "noise_place": number}
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,7 @@ def objective() -> ConfigDict:
             "unmasked_weight": 0.0,
             "penalty_weight": 10.0,
             "special_rows": 0,  # 4 for weights that go to fairseq
+            "mask_tearing": False,  # True: as the authors' code thins masks to equal counts (docs/parity.md)
         }
     )
 

@@ -87,6 +87,23 @@ def test_mask_of_a_row_does_not_depend_on_its_batch():
         np.testing.assert_array_equal(together[row], alone[0])
 
 
+@pytest.mark.parametrize(("frames", "share"), [(768, 0.540), (100, 0.502)])
+def test_torn_masks_are_those_of_the_authors_batches_of_four_rows(frames, share):
+    """Measured with UniSpeech's own function (issue 15): their share, and half to three quarters of the runs torn."""
+    keys = jax.random.split(jax.random.key(5), 4000)
+    whole = span_mask(keys, jnp.full(4000, frames), frames, **PRETRAINING)
+    result = np.asarray(jax.jit(layers.torn, static_argnums=2)(whole, keys, 4))
+    assert (result <= np.asarray(whole)).all()
+    counts = result.sum(axis=1).reshape(-1, 4)
+    np.testing.assert_array_equal(
+        counts, np.asarray(whole).sum(axis=1).reshape(-1, 4).min(axis=1, keepdims=True) + 0 * counts
+    )
+    assert abs(result.mean() - share) < 0.003
+    edges = np.flatnonzero(np.diff(np.pad(result, ((0, 0), (1, 1))).astype(int).ravel()))
+    assert 0.5 < (edges[1::2] - edges[::2] < 10).mean() < 0.75
+    np.testing.assert_array_equal(layers.torn(whole[4:8], keys[4:8], 4), result[4:8])
+
+
 def test_channel_masks_have_whole_spans_and_the_wanted_share():
     keys = jax.random.split(jax.random.key(4), 2000)
     result = np.asarray(channel_mask(keys, 768, prob=0.5, length=64, min_masks=0))

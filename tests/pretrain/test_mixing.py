@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from scipy import stats
 
-from pretrain.mixing import MixingSettings, Provenance, mix
+from pretrain.mixing import MixingSettings, Provenance, WholeClips, mix
+from wavlm_jax.model.frontend import normalize_waveform
 
 SETTINGS = MixingSettings(
     prob=0.2, group=4, snr_db=(-5.0, 5.0), noise_corpus=None, noise_prob_given_mix=0.0, noise_snr_db=(-5.0, 20.0)
@@ -121,20 +122,46 @@ def test_noise_replaces_the_voice_where_a_clip_is_dealt():
     np.testing.assert_allclose(did.snr_db[did.noise], 10.0)
 
 
-def test_the_quirks_are_the_authors_loop():
+@pytest.mark.parametrize("normalized", [False, True])
+def test_the_quirks_are_the_authors_loop(normalized):
     """Replayed in numpy, row after row and in place: later rows receive what earlier ones became."""
     how = dataclasses.replace(ALWAYS, reference_quirks=True, group=8)
     clean = np.asarray(rows_of_noise(64, 300))
-    mixed, did = run(jnp.asarray(clean), keys(64), how)
+    again = normalize_waveform if normalized else None
+    mixed, did = jax.jit(lambda wave: mix(wave, jnp.full(64, 300), keys(64), how, normalize=again))(clean)
+    mixed, did = jax.tree.map(np.asarray, (mixed, did))
     expected = clean.copy()
     for row in range(64):
         source = expected[did.partner[row]].copy()
         scale = np.sqrt((expected[row] ** 2).mean() / ((source**2).mean() * 10 ** (did.snr_db[row] / 10)))
         start, length, begin = did.start[row], did.length[row], did.source_start[row]
         expected[row, start : start + length] += scale * source[begin : begin + length]
+        if normalized:
+            expected[row] = (expected[row] - expected[row].mean()) / np.sqrt(expected[row].var() + 1e-5)
     np.testing.assert_allclose(mixed, expected, rtol=1e-4, atol=1e-5)
     assert (did.partner == np.arange(64)).any()
     assert (did.length == 0).any() or (did.length > 0).all()
+
+
+def test_the_authors_noise_has_the_energy_of_its_whole_clip_and_comes_from_any_place_of_it():
+    """The piece is cut where `place` says, by `Corpus.random_piece`, and the span in it likewise."""
+    rows, size, clip = 4000, 50, 120
+    how = dataclasses.replace(ALWAYS, reference_quirks=True, noise_corpus="noise", noise_prob_given_mix=1.0)
+    place = np.random.default_rng(0).random(rows).astype(np.float32)
+    first = (place * (clip - size + 1)).astype(int)
+    pieces = jnp.asarray(0.1 * np.sin(first[:, None] + np.arange(size)), jnp.float32)
+    whole = WholeClips(jnp.full(rows, 0.25), jnp.asarray(place))
+    lengths, clean = jnp.full(rows, 100, jnp.int32), rows_of_noise(rows, 100)
+    given = pieces, jnp.full(rows, size, jnp.int32)
+    _, did = jax.tree.map(np.asarray, mix(clean, lengths, keys(rows), how, *given, whole_clips=whole))
+    power = (np.asarray(clean) ** 2).mean(axis=1)
+    np.testing.assert_allclose(did.scale, np.sqrt(power / (0.25 * 10 ** (did.snr_db / 10))), rtol=1e-4)
+    start, last = first + did.source_start, clip - did.length
+    assert (start <= last).all()
+    assert stats.kstest((start + 0.5) / (last + 1), stats.uniform.cdf).pvalue > 1e-3
+    plain = dataclasses.replace(how, reference_quirks=False)
+    ours, theirs = (mix(clean, lengths, keys(rows), plain, *given, whole_clips=one)[0] for one in (whole, None))
+    np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize(

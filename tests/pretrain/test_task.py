@@ -108,6 +108,17 @@ def test_mixing_leaves_labels_and_unmixed_rows_alone(task, params, batch):
     np.testing.assert_array_equal(*counts)
 
 
+def test_masks_are_torn_in_training_alone_and_where_the_objective_says_so(task):
+    objective = dataclasses.replace(task.loss.predictor.objective, mask_tearing=True)
+    tearing = dataclasses.replace(task.loss, predictor=task.loss.predictor.clone(objective=objective))
+    keys = jax.random.split(jax.random.key(0), 2 * task.row_group)
+    samples = jnp.full(len(keys), 16_000)
+    whole, torn = (loss.time_mask(samples, 49, keys, training=True) for loss in (task.loss, tearing))
+    assert len({*np.asarray(whole.sum(axis=1)[: task.row_group]).tolist()}) > 1
+    assert len({*np.asarray(torn.sum(axis=1)[: task.row_group]).tolist()}) == 1
+    np.testing.assert_array_equal(tearing.time_mask(samples, 49, keys, training=False), whole)
+
+
 def test_a_mixed_row_is_normalised_again_where_the_model_wants_normalised_waves(root, folders, batch):
     task = build(tiny_config(root, folders, do_normalize=True, feat_extract_norm="layer"), ONE)
     given = {**batch, "row": np.arange(8, dtype=np.int32)}
@@ -158,6 +169,10 @@ def test_noise_clips_are_dealt_to_their_share_of_rows(folders):
     for row in (row for row in rows if row["num_noise_samples"]):
         assert row["noise"].any()
         np.testing.assert_array_equal(row["noise"][int(row["num_noise_samples"]) :], 0)
+    powers = [np.square(corpus.wave(i) / 32768.0).mean() for i in range(len(corpus))]
+    for row in rows:
+        nearest = min(powers, key=lambda power, row=row: abs(power - row["noise_power"]))
+        assert row["noise_power"] == (pytest.approx(nearest, rel=1e-3) if row["num_noise_samples"] else 0)
     again = clips(3, 9, 48, 17)
     np.testing.assert_array_equal(again["noise"], rows[17]["noise"])
 

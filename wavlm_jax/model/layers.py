@@ -74,6 +74,7 @@ class Site(IntEnum):
     OUTPUT = 0x5741_0008
     LAYERDROP = 0x5741_0009
     FINAL = 0x5741_000A
+    TEARING = 0x5741_000B
 
 
 def site_keys(row_keys: RowKeys, number: Int[Array, ""] | int) -> RowKeys:
@@ -247,6 +248,23 @@ def span_mask(
         return spans & (jnp.arange(num_frames) < valid - 1)
 
     return jax.vmap(one_row)(row_keys, valid_frames)
+
+
+def torn(time_mask: TimeMask, row_keys: RowKeys, group: int) -> TimeMask:
+    """The mask with single frames dropped at random, until the rows of a group have as many as the one with fewest.
+
+    fairseq does so with the rows of a device, as it gathers masked frames into one array (FACTS C3).
+
+    Args:
+        time_mask: (rows, frames).
+        row_keys: one key per row.
+        group: consecutive rows that are made equal; divides the rows.
+
+    """
+    fewest = jnp.repeat(time_mask.sum(axis=1).reshape(-1, group).min(axis=1), group)
+    draws = jax.vmap(lambda key: jax.random.uniform(key, time_mask.shape[1:]))(site_keys(row_keys, Site.TEARING))
+    rank = jnp.argsort(jnp.argsort(jnp.where(time_mask, draws, 2.0), axis=1), axis=1)
+    return time_mask & (rank < fewest[:, None])
 
 
 def channel_mask(row_keys: RowKeys, width: int, *, prob: float, length: int, min_masks: int) -> ChannelMask:
