@@ -143,7 +143,7 @@ class Vocabulary:
         special = (self.blank, self.unknown, self.begin, self.end)
         return frozenset(self._ids[token] for token in special if token is not None) | self._without_token
 
-    @property
+    @cached_property
     def hidden_ids(self) -> frozenset[int]:
         """Ids that a text does not show: the blank, and between phones the delimiter."""
         hidden = {self.blank_id} if self.delimiter_id is None or not self.phones else {self.blank_id, self.delimiter_id}
@@ -261,7 +261,7 @@ class Vocabulary:
     def _pieces(self, text: str) -> list[str]:
         """Characters and units, the longest unit first, and one space between words; or phones."""
         text = _INVISIBLE.sub(lambda found: found[0] if found[0] in self._letters else "", text)
-        text = self._in_case(text) if self.do_lower_case else text
+        text = self._in_case(unicodedata.normalize("NFC", text)) if self.do_lower_case else text
         first = self._cut(self._forms[0](text))
         if not self._strange(first):
             return first
