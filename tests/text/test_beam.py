@@ -174,7 +174,7 @@ def test_a_language_model_of_another_case_or_gzipped_is_the_same_model(tmp_path,
 
 
 def test_a_gzipped_model_that_is_cut_off_is_named(tmp_path, models):
-    (tmp_path / "cut.gz").write_bytes(gzip.compress(models["words.arpa"].read_bytes())[:-9])
+    (tmp_path / "cut.gz").write_bytes(gzip.compress(models["words.arpa"].read_bytes())[:60])
     with pytest.raises(RecordError, match=r"cut\.gz, after line \d+: gzip data that are damaged or cut off"):
         words_of_arpa(tmp_path / "cut.gz")
 

@@ -189,23 +189,32 @@ def test_tokens_outside_vocab_json_are_read_where_transformers_keeps_them(tmp_pa
     assert (vocabulary.blank_id, vocabulary.unknown, vocabulary.begin) == (1, None, "<s>")
 
 
-@pytest.mark.parametrize("num_outputs", [6, 7, 8])
-def test_tokens_fit_the_outputs_of_the_head_and_spell_as_transformers_does(tmp_path, num_outputs):
+LACKING = {"<pad>": 0, "<unk>": 1, "|": 2, "A": 3, "B": 4}
+WITH_A_GAP = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "|": 4, "A": 5, "B": 7}
+
+
+@pytest.mark.parametrize(
+    ("ids", "num_outputs"), [(LACKING, 5), (LACKING, 6), (LACKING, 7), (LACKING, 10), (WITH_A_GAP, 8), (WITH_A_GAP, 11)]
+)
+def test_tokens_fit_the_outputs_of_the_head_and_spell_as_transformers_does(tmp_path, ids, num_outputs):
     """Tokens that transformers adds by itself, a gap in the ids, and outputs that no token has."""
-    (tmp_path / "vocab.json").write_text(json.dumps({"<pad>": 0, "<unk>": 1, "|": 2, "A": 3, "B": 5}))
-    Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json")).save_pretrained(tmp_path)  # adds <s> and </s>
+    (tmp_path / "vocab.json").write_text(json.dumps(ids))
+    Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json")).save_pretrained(tmp_path)  # adds <s> and </s> where they lack
     theirs = Wav2Vec2CTCTokenizer.from_pretrained(tmp_path)
-    assert max(theirs.get_vocab().values()) == 7
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["WavLMForCTC"], "vocab_size": num_outputs}))
     found = read_vocabulary(tmp_path)
     assert found == parse_vocabulary(tokenizer_files(tmp_path), tmp_path, num_outputs=num_outputs)
     assert len(found) == num_outputs
     path = np.random.default_rng(0).integers(num_outputs, size=200)
     assert decode(path, found).text == theirs.decode(path)
-    assert found.spell([3, 4, 5]) == theirs.decode([3, 4, 5], group_tokens=False) == "A<unk>B"
-    assert found.begin == ("<s>" if num_outputs > found.tokens.index("B") + 1 else None)
-    with pytest.raises(UnknownCharactersError):
-        found.encode("<no token 4>")
+    for token_id in range(num_outputs):
+        assert found.spell([ids["A"], token_id, ids["A"]]) == theirs.decode(
+            [ids["A"], token_id, ids["A"]], group_tokens=False
+        )
+    assert (found.begin is None) == ("<s>" not in ids and num_outputs == len(ids))
+    for name in (token for token in found.tokens if token not in theirs.get_vocab()):
+        with pytest.raises(UnknownCharactersError):
+            found.encode(name)
     write_vocabulary(found, tmp_path / "again")
     assert parse_vocabulary(tokenizer_files(tmp_path / "again"), tmp_path, num_outputs=num_outputs) == found
 
