@@ -101,7 +101,11 @@ def diarize(
 
 
 def classify(model: Model, files: Sequence[File], running: InferenceSettings = _DEFAULT) -> list[list[Answer]]:
-    """The classes of each file with their probabilities, the likeliest first; for `WavLMForSequenceClassification`."""
+    """The classes of each file with their probabilities, the likeliest first; for `WavLMForSequenceClassification`.
+
+    Labels that do not exclude one another have a probability each; a regression gives its numbers, in the order of the
+    labels (`head.problem_type`, as transformers' pipeline).
+    """
     model = model_for(model, "classify")
     recordings = _recordings(model, files, running)
     return _in_order(recordings, utterances.classify(model, recordings, running))
