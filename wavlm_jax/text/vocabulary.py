@@ -329,8 +329,8 @@ def read_vocabulary(folder: Path, language: str | None = None) -> Vocabulary:
         VocabularyError: a damaged or impossible file; the message names it.
 
     """
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    outputs = config.get("vocab_size") if "ForCTC" in str(config.get("architectures")) else None
+    model = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    outputs = model.get("vocab_size") if "ForCTC" in str(model.get("architectures")) else None
     num_outputs = outputs if isinstance(outputs, int) and 0 < outputs <= MOST_TOKENS else None
     return parse_vocabulary(tokenizer_files(folder), folder, language, num_outputs=num_outputs)
 
