@@ -31,7 +31,7 @@ def test_embeddings_are_those_of_each_file_alone(recordings):
         assert embedding @ embedding == pytest.approx(1, abs=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["regression", "multi_label_classification", None])
+@pytest.mark.parametrize("kind", ["multi_label_classification", None])
 def test_labels_that_are_no_classes_have_the_answers_of_transformers_pipeline(recordings, tmp_path, kind):
     """`problem_type` travels in config.json; one label without it is a number."""
     weights = weights_of("WavLMForSequenceClassification", 30)
