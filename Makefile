@@ -32,10 +32,10 @@ demo: setup
 	$(BIN)/python -m pretrain.demo --out $(RUN) $(if $(DATA),--data "$(DATA)")
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: setup  # an empty XLA_FLAGS: programs are optimized as they are for users
-	XLA_FLAGS= $(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+	XLA_FLAGS= $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -1,6 +1,7 @@
 """Every test runs with shapes and types checked, rank promotion an error, and full float32 matrix products."""
 
 import atexit
+import gc
 import importlib.metadata
 import os
 import shutil
@@ -10,6 +11,7 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads wait in a busy loop, and each core has a worker
 
 # One folder of compiled programs per session (JAX's persistent compilation cache): both workers, and the processes that
 # tests start, share them. XLA compiles eight times faster with these flags, and its programs run three times slower:
@@ -47,6 +49,23 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 collect_ignore = ["text/test_beam.py"] if sys.version_info >= (3, 13) else []
 """flashlight-text has no wheel there (docs/dependencies.md); what a user is told instead is in test_decoding.py."""
+
+
+gc.set_threshold(100_000, 50, 100)  # an eighth of the CPU time of tracing is the default's collections
+
+
+LONGEST = ("test_run_plan.py", "test_pod_runs.py", "test_process.py", "test_label_hosts.py", "test_make_labels.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Files of few and long tests come first, so that the workers end at about the same time."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+def pytest_collection_finish():
+    """What was imported stays to the end: no collection looks at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

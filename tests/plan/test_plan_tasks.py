@@ -110,6 +110,13 @@ def test_messages_of_data_parallel_training_do_not_grow_with_the_devices():
     assert payloads[8] == pytest.approx(4 * made.parameters, rel=0.5)  # gradients, once
 
 
+def test_a_mesh_that_does_not_fit_the_devices_is_refused():
+    config = small(demo.get_config(), 16)
+    config["mesh"]["fsdp"] = 3
+    with pytest.raises(ValueError, match=r"config\.mesh: data -1, fsdp 3, tensor 1 on 4 devices"):
+        plan(config, machine(4))
+
+
 def test_memory_that_is_not_there_is_refused():
     with pytest.raises(PlanTargetError, match=r"--memory_gib: found 99, expected more than 0 and up to 72\.78"):
         with_memory(machine(), 99.0)

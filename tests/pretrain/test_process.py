@@ -119,6 +119,7 @@ def test_the_log_has_each_step_once_with_what_a_user_watches(undisturbed):
 @pytest.mark.parametrize(("how", "step", "code"), [(signal.SIGKILL, 5, -9), (signal.SIGTERM, 7, PREEMPTED)])
 def test_an_interrupted_run_ends_in_the_same_parameters(flags, undisturbed, tmp_path, how, step, code):
     workdir = tmp_path / "run"
+    flags = [*flags, "--config.metrics.tensorboard=False"]  # its package imports torch
     assert interrupt(workdir, flags, step, how) == code
     run(workdir, flags)
     assert digest(workdir) == digest(undisturbed)

@@ -5,6 +5,7 @@ python tests/support/noting_train.py NOTES STOP --config ... --workdir ...
 NOTES is a folder, STOP is "process,step" or "".
 """
 
+import gc
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+gc.set_threshold(100_000, 50, 100)  # as tests/conftest.py does
 
 import jax
 

@@ -13,8 +13,6 @@ from wavlm_jax.convert.state_dict import from_torch
 from wavlm_jax.model.heads import tree_shapes
 from wavlm_jax.model.wavlm import WavLM
 
-torch.set_num_threads(2)
-
 
 @dataclass(frozen=True)
 class Twins:

@@ -5,6 +5,7 @@ As a script it is one real process of a run: python tests/support/toy_task.py --
 
 import argparse
 import dataclasses
+import gc
 import hashlib
 import os
 import shutil
@@ -18,6 +19,7 @@ from pathlib import Path
 if __name__ == "__main__":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     sys.path.insert(0, str(Path(__file__).parents[2]))
+    gc.set_threshold(100_000, 50, 100)  # as tests/conftest.py does
 
 import jax
 import jax.numpy as jnp
