@@ -159,12 +159,12 @@ class FeatureSource(Protocol):
         ...
 
     def empty(self, size: int) -> Batch:
-        """A batch of nobody's frames."""
+        """A filler batch: the usual shapes, and frames of no utterance."""
         ...
 
 
 def mfcc_frames(_params: Any, frames: Float[Array, "frames 39"]) -> Float[Array, "frames 39"]:
-    """The devices' part of MFCC: none."""
+    """The features as they are: MFCC are computed on the host, and the devices have nothing to add."""
     return frames
 
 

@@ -113,7 +113,7 @@ def choose_frames(total: int, size: int, seed: int) -> Int64[np.ndarray, " frame
 
 
 class FrameSample:
-    """Draws at most `size` frames out of features that come by; memory depends on `size` and `dim` alone.
+    """Draws at most `size` frames from features given batch by batch; memory depends on `size` and `dim` alone.
 
     Args:
         utterances: ascending.
@@ -278,7 +278,7 @@ def _programs(everywhere: NamedSharding) -> tuple[Callable[..., Any], Callable[.
 def _one_pass(
     centroids: Centroids, counts: Counts, key_bits: UInt32[Array, " bits"], batches: Batches, reseed: Bool[Array, ""]
 ) -> tuple[Centroids, Counts, Scalar]:
-    """One mini-batch update a batch, in random order; then clusters that no frame fell into get a new seed."""
+    """One mini-batch update per batch, in random order; then clusters that no frame fell into get a new seed."""
     order_key, seed_key = jax.random.split(jax.random.wrap_key_data(key_bits))
     order = jax.random.permutation(order_key, len(batches))
 
@@ -305,7 +305,7 @@ def _update(
 
 
 def _far_frames(batch: Frames, centroids: Centroids, key: StepKey) -> Centroids:
-    """One frame a cluster, without repeats, drawn with probability proportional to the squared distance (k-means++)."""
+    """One frame per cluster, without repeats, drawn with probability proportional to the squared distance (k-means++)."""
     _, distances = nearest(batch, centroids)
     scores = jnp.log(distances) + jax.random.gumbel(key, distances.shape)
     _, chosen = jax.lax.top_k(scores, min(len(centroids), len(batch)))

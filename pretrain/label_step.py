@@ -105,7 +105,7 @@ _Done = tuple[Array, tuple[FrameSpan, ...]]
 
 
 def in_parts(name: str, parts: Sequence[Part], do: Callable[[int, int], None]) -> None:
-    """Does one part after the other; hosts that have none left do (0, 0) until all have done theirs.
+    """Calls `do(first, end)` for each part; a host that has none left calls `do(0, 0)` until all hosts are done.
 
     Args:
         name: of the stage, for messages.
@@ -223,7 +223,7 @@ def label_program(compute: Callable[[Any, Any], Array], rows: NamedSharding) -> 
 
 
 class PartLabels:
-    """Labels of consecutive utterances from `first` on, one behind the other; `offsets` are theirs in the split."""
+    """Labels of consecutive utterances from `first` on, concatenated; `offsets` says where each begins in the split."""
 
     def __init__(self, offsets: Edges, first: int) -> None:
         self._offsets, self._first = offsets, first

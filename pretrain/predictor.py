@@ -209,7 +209,7 @@ class MaskedPredictor(nn.Module):
 
 
 class _Keys(NamedTuple):
-    """One key a row and purpose, so that no purpose sees another's draws."""
+    """One key per row and purpose, so that two purposes never share random numbers."""
 
     mixing: RowKeys
     masks: RowKeys

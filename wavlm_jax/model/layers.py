@@ -47,7 +47,7 @@ class Keys(NamedTuple):
 def mesh_axes(sizes: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
     """Logical axis -> mesh axes over which its size is spread, by the training tower's rules (`RULES`).
 
-    No axes without a mesh, or where the size is not a multiple of them.
+    An axis gets none without a mesh, or where its size is not a multiple of theirs.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

@@ -36,7 +36,7 @@ Gate = Float[Array, "rows frames heads"]
 class Bias(NamedTuple):
     """What is added to the logits: gate[row, query, head] * position[head, key - query].
 
-    `position` is the profile, or for the "dense" attention its matrix, which all layers share.
+    `position` is the profile, or for the "dense" attention the bias of all pairs, made once for all layers.
     """
 
     position: Profile | PairBias

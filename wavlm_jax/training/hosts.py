@@ -152,7 +152,7 @@ def _say(message: str) -> None:
 
 
 def _give_up(message: str) -> None:
-    """Instead of JAX, which ends the process without a word on the others."""
+    """Says who is missing and ends the process (2); JAX would abort it without naming anybody."""
     _say(message)
     os._exit(EXIT_MISSING)
 
@@ -284,7 +284,7 @@ def _absent(came: list[tuple[int, str, Any]], name: str, seconds: float) -> str:
 
 
 def _client() -> Any:
-    """Of the coordination service; JAX has no public name for it."""
+    """The client of JAX's coordination service; JAX has no public name for it."""
     return distributed.global_state.client
 
 

@@ -271,7 +271,7 @@ def _introduce(builder: Builder, start: Start, workdir: Workdir) -> None:
 
 
 def _open_logs(settings: RunSettings, workdir: Workdir, start: Start) -> tuple[Metrics, Jsonl]:
-    """(the metrics, where this process names the rows of steps that were not finite)."""
+    """(the writers of metrics, the writer of this process's nonfinite.jsonl)."""
     record, index = start.record, jax.process_index()
     metrics = open_metrics(
         settings.metrics,

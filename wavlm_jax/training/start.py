@@ -79,7 +79,7 @@ def make_builder(task: Task, settings: RunSettings, mesh: Mesh, table: AxesTable
     Args:
         task: what is trained.
         settings: how.
-        mesh: its devices need not be there, unless it is the current one.
+        mesh: its devices may be descriptions of other machines' (`plan`), as long as nothing is run.
         table: logical axes of the parameters.
 
     Raises:
@@ -89,7 +89,9 @@ def make_builder(task: Task, settings: RunSettings, mesh: Mesh, table: AxesTable
     """
     key = root_key(settings.seed)
     first = jax.eval_shape(lambda: init_key(settings.seed))
-    params = jax.eval_shape(task.init, first)  # the function itself, so that `begin` finds it traced
+    params = jax.eval_shape(
+        task.init, first
+    )  # not wrapped: `begin` jits the same object, and JAX does not trace it again
     shardings = parameter_shardings(params, table, mesh)
     optimizer = make_optimizer(settings.optim, settings.train.num_steps, task.freeze)
     check_freeze(optimizer.freeze, shardings)

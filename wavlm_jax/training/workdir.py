@@ -78,7 +78,7 @@ def file_sizes(folder: str) -> dict[str, int]:
 
 
 def exists(path: str) -> bool:
-    """Whether there is such a file now, whoever wrote it; no answer is an error, not a no."""
+    """Whether the file exists now, without any cache. A server that does not answer is an error, not False."""
     if address(path) is None:
         list_names(path.rpartition("/")[0])  # looking into the folder makes NFS ask its server again
     with _explained(path, "read"), contextlib.suppress(FileNotFoundError):
@@ -109,7 +109,7 @@ def write_object(path: str, content: bytes) -> None:
 
 
 def fsync(path: str) -> None:
-    """Makes a file durable, or what was renamed in a folder. Objects are durable as soon as they are there."""
+    """fsync of a file, or of a folder after a rename in it. Objects are durable as soon as they are there."""
     if address(path) is None:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -184,7 +184,7 @@ def _check_folder(folder: str, num_bytes: int) -> None:
 
 
 def _reserve(descriptor: int, folder: str, num_bytes: int) -> None:
-    """Blocks for `num_bytes`; where the system has no such call (macOS), a look at the free ones."""
+    """Reserves disk blocks for `num_bytes`; where the system has no such call (macOS), asks for the free space."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, max(num_bytes, 1))
     elif shutil.disk_usage(folder).free < num_bytes:
@@ -297,11 +297,11 @@ class Workdir:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def lasting(self, name: str) -> str:
-        """Where a file of `folder` is found when the session is over."""
+        """The path or address under which a file of `folder` is found after the session."""
         return f"{self.place}/{name}" if self._fetched else str(self.folder / name)
 
     def within(self, name: str) -> str:
-        """The path or address of something in it that JAX reads and writes by itself."""
+        """The path or address of `name` in the workdir, for what JAX itself reads and writes (its compilation cache)."""
         return str(Path(name)) if Path(name).is_absolute() else f"{absolute(self.place)}/{name}"
 
 
