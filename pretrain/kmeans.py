@@ -305,7 +305,7 @@ def _update(
 
 
 def _far_frames(batch: Frames, centroids: Centroids, key: StepKey) -> Centroids:
-    """One frame per cluster, without repeats, drawn with probability proportional to the squared distance (k-means++)."""
+    """One frame per cluster, none twice, drawn with probability proportional to the squared distance (k-means++)."""
     _, distances = nearest(batch, centroids)
     scores = jnp.log(distances) + jax.random.gumbel(key, distances.shape)
     _, chosen = jax.lax.top_k(scores, min(len(centroids), len(batch)))

@@ -5,8 +5,9 @@ first voice, so the model learns to follow one speaker through another.
 
 Decisions against the authors' code (FACTS E25-E28), all undone by `reference_quirks`: a partner is never the row
 itself, comes from the unmixed copy, and a span has at least one sample; the energy of noise is that of the piece that
-was read, not of its whole clip, and the ends of a clip are used a little less often than its middle. Partners come from the row's own group of
-`group` consecutive rows, which never crosses a device or a micro-batch, so mixing needs no communication.
+was read, not of its whole clip, and the ends of a clip are used a little less often than its middle. Partners come
+from the row's own group of `group` consecutive rows, which never crosses a device or a micro-batch, so mixing needs no
+communication.
 """
 
 from collections.abc import Callable

@@ -109,7 +109,7 @@ def write_object(path: str, content: bytes) -> None:
 
 
 def fsync(path: str) -> None:
-    """fsync of a file, or of a folder after a rename in it. Objects are durable as soon as they are there."""
+    """Makes a file durable (fsync), or a folder after a rename in it. Objects are durable as soon as they are there."""
     if address(path) is None:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -301,7 +301,7 @@ class Workdir:
         return f"{self.place}/{name}" if self._fetched else str(self.folder / name)
 
     def within(self, name: str) -> str:
-        """The path or address of `name` in the workdir, for what JAX itself reads and writes (its compilation cache)."""
+        """Path or address of `name` in the workdir, for what JAX itself reads and writes (its compilation cache)."""
         return str(Path(name)) if Path(name).is_absolute() else f"{absolute(self.place)}/{name}"
 
 
