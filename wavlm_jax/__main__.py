@@ -4,9 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from wavlm_jax.command_line import EXIT_WRONG, shortened
 from wavlm_jax.inference.commands import COMMANDS
-
-EXIT_WRONG = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         COMMANDS[options.name].run(options)
     except (ValueError, OSError) as error:
-        print(f"wavlm_jax {options.name}: {error}", file=sys.stderr)
+        print(f"wavlm_jax {options.name}: {shortened(error)}", file=sys.stderr)
         return EXIT_WRONG
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -15,6 +15,15 @@ EXIT_WRONG = 2
 """Exit code: something in flags, config or data is wrong, and the message says what."""
 
 
+_MOST_SHOWN = 3000
+
+
+def shortened(message: object) -> str:
+    """A message with at most 3,000 characters, its end kept; what it quotes from a file may be megabytes."""
+    text = str(message)
+    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN // 2]} [...] {text[-_MOST_SHOWN // 2 :]}"
+
+
 def plain_number(text: str) -> float:
     """The value of an option of argparse, refused as a config's would be (`settings.is_plain`)."""
     value = float(text)
@@ -37,9 +46,9 @@ def parse(arguments: Sequence[str]) -> list[str]:
         if flags.FLAGS["verbosity"].using_default_value:
             logging.set_verbosity(logging.WARNING)  # Orbax tells about every file that it writes
     except (AttributeError, KeyError) as error:
-        print(f"{program}: {_unknown_key(arguments) or error}", file=sys.stderr)
+        print(f"{program}: {shortened(_unknown_key(arguments) or error)}", file=sys.stderr)
     except (TypeError, ValueError, OSError, flags.Error) as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        print(f"{program}: {shortened(error)}", file=sys.stderr)
     else:
         if len(rest) == 1:
             return rest

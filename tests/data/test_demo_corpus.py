@@ -46,7 +46,7 @@ def test_a_second_run_does_nothing(demo: Path, capsys: pytest.CaptureFixture[str
     assert make(demo) == 0
     assert capsys.readouterr().out.count("nothing to do") == 3
     assert {file: file.stat().st_mtime_ns for file in demo.rglob("*")} == before
-    assert make(demo, "--sentences", "7") == 1
+    assert make(demo, "--sentences", "7") == 2
     assert "holds a demo corpus of" in capsys.readouterr().err
 
 
@@ -125,7 +125,7 @@ def test_without_the_wheel_the_error_gives_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
-    assert make(tmp_path / "out") == 1
+    assert make(tmp_path / "out") == 2
     assert 'pip install "wavlm-jax[demo]"' in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -350,7 +351,36 @@ def test_a_source_that_changed_in_between_is_refused(source: Path, tmp_path: Pat
     process.communicate()
     other = save(tmp_path / "other/0000.wav", to_int16(tone(3000))).parent
     for words in ([other, "--out", out], [source, "--out", out, "--min-seconds", 1]):
-        assert main([str(word) for word in words]) == 1
+        assert main([str(word) for word in words]) == 2
         message = capsys.readouterr().err
         assert "cannot be resumed" in message
         assert "remove this folder to start over" in message
+
+
+def test_what_the_system_refuses_is_one_line_that_names_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    source = speech(tmp_path / "in", 2)
+    for content in ("[]", "{", "{}", '{"listing": 1}', "\xff"):
+        (tmp_path / "out.partial").mkdir(exist_ok=True)
+        (tmp_path / "out.partial/plan.json").write_text(content, encoding="latin-1")
+        message = failure(capsys, source, "--out", tmp_path / "out")
+        assert f"{tmp_path / 'out.partial'}" in message
+        assert re.search(r"remove (this folder|\S+out.partial) to start over$", message)
+    (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    (tmp_path / "wide.csv").write_text(",".join(f"column{n}" for n in range(300_000)) + "\n")
+    (tmp_path / "long.csv").write_text("path\n" + "x" * 100_000 + "\n")
+    for words, named in (
+        ((source, "--out", tmp_path / "file/corpus"), "file"),
+        ((source, "--out", tmp_path / ("n" * 300)), "nnn"),
+        ((source, "--out", tmp_path / "o", "--rttm", tmp_path / "pipe"), "pipe: a folder, pipe or device"),
+        ((source, "--out", tmp_path / "o", "--rttm", tmp_path / "binary"), "binary"),
+        ((source, "--out", tmp_path / "o", "--rttm", tmp_path / "none"), "none: No such file"),
+        ((tmp_path / "wide.csv", "--out", tmp_path / "o"), "wide.csv:1: found columns column0"),
+        ((tmp_path / "long.csv", "--out", tmp_path / "o"), "long.csv, first utterance: path 'xxx"),
+        (("x" * 5000, "--out", tmp_path / "o"), "xxx"),
+    ):
+        message = failure(capsys, *words)
+        assert named in message
+        assert message.count("\n") == 1
+        assert len(message) < 4000

@@ -97,7 +97,7 @@ def test_arrow_from_save_to_disk_with_splits(tmp_path: Path, capsys: pytest.Capt
     parts = datasets.DatasetDict({"train": rows(), "test": rows().select([0])})
     parts.save_to_disk(str(tmp_path / "saved"))
     capsys.readouterr()
-    assert main([str(tmp_path / "saved"), "--out", str(tmp_path / "out")]) == 1
+    assert main([str(tmp_path / "saved"), "--out", str(tmp_path / "out")]) == 2
     assert "has the splits train, test, which are not joined unasked; pass --split" in capsys.readouterr().err
     corpus = prepared(tmp_path, tmp_path / "saved", "--split", "train")
     assert list(corpus.ids) == [f"{n:08d}" for n in range(6)]
@@ -267,7 +267,7 @@ def test_what_nobody_can_load_is_an_error_with_its_name(tmp_path: Path, capsys: 
     ):
         capsys.readouterr()
         words = source if isinstance(source, tuple) else (source,)
-        assert main([*map(str, words), "--out", str(tmp_path / "out")]) == 1, source
+        assert main([*map(str, words), "--out", str(tmp_path / "out")]) == 2, source
         assert expected in capsys.readouterr().err
 
 

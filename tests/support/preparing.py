@@ -24,7 +24,7 @@ def run(*words: object) -> int:
 def failure(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     """The message of a run that has to fail."""
     capsys.readouterr()
-    assert run(*words) == 1
+    assert run(*words) == 2
     return capsys.readouterr().err
 
 

@@ -5,12 +5,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from wavlm_jax.command_line import plain_number
+from wavlm_jax.command_line import EXIT_WRONG, plain_number, shortened
 from wavlm_jax.data import simulate
 from wavlm_jax.data.conform import Policy
-from wavlm_jax.data.corpus import TURNS, Corpus, CorpusError, attach_turns
+from wavlm_jax.data.corpus import TURNS, Corpus, attach_turns
 from wavlm_jax.data.demo_corpus import DemoSettings, EspeakError, make_demo
-from wavlm_jax.data.entries import COLUMNS, SourceError
+from wavlm_jax.data.entries import COLUMNS
 from wavlm_jax.data.prepare import (
     BAD_FILES,
     FREE_FAULTS,
@@ -24,7 +24,7 @@ from wavlm_jax.data.prepare import (
 )
 from wavlm_jax.data.sources import open_source
 from wavlm_jax.shapes import SAMPLE_RATE, samples_for
-from wavlm_jax.text.records import RecordError, read_rttm
+from wavlm_jax.text.records import read_rttm
 
 DESCRIPTION = """Prepares speech once for training and evaluation: an Arrow data set of 16 kHz mono 16-bit FLAC, and a
 header. SOURCE is a folder of audio (wav, flac, mp3, ogg, opus; with metadata.csv or metadata.jsonl, as an audiofolder
@@ -34,7 +34,7 @@ and `simulate` make the embedded corpus, check a finished one, and mix conversat
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status is 0, or 1 with a message on stderr."""
+    """Run the command line; the exit status is 0, 2 with a message on stderr, or 1 if a worker process died."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     commands = {"demo": _demo, "verify": _verify, "simulate": _simulate}
     try:
@@ -42,9 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             commands[words[0]](words[1:])
         else:
             _prepare(words)
-    except (SourceError, PrepareError, CorpusError, WorkerError, EspeakError, RecordError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (ValueError, OSError, PrepareError, EspeakError, WorkerError) as error:
+        print(f"error: {shortened(error)}", file=sys.stderr)
+        return 1 if isinstance(error, WorkerError) else EXIT_WRONG
     except KeyboardInterrupt:
         print("stopped; what was done is kept, run the same command again to go on", file=sys.stderr)
         return 130

@@ -109,9 +109,22 @@ def read_header(path: Path) -> CorpusHeader:
         found = values["format"]
         if found != FORMAT:
             raise CorpusError(f"{file}: corpus format {found}, this version reads {FORMAT}; prepare the corpus again")
-        return read(values, CorpusHeader, str(file))
+        header = read(values, CorpusHeader, str(file))
+        _check_shards(header, file)
+        return header
     except (TypeError, KeyError, SettingsError) as error:
         raise CorpusError(f"{file}: not a corpus header ({error}); prepare the corpus again") from error
+
+
+def _check_shards(header: CorpusHeader, file: Path) -> None:
+    """Shards are files of the folder itself, named once each; their rows are the corpus."""
+    names = [shard.file for shard in header.shards]
+    odd = [name for name in names if Path(name).name != name or "\0" in name or names.count(name) > 1]
+    if odd:
+        raise CorpusError(f"{file}: names the shard {odd[0]!r}, expected files beside it, each once; is it damaged?")
+    rows = sum(shard.rows for shard in header.shards if 0 <= shard.rows <= shard.size)
+    if rows != header.count:
+        raise CorpusError(f"{file}: count is {header.count}, its shards have {rows} rows; is it damaged?")
 
 
 COLUMNS = ("id", "audio", "samples", "speaker", "text", "mean", "variance", "phones")

@@ -30,6 +30,7 @@ from wavlm_jax.data.entries import (
 )
 
 _MOST_DIGITS = 18
+_MOST_NAME_BYTES = 255
 
 Numbered: TypeAlias = tuple[int, Mapping[str, Any]]
 """Number of a line, and its columns."""
@@ -180,8 +181,10 @@ def _find_folder(file: Path, first: str, folders: list[Path]) -> Path:
 
 
 def _check_name(path: str, where: str) -> None:
-    if PurePosixPath(path).name in ("", "..") or "\0" in path:
-        raise SourceError(f"{where}: path {path!r} names no file")
+    pure = PurePosixPath(path)
+    too_long = any(len(part.encode("utf-8", "replace")) > _MOST_NAME_BYTES for part in pure.parts)
+    if pure.name in ("", "..") or "\0" in path or too_long:
+        raise SourceError(f"{where}: path {path[:_MOST_NAME_BYTES]!r} names no file")
 
 
 def _check_paths(file: Path, numbered: list[Numbered], folder: Path, root: Path) -> None:

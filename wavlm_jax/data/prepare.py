@@ -33,6 +33,7 @@ from wavlm_jax.data.conform import Conformed, Policy, conform
 from wavlm_jax.data.corpus import FORMAT, CorpusHeader, CorpusShard, is_corpus, read_header, sha256_of, write_header
 from wavlm_jax.data.entries import AudioReader, Entry, PhoneTimes, UtteranceSource, digest, printable
 from wavlm_jax.files import read_json, write_json, write_text
+from wavlm_jax.settings import SettingsError
 from wavlm_jax.shapes import SAMPLE_RATE
 from wavlm_jax.version import __version__
 
@@ -159,12 +160,15 @@ def _claim(partial: Path, source: UtteranceSource, options: str) -> None:
     """Begin the work folder, or go on in it if it belongs to this source and these options."""
     plan = {"listing": digest(source.entries), "options": options, "source": source.description}
     file = partial / _PLAN
-    if file.is_file():
-        found = read_json(file)
+    if file.exists():
+        try:
+            found = read_json(file)
+        except SettingsError as error:
+            raise PrepareError(f"{error}; remove {partial} to start over") from error
         for key, what in (("listing", "the source has changed since"), ("options", "it was begun with other options")):
-            if found[key] != plan[key]:
+            if found.get(key) != plan[key]:
                 raise PrepareError(
-                    f"{partial}: cannot be resumed, {what} (begun: {found['source']}, {found['options']}); remove this "
+                    f"{partial}: cannot be resumed, {what} (begun: {found.get('source')}, {found.get('options')}); remove this "
                     "folder to start over"
                 )
         return
