@@ -465,9 +465,8 @@ def _added(added: dict[str, Any], settings: Mapping[str, Any], folder: Path) -> 
 
 def _fitting(ids: Mapping[str, Any], special: set[Any], num_outputs: int, path: Path) -> dict[str, Any]:
     """Token -> id of the tokens that a head with so many outputs has, and of what stands for outputs without one."""
-    beyond = [token for token, number in ids.items() if isinstance(number, int) and number >= num_outputs]
-    ordinary = [token for token in beyond if token not in special]
-    fitting = {token: number for token, number in ids.items() if token not in beyond}
+    fitting = {token: number for token, number in ids.items() if not isinstance(number, int) or number < num_outputs}
+    ordinary = [token for token in ids if token not in fitting and token not in special]
     lacking = {*range(num_outputs)}.difference(number for number in fitting.values() if isinstance(number, int))
     if ordinary or len(lacking) > num_outputs // 3:
         first = f", {ordinary[0]!r} has id {ids[ordinary[0]]}" if ordinary else ""
