@@ -353,8 +353,8 @@ class HeadConfig:
             )
 
     @property
-    def function_to_apply(self) -> Literal["softmax", "sigmoid", "none"]:
-        """What makes answers of the scores of a sequence classifier, as in transformers' pipeline.
+    def function_to_apply(self) -> str:
+        """ "softmax", "sigmoid" or "none": makes answers of a sequence classifier's scores, as transformers' pipeline.
 
         One label without a `problem_type` is a number too: its softmax would be 1 for every recording.
         """
