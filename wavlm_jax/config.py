@@ -354,7 +354,7 @@ class HeadConfig:
 
     @property
     def function_to_apply(self) -> str:
-        """ "softmax", "sigmoid" or "none": makes answers of a sequence classifier's scores, as transformers' pipeline.
+        """What makes answers of a sequence classifier's scores (transformers' word): "softmax", "sigmoid" or "none".
 
         One label without a `problem_type` is a number too: its softmax would be 1 for every recording.
         """

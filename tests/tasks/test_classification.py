@@ -83,6 +83,13 @@ def test_a_further_stage_takes_the_head_along(run, folders, root):
     given = {"path": str(root / "encoder"), "head": True}
     with pytest.raises(SettingsError, match=r"has a head of no parts, expected one of classifier, projector"):
         classification.build(tiny_classes(folders["train"], folders["same"], init=given), ONE).initial_params(fresh)
+    trained_there = wavlm_jax.load(run[0]).weights
+    head = dataclasses.replace(trained_there.task.config, problem_type="multi_label_classification")
+    other = dataclasses.replace(trained_there, task=dataclasses.replace(trained_there.task, config=head))
+    wavlm_jax.save_huggingface(ready(other), root / "labels", compared=False)
+    given = {"path": str(root / "labels"), "head": True}
+    with pytest.raises(SettingsError, match=r"has a head for multi_label_classification.*config\.init\.head = False"):
+        classification.build(tiny_classes(folders["train"], folders["same"], init=given), ONE).initial_params(fresh)
     with pytest.raises(SettingsError, match=r"config\.init.*head: found True without a path"):
         classification.build(tiny_classes(folders["train"], folders["same"], init={"head": True}), ONE)
 
