@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import soundfile
@@ -53,6 +53,7 @@ _MOST_SAMPLES = 1 << 40
 
 
 _LOSSY_SECONDS = 0.1
+_ROUNDED_SECONDS = 0.05
 _LOSSY = ("MP3", "OGG")
 _DELAY_FRAMES = 6
 """Of MP3, at both ends: samples that are in the bytes and that the Info frame tells decoders to leave out."""
@@ -117,6 +118,45 @@ def open_audio(source: AudioSource) -> Iterator[soundfile.SoundFile]:
                     yield audio
         except (soundfile.LibsndfileError, soundfile.SoundFileRuntimeError, OSError) as error:
             raise _as_fault(error) from error
+
+
+class Span(NamedTuple):
+    """A part of a file: seconds, and one of its channels (None: all)."""
+
+    start: float
+    duration: float | None = None
+    channel: int | None = None
+
+
+def cut(path: Path, span: Span) -> "Path | bytes":
+    """A part of an audio file as a WAV of the same samples; the file itself where the part is all of it.
+
+    An end within 0.05 s of the file's end is the file's end: lists round.
+
+    Raises:
+        AudioFault: length_mismatch for a part that is not in the file; what `open_audio` raises.
+
+    """
+    with open_audio(path) as audio:
+        rate, first = audio.samplerate, round(span.start * audio.samplerate)
+        last = audio.frames if span.duration is None else round((span.start + span.duration) * rate)
+        if abs(last - audio.frames) <= _ROUNDED_SECONDS * rate:
+            last = audio.frames
+        if not 0 <= first < last <= audio.frames or (span.channel or 0) >= audio.channels:
+            found = f"{audio.frames / rate:.3f} s of {audio.channels} channels"
+            raise AudioFault(
+                "length_mismatch", f"found {found}, the list says {tuple(span)} (start, duration, channel)"
+            )
+        if (first, last) == (0, audio.frames) and (span.channel is None or audio.channels == 1):
+            return path
+        audio.seek(first)
+        samples = audio.read(last - first, dtype="int16" if audio.subtype == "PCM_16" else "float32", always_2d=True)
+    if len(samples) != last - first:
+        raise AudioFault("truncated", f"found {len(samples)} samples from sample {first} on, expected {last - first}")
+    kept = samples if span.channel is None else samples[:, span.channel]
+    buffer = io.BytesIO()
+    soundfile.write(buffer, kept, rate, format="WAV", subtype="PCM_16" if kept.dtype == np.int16 else "FLOAT")
+    return buffer.getvalue()
 
 
 def read_blocks(

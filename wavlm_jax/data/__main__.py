@@ -28,9 +28,11 @@ from wavlm_jax.text.records import read_rttm
 
 DESCRIPTION = """Prepares speech once for training and evaluation: an Arrow data set of 16 kHz mono 16-bit FLAC, and a
 header. SOURCE is a folder of audio (wav, flac, mp3, ogg, opus; with metadata.csv or metadata.jsonl, as an audiofolder
-has it, or without), a manifest (.tsv, .csv or .jsonl with id, path, samples, speaker, text; or fairseq's .tsv), or
-anything that `datasets` loads (a name on the hub, .parquet, a folder from save_to_disk). The words `demo`, `verify`
-and `simulate` make the embedded corpus, check a finished one, and mix conversations from one."""
+has it, or without), a corpus as it is handed out (LibriSpeech, Libri-Light, LJSpeech, VCTK, Common Voice, VoxCeleb,
+TIMIT, a Kaldi data folder), a manifest (.tsv, .csv or .jsonl with id, path, samples, speaker, text; fairseq's .tsv; of
+NeMo; cuts of lhotse), or anything that `datasets` loads (a name on the hub, .parquet, a folder from save_to_disk).
+docs/data.md has all of them. The words `demo`, `verify` and `simulate` make the embedded corpus, check a finished one,
+and mix conversations from one."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,8 +62,10 @@ def _prepare(words: Sequence[str]) -> None:
         parser.error(str(error))
     if options.rttm and options.long == "split":
         parser.error("--rttm: turns are of whole recordings; give it without --long split")
-    turns = [turn for file in options.rttm for turn in read_rttm(file)]
-    source = open_source(options.source, options.root, options.subset, options.split, _chosen(options))
+    turns = [turn for file in _rttm_files(options.rttm) for turn in read_rttm(file)]
+    source = open_source(
+        options.source, options.root, options.subset, options.split, _chosen(options), whole=bool(turns)
+    )
     for note in source.notes:
         print(f"note: {note}", file=sys.stderr)
     name = options.name or Path(options.source).stem
@@ -80,6 +84,11 @@ def _prepare(words: Sequence[str]) -> None:
         report(prepare(entries, out, preparation), out)
         if turns:
             print(f"  {attach_turns(Corpus.open(out), turns)} recordings have turns ({out / TURNS})")
+
+
+def _rttm_files(paths: Sequence[Path]) -> list[Path]:
+    """The files, and those of folders."""
+    return [file for path in paths for file in (sorted(path.glob("*.rttm")) if path.is_dir() else [path])]
 
 
 def _chosen(options: argparse.Namespace) -> dict[str, str]:
@@ -133,7 +142,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--holdout", type=_share, default=0.0, help="share for CORPUS/valid, by hash of the id; the rest: CORPUS/train")
     add("--root", type=Path, default=None, help="folder that has all audio, also by absolute paths and links")
-    add("--rttm", type=Path, nargs="+", default=[], metavar="FILE", help="who speaks when; recordings are named by id")
+    add(
+        "--rttm",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="who speaks when, or folders of it; recordings are named by id or file name",
+    )
     add("--subset", default=None, help="configuration of a hub data set, or folder of parquet files")
     add("--split", default=None, help="which of several splits: its name, or 'train*' for all that match")
     for key, names in COLUMNS.items():

@@ -9,7 +9,8 @@ annotated from its first to its last sample.
 import bisect
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -342,7 +343,8 @@ def attach_turns(corpus: Corpus, turns: Sequence[Turn]) -> int:
 
     """
     lengths = {str(name): int(samples) for name, samples in zip(corpus.ids, corpus.lengths, strict=True)}
-    held = [turn for turn in turns if turn.recording in lengths]
+    names = _recordings(lengths, corpus.path, {turn.recording for turn in turns})
+    held = [turn._replace(recording=names[turn.recording]) for turn in turns if turn.recording in names]
     if not held:
         found = ", ".join(sorted({turn.recording for turn in turns})[:3]) or "none"
         raise CorpusError(
@@ -357,6 +359,27 @@ def attach_turns(corpus: Corpus, turns: Sequence[Turn]) -> int:
             )
     write_text(corpus.path / TURNS, write_rttm(held))
     return len({turn.recording for turn in held})
+
+
+def _recordings(ids: Iterable[str], where: Path, wanted: Iterable[str]) -> dict[str, str]:
+    """What RTTM files call a recording -> its utterance id: itself, the name of its file, or that up to the first dot.
+
+    AMI says ES2002a and has the file ES2002a.Mix-Headset.wav. A name that fits several utterances is an error.
+    """
+    known = list(ids)
+    files = [name.rpartition("/")[2] for name in known]
+    names: dict[str, str] = {}
+    several: set[str] = set()
+    for shorts in ([name.partition(".")[0] for name in files], files, known):
+        times = Counter(shorts)
+        several |= {short for short in times if times[short] > 1}
+        names |= {short: name for short, name in zip(shorts, known, strict=True) if times[short] == 1}
+    if unclear := (several - names.keys()).intersection(wanted):
+        raise CorpusError(
+            f"{where}: turns are of {min(unclear)}, which is the name of several utterances; give the folder of "
+            "one kind of recordings as SOURCE, such as mix_clean"
+        )
+    return names
 
 
 def turns_of(corpus: Corpus) -> Mapping[str, Sequence[Turn]]:

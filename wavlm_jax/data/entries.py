@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from wavlm_jax.audio.wave import AudioFault, AudioSource
+from wavlm_jax.audio.wave import AudioFault, AudioSource, Span, cut
 
 COLUMNS = {
     "id": ("id", "utterance_id", "utt_id", "segment_id", "audio_id"),
@@ -55,11 +55,14 @@ class Entry(NamedTuple):
     speaker: str = ""
     text: str = ""
     phones: PhoneTimes | None = None
+    span: Span | None = None
+    """The part of the file that is meant; None: all of it."""
 
     @property
     def listing(self) -> str:
-        """Everything but the stamp, for digests."""
-        return json.dumps(self._replace(stamp=""), ensure_ascii=True)
+        """Everything but the stamp, for digests; without a span as before there were any."""
+        fields = tuple(self._replace(stamp=""))
+        return json.dumps(fields if self.span else fields[:-1], ensure_ascii=True)
 
 
 def names_in(row: Mapping[str, Any]) -> dict[str, None]:
@@ -150,10 +153,11 @@ class FileReader:
     folder: Path | None = None
     """What relative paths start from; None: the root."""
 
-    def __call__(self, entry: Entry) -> Path:
-        """The file, unless its path or a link leads out of the root."""
+    def __call__(self, entry: Entry) -> Path | bytes:
+        """The file or the part of it that is meant, unless its path or a link leads out of the root."""
         path = (self.folder or self.root) / str(entry.audio)
-        return kept_inside(path, self.root, str(path))
+        kept = kept_inside(path, self.root, str(path))
+        return kept if entry.span is None else cut(kept, entry.span)
 
 
 def inside(path: Path, root: Path) -> bool:

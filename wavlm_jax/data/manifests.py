@@ -5,11 +5,13 @@ line, before any work is done.
 """
 
 import csv
+import gzip
 import io
 import json
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeAlias
+from typing import Any
 
 from wavlm_jax.data.entries import (
     Chosen,
@@ -28,21 +30,23 @@ from wavlm_jax.data.entries import (
     text_of,
     value_at,
 )
+from wavlm_jax.data.layouts import Numbered, is_ljspeech, ljspeech, of_object
+from wavlm_jax.files import open_regular
 
 _MOST_DIGITS = 18
 _MOST_NAME_BYTES = 255
-
-Numbered: TypeAlias = tuple[int, Mapping[str, Any]]
-"""Number of a line, and its columns."""
+_MOST_RATIO, _SLACK = 100, 1 << 16
+"""What a compressed list may grow to: so many times its size and 64 KiB."""
 
 
 def from_manifest(file: Path, root: Path | None = None, chosen: Chosen | None = None) -> UtteranceSource:
     """The utterances that a manifest lists.
 
     Args:
-        file: a .tsv or .csv with a header line (columns path and, optional, id, samples, speaker, text), .jsonl with
-            the same keys and, optional, phones {symbols, starts, ends}; or fairseq's: root, then path TAB samples.
-            Other usual names of these columns are accepted too (`COLUMNS`).
+        file: a .tsv or .csv with a header line (columns path and, optional, id, samples, speaker, text), .jsonl (or
+            .jsonl.gz) with the same keys and, optional, phones {symbols, starts, ends}; or fairseq's: root, then path
+            TAB samples. Other usual names of these columns are accepted too (`COLUMNS`), and lists of lhotse, NeMo and
+            LJSpeech.
         root: has all audio, also by absolute paths and links. None: the folder that paths are relative to. That is
             the first of these which has the first path: `root`, fairseq's first line, the folder of the manifest, its
             parent.
@@ -52,23 +56,33 @@ def from_manifest(file: Path, root: Path | None = None, chosen: Chosen | None = 
         SourceError: names the line.
 
     """
-    text, chosen, notes = _text(file), chosen or {}, tuple[str, ...]()
+    text, chosen, notes = _text(file), chosen or {}, list[str]()
     first = text.partition("\n")[0].removesuffix("\r")
-    folders = [*([] if root is None else [root]), file.parent, file.resolve().parent.parent]
-    if first.startswith("{"):
-        rows = _json_rows(file, _lines(file, text), chosen)
+    folders = [*([] if root is None else [root]), file.parent, file.resolve().parent.parent, file.parent / "clips"]
+    if is_ljspeech(file, first):
+        lines = ljspeech(file, _lines(file, text))
+        rows: Iterator[Numbered] = ((number, _known(row, chosen, f"{file}:{number}")) for number, row in lines)
+    elif first.startswith("{"):
+        rows = _json_rows(file, _lines(file, text), chosen, notes)
     elif file.suffix == ".csv":
-        rows = _table_rows(file, csv.reader(io.StringIO(text, newline=""), strict=True), chosen)
+        rows = _table_rows(file, csv.reader(io.StringIO(text, newline=""), strict=True), chosen, notes)
     elif "\t" in first:
         table = csv.reader(_lines(file, text), delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
-        rows = _table_rows(file, table, chosen)
+        rows = _table_rows(file, table, chosen, notes)
     else:
         rows = _fairseq_rows(file, _lines(file, text)[1:])
         if root is None:
             folders = [_fairseq_root(file, first)]
-            notes = (f"{file}: paths are relative to {folders[0]}, as its first line says",)
+            notes.append(f"{file}: paths are relative to {folders[0]}, as its first line says")
         else:
             folders.insert(1, file.parent / first)
+    return from_rows(file, rows, root, folders, notes)
+
+
+def from_rows(
+    file: Path, rows: Iterable[Numbered], root: Path | None, folders: Sequence[Path], notes: Sequence[str] = ()
+) -> UtteranceSource:
+    """The utterances of a list whose rows are read, with paths relative to the first of `folders` that has them."""
     numbered = list(rows)
     if not numbered:
         raise SourceError(f"{file}: no utterance, expected one a line")
@@ -78,12 +92,21 @@ def from_manifest(file: Path, root: Path | None = None, chosen: Chosen | None = 
     home = file.parent.absolute()
     entries = [_entry({"id": _name(row["path"], home), **row}, folder, f"{file}:{number}") for number, row in numbered]
     _check_unique(file, [(number, entry.id) for (number, _), entry in zip(numbered, entries, strict=True)])
-    return UtteranceSource(f"manifest {file}, root {root}", entries, FileReader(root, folder), notes)
+    return UtteranceSource(f"manifest {file}, root {root}", entries, FileReader(root, folder), tuple(notes))
 
 
 def _text(file: Path) -> str:
+    """A list's text, unpacked where it is a .gz, which may not grow without bound."""
     try:
-        return file.read_bytes().decode("utf-8-sig")
+        most = _MOST_RATIO * (file.stat().st_size + _SLACK)
+        with open_regular(file) as handle:
+            content = gzip.GzipFile(fileobj=handle).read(most + 1) if file.suffix == ".gz" else handle.readall()
+    except (OSError, EOFError, zlib.error) as error:
+        raise SourceError(f"{file}: cannot be read ({error})") from error
+    if file.suffix == ".gz" and len(content) > most:
+        raise SourceError(f"{file}: grows to more than {most} bytes, {_MOST_RATIO} times its size; unpack it first")
+    try:
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise SourceError(
             f"{file}: not UTF-8 text at byte {error.start}; expected a .tsv or .jsonl manifest"
@@ -102,16 +125,28 @@ def _empty(file: Path, number: int) -> SourceError:
     return SourceError(f"{file}:{number}: empty line, expected an utterance; remove it")
 
 
-def _json_rows(file: Path, lines: list[str], chosen: Chosen) -> Iterator[Numbered]:
+def _json_rows(file: Path, lines: list[str], chosen: Chosen, notes: list[str]) -> Iterator[Numbered]:
+    silent = 0
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise SourceError(f"{file}:{number}: not JSON ({error})") from error
-        known = _known(row, chosen, f"{file}:{number}") if isinstance(row, dict) else {}
+        where, span = f"{file}:{number}", None
+        if isinstance(row, dict):
+            said, (row, span) = row.get("supervisions"), of_object(row, where)
+            silent += bool(said) and "text" not in row
+            if number == 1 and said is None:
+                notes += _unused(file, row, choose_columns(names_in(row), chosen, where))
+        known = _known(row, chosen, where) if isinstance(row, Mapping) else {}
         if not isinstance(known.get("path"), str):
             raise SourceError(f"{file}:{number}: expected an object with a text under 'path', found {line[:80]!r}")
-        yield number, known
+        yield number, known | {"span": span}
+    if silent:
+        notes.append(
+            f"{file}: {silent} cuts are of several speakers or reach into other texts, and have no text here; in "
+            "lhotse, cuts.trim_to_supervisions() gives one cut per text"
+        )
 
 
 def _known(row: Mapping[str, Any], chosen: Chosen, where: str) -> dict[str, Any]:
@@ -120,7 +155,15 @@ def _known(row: Mapping[str, Any], chosen: Chosen, where: str) -> dict[str, Any]
     return {key: value for key, value in cells.items() if value is not None}
 
 
-def _table_rows(file: Path, table: Any, chosen: Chosen) -> Iterator[Numbered]:
+def _unused(file: Path, columns: Iterable[str], taken: Mapping[str, str]) -> list[str]:
+    """A note on columns that nothing is made of."""
+    used = {name.partition(".")[0] for name in taken.values()} | {"offset", "duration"}
+    names = [name for name in columns if name not in used]
+    cure = "--text-column, --speaker-column and --id-column name others"
+    return [f"{file}: columns not used: {listed(names)} ({cure})"] if names else []
+
+
+def _table_rows(file: Path, table: Any, chosen: Chosen, notes: list[str]) -> Iterator[Numbered]:
     """Rows of a csv.reader; in a TSV, a quote is an ordinary character."""
     cells = _cells(file, table)
     columns = next(cells, (1, []))[1]
@@ -130,6 +173,7 @@ def _table_rows(file: Path, table: Any, chosen: Chosen) -> Iterator[Numbered]:
             f"{file}:1: found columns {listed(columns)}; expected path and, optional, id, samples, speaker, text, "
             "each once (or fairseq's form: the root folder alone on the first line)"
         )
+    notes += _unused(file, columns, taken)
     for number, row in cells:
         if len(row) != len(columns):
             raise SourceError(f"{file}:{number}: found {len(row)} columns, the header has {len(columns)}")
@@ -164,7 +208,7 @@ def _fairseq_root(file: Path, line: str) -> Path:
     return root
 
 
-def _find_folder(file: Path, first: str, folders: list[Path]) -> Path:
+def _find_folder(file: Path, first: str, folders: Sequence[Path]) -> Path:
     """The one of `folders` that has the first path of a manifest; of an absolute path, that it lies in."""
     if len(folders) == 1:
         return folders[0]
@@ -218,9 +262,11 @@ def _entry(row: Mapping[str, Any], folder: Path, where: str) -> Entry:
     if not texts["id"] or texts["id"] != texts["id"].strip():
         raise SourceError(f"{where}: id is {texts['id']!r}, expected text without blanks at its ends")
     samples = _samples(row.get("samples"), where)
-    phones = _alignment(row.get("phones"), samples, where)
+    phones = alignment(row.get("phones"), samples, where)
     path = row["path"]
-    return Entry(**texts, audio=path, stamp=stamp_of(folder / path), samples=samples, phones=phones)
+    return Entry(
+        **texts, audio=path, stamp=stamp_of(folder / path), samples=samples, phones=phones, span=row.get("span")
+    )
 
 
 def _samples(value: Any, where: str) -> int | None:
@@ -233,7 +279,8 @@ def _samples(value: Any, where: str) -> int | None:
     return value
 
 
-def _alignment(value: Any, samples: int | None, where: str) -> PhoneTimes | None:
+def alignment(value: Any, samples: int | None, where: str) -> PhoneTimes | None:
+    """The phones of an utterance, checked; `where` it stands is for messages."""
     if value is None:
         return None
     if not isinstance(value, dict) or set(value) != set(PhoneTimes._fields):

@@ -9,7 +9,7 @@ import fnmatch
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -35,9 +35,10 @@ from wavlm_jax.data.entries import (
     text_of,
     value_at,
 )
-from wavlm_jax.data.manifests import from_manifest
+from wavlm_jax.data.layouts import Beside, beside, common_voice, kaldi
+from wavlm_jax.data.manifests import alignment, from_manifest, from_rows
 
-MANIFEST_SUFFIXES = frozenset({".tsv", ".csv", ".jsonl", ".txt", ".manifest"})
+MANIFEST_SUFFIXES = (".tsv", ".csv", ".jsonl", ".jsonl.gz", ".json", ".txt", ".manifest")
 AUDIOFOLDER = ("metadata.jsonl", "metadata.csv")
 """Names that `datasets` expects for the manifest of a folder of audio."""
 
@@ -48,6 +49,9 @@ def open_source(
     subset: str | None = None,
     split: str | None = None,
     chosen: Chosen | None = None,
+    *,
+    whole: bool = False,
+    plain: bool = False,
 ) -> UtteranceSource:
     """The utterances of a manifest, a folder of audio with or without metadata, or a data set.
 
@@ -57,26 +61,35 @@ def open_source(
         subset: configuration of a data set.
         split: which of several splits; of files, a pattern such as `train*` takes all that match.
         chosen: columns that go before the usual names.
+        whole: recordings as wholes, where a Kaldi folder has segments.
+        plain: of a folder, audio files alone, whatever stands beside them.
 
     Raises:
         SourceError: it cannot be read, or has several splits and none is named.
+        RecordError: a file beside the audio cannot be read.
 
     """
     path = Path(name)
-    if path.is_file() and path.suffix in MANIFEST_SUFFIXES:
+    if path.is_file() and name.endswith(MANIFEST_SUFFIXES):
         if split is not None or subset is not None:
             raise SourceError(f"{name}: a manifest, of which --split and --subset choose nothing; name the one to read")
         return from_manifest(path, root, chosen)
+    if not plain and (path / "wav.scp").is_file():
+        listing, rows = kaldi(path, whole=whole)
+        return from_rows(listing, rows, root, [*([] if root is None else [root]), path, path.parent, Path.cwd()])
+    if not plain and (tables := common_voice(path)):
+        (name,) = choose_splits(name, list(tables), split)
+        return from_manifest(tables[name], root or path / "clips", chosen)
     if path.is_dir():
         folder = _of_split(walk(path.resolve()), split)
-        if (metadata := _metadata(folder)) is not None:
+        if not plain and (metadata := _metadata(folder)) is not None:
             return _from_metadata(folder, metadata, root, chosen)
         if folder.audio or folder.unread:
             if chosen:
                 raise SourceError(
                     f"{path}: a folder of audio, which has no columns; --{min(chosen)}-column is for tables"
                 )
-            return from_folder(folder, root)
+            return from_folder(folder, root, plain=plain)
     return from_datasets(name, subset, split, chosen, root)
 
 
@@ -166,8 +179,10 @@ def _from_metadata(folder: AudioFolder, metadata: str, root: Path | None, chosen
     return dataclasses.replace(source, entries=kept, notes=notes)
 
 
-def from_folder(folder: AudioFolder | Path, root: Path | None = None) -> UtteranceSource:
+def from_folder(folder: AudioFolder | Path, root: Path | None = None, *, plain: bool = False) -> UtteranceSource:
     """Every audio file of a folder, sorted by path. The id is the path without suffix.
+
+    What stands beside the files in a known layout is theirs (`layouts.beside`), unless they are asked for `plain`.
 
     Links to files are followed if they stay inside `root`, by default the folder.
 
@@ -184,12 +199,38 @@ def from_folder(folder: AudioFolder | Path, root: Path | None = None) -> Utteran
     stems = [os.path.splitext(path)[0] for path in folder.audio]  # noqa: PTH122  (Path would normalise odd names)
     counts = Counter(stems)
     names = [path if counts[stem] > 1 else stem for path, stem in zip(folder.audio, stems, strict=True)]
+    layouts, rows = ([], Beside()) if plain else beside(folder)
+    known = {path: row for path, row in rows.items() if row is not None}
     entries = [
-        Entry(id=printable(name), audio=path, stamp=stamp_of(place / path))
+        Entry(
+            id=printable(name),
+            audio=path,
+            stamp=stamp_of(place / path),
+            **_annotations(known.get(path, {}), place / path),
+        )
         for name, path in zip(names, folder.audio, strict=True)
+        if path not in rows or path in known
     ]
     reader = FileReader((root or place).resolve(), place)
-    return UtteranceSource(f"folder {place}", entries, reader, folder.notes)
+    return UtteranceSource(f"folder {place}", entries, reader, (*folder.notes, *_said(layouts, rows, entries)))
+
+
+def _annotations(row: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    return dict(row) | {"phones": alignment(row.get("phones"), None, str(path))}
+
+
+def _said(layouts: Sequence[str], rows: Beside, entries: Sequence[Entry]) -> Iterator[str]:
+    """Notes on how many files have what, and on what has no file."""
+    if not layouts:
+        return
+    texts, speakers = (sum(bool(getattr(entry, key)) for entry in entries) for key in ("text", "speaker"))
+    yield f"read as {' and '.join(layouts)}: {len(entries)} files, {texts} with a transcript, {speakers} with a speaker"
+    copies = sum(row is None for row in rows.values())
+    if copies:
+        yield f"left out: {copies} further copies of these (second microphones, converted files)"
+    lost = rows.keys() - {entry.audio for entry in entries} - {path for path, row in rows.items() if row is None}
+    if lost:
+        yield f"{len(lost)} transcripts have no audio file, such as that of {min(lost)}"
 
 
 @dataclass(frozen=True)

@@ -272,10 +272,17 @@ def _scores(pairs: TrialPairs, answers: Mapping[str, np.ndarray]) -> dict[str, f
 
 
 def _names(corpus: Corpus) -> dict[str, int]:
-    """Every name of an utterance -> its number; a path that several pieces share names none of them."""
+    """Every name of an utterance -> its number: id, path, and the end of a path from a folder on (`wav/` in VoxCeleb).
+
+    What several utterances or pieces share names none of them.
+    """
     paths = list(corpus.paths)
-    times = Counter(paths)
-    names = {path: number for number, path in enumerate(paths) if times[path] == 1}
+    ends = [(path, number) for number, path in enumerate(paths)]
+    for number, path in enumerate(paths):
+        parts = path.split("/")
+        ends += [("/".join(parts[first:]), number) for first in range(1, len(parts))]
+    times = Counter(end for end, _ in ends)
+    names = {end: number for end, number in ends if times[end] == 1}
     return names | {name: number for number, name in enumerate(corpus.ids)}
 
 
