@@ -76,7 +76,9 @@ def open_source(
         return from_manifest(path, root, chosen)
     if not plain and (path / "wav.scp").is_file():
         listing, rows = kaldi(path, whole=whole)
-        return from_rows(listing, rows, root, [*([] if root is None else [root]), path, path.parent, Path.cwd()])
+        unused = [f"{path}: has turns; with --rttm {path / 'rttm'} recordings are taken as wholes, with their turns"]
+        notes = unused if (path / "rttm").is_file() and not whole else []
+        return from_rows(listing, rows, root, [*([] if root is None else [root]), path, path.parent], notes)
     if not plain and (tables := common_voice(path)):
         (name,) = choose_splits(name, list(tables), split)
         return from_manifest(tables[name], root or path / "clips", chosen)
