@@ -111,10 +111,10 @@ def read_header(path: Path) -> CorpusHeader:
         if found != FORMAT:
             raise CorpusError(f"{file}: corpus format {found}, this version reads {FORMAT}; prepare the corpus again")
         header = read(values, CorpusHeader, str(file))
-        _check_shards(header, file)
-        return header
     except (TypeError, KeyError, SettingsError) as error:
         raise CorpusError(f"{file}: not a corpus header ({error}); prepare the corpus again") from error
+    _check_shards(header, file)
+    return header
 
 
 def _check_shards(header: CorpusHeader, file: Path) -> None:
