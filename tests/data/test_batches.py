@@ -14,6 +14,7 @@ from wavlm_jax.data.batches import (
     BatchSettings,
     PlanError,
     census,
+    check_memory,
     describe,
     evaluation_plan,
     microbatches,
@@ -156,6 +157,14 @@ def test_micro_batches_are_the_fewest_that_fit(devices, group, units, per_device
         assert rows % (fewer * devices * group) or too_much
 
 
+def test_a_batch_that_no_memory_holds_is_refused_before_it_is_planned():
+    check_memory(batch_settings(), hosts=1)
+    for changes in ({"row_multiple": 1_000_000}, {"buckets": (50, 1 << 20), "row_multiple": 100_000}):
+        with pytest.raises(PlanError, match=r"one batch is [\d.]+ GB of samples on each of 1 hosts"):
+            check_memory(batch_settings(**changes), hosts=1)
+    check_memory(batch_settings(row_multiple=1_000_000), hosts=100_000)
+
+
 def test_rows_that_cannot_be_shared_print_the_arithmetic():
     with pytest.raises(
         PlanError, match=r"12 rows of 100 frames cannot be shared by 8 devices x groups of 4 rows.*= 32"
@@ -185,6 +194,9 @@ def test_the_line_of_the_start():
         {"row_multiple": 0},
         {"seconds_per_update": 0.0},
         {"seconds_per_device": -1.0},
+        {"seconds_per_update": 1e9},
+        {"row_multiple": 10**9},
+        {"buckets": (50, 10**9)},
     ],
 )
 def test_settings_that_cannot_be(changes):

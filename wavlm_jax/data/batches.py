@@ -11,6 +11,7 @@ versions, unlike its shuffles.
 """
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -24,6 +25,10 @@ Lengths = Int64[np.ndarray, "utterances"]
 
 FILLER = -1
 """Instead of an utterance's number: a row of weight 0."""
+_MOST_SECONDS = 1_000_000
+"""Of an update, and the most rows that belong together; beyond, memory would be taken before anything else is wrong."""
+_MOST_FRAMES = 1 << 20
+"""Of a bucket: 5.8 h."""
 _BUCKET_STEP = 128
 """Frames: buckets that are proposed are multiples of it."""
 _WARN_FROM = 0.2
@@ -49,11 +54,17 @@ class BatchSettings:
     same batches on other numbers of devices."""
 
     def __post_init__(self) -> None:
-        if not self.buckets or list(self.buckets) != sorted(set(self.buckets)) or self.buckets[0] < 1:
-            raise ValueError(f"buckets: found {self.buckets}, expected numbers of frames, ascending")
+        if (
+            not self.buckets
+            or list(self.buckets) != sorted(set(self.buckets))
+            or not 1 <= self.buckets[0] <= self.buckets[-1] <= _MOST_FRAMES
+        ):
+            raise ValueError(f"buckets: found {self.buckets}, expected frames, ascending, up to {_MOST_FRAMES:,}")
         for name in ("seconds_per_update", "seconds_per_device", "row_multiple"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: found {getattr(self, name)}, expected more than 0")
+            if not 0 < getattr(self, name) <= _MOST_SECONDS:
+                raise ValueError(
+                    f"{name}: found {getattr(self, name)}, expected more than 0 and at most {_MOST_SECONDS:,}"
+                )
 
 
 class PlannedBatch(NamedTuple):
@@ -107,6 +118,23 @@ def rows_per_bucket(settings: BatchSettings) -> dict[int, int]:
     return {bucket: max(round(share), 1) * multiple for bucket, share in wanted.items()}
 
 
+def check_memory(settings: BatchSettings, hosts: int) -> None:
+    """Checks before any memory is taken that a host can hold its rows of a batch.
+
+    Raises:
+        PlanError: a batch that is larger than half of this machine's memory.
+
+    """
+    most = max(rows * samples_for(bucket) for bucket, rows in rows_per_bucket(settings).items()) * 2 // hosts
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if most > machine // 2:
+        raise PlanError(
+            f"one batch is {most / 1e9:.1f} GB of samples on each of {hosts} hosts, at most half of the machine's "
+            f"{machine / 1e9:.1f} GB are expected; lower batch.seconds_per_update ({settings.seconds_per_update}), the buckets or "
+            f"batch.row_multiple ({settings.row_multiple})"
+        )
+
+
 def microbatches(rows: int, bucket: int, settings: BatchSettings, devices: int, group: int) -> int:
     """The smallest number of micro-batches that keeps each device within `seconds_per_device`.
 
@@ -128,7 +156,8 @@ def microbatches(rows: int, bucket: int, settings: BatchSettings, devices: int, 
             f"row_multiple ({settings.row_multiple}) a multiple of {devices} x {group} = {unit}"
         )
     steps = rows // unit
-    for count in range(1, steps + 1):
+    least = int(rows / devices * seconds_of(bucket) / settings.seconds_per_device)
+    for count in range(max(least, 1), steps + 1):
         if steps % count == 0 and rows / (count * devices) * seconds_of(bucket) <= settings.seconds_per_device:
             return count
     raise PlanError(

@@ -28,6 +28,7 @@ from wavlm_jax.data.batches import (
     PlanError,
     PlannedBatch,
     census,
+    check_memory,
     evaluation_plan,
     microbatches,
     of_corpus,
@@ -352,6 +353,8 @@ class _CorpusStream:
         host: Host | None = None,
         augment: Augment | None = None,
     ) -> None:
+        host = host or Host()
+        check_memory(batch, host.count)
         lengths = corpus.lengths if chosen is None else corpus.lengths[chosen]
         self.num_batches: int | None = None
         plans: Callable[[int], PlannedBatch]
@@ -367,7 +370,7 @@ class _CorpusStream:
             plans = EpochPlans(corpus, batch, seed, self._fit, self.census.num_batches, chosen)
         alignment = loader.crop_alignment if self._fit == "crop" else None
         self._loader = loader
-        self._reader = BatchReader(corpus, plans, annotate, seed, alignment, host or Host(), augment)
+        self._reader = BatchReader(corpus, plans, annotate, seed, alignment, host, augment)
         for rows in self.census.rows.values():
             self._reader.host.rows(rows)
         longest = int(np.argmax(corpus.lengths))

@@ -168,8 +168,8 @@ def _claim(partial: Path, source: UtteranceSource, options: str) -> None:
         for key, what in (("listing", "the source has changed since"), ("options", "it was begun with other options")):
             if found.get(key) != plan[key]:
                 raise PrepareError(
-                    f"{partial}: cannot be resumed, {what} (begun: {found.get('source')}, {found.get('options')}); remove "
-                    "this folder to start over"
+                    f"{partial}: cannot be resumed, {what} (begun: {found.get('source')}, {found.get('options')}); "
+                    "remove this folder to start over"
                 )
         return
     write_json(file, plan)

@@ -78,12 +78,15 @@ def decode(ids: Sequence[int] | Ids, vocabulary: Vocabulary, *, drop_special: bo
 
 
 def transcript(runs: Sequence[Run], vocabulary: Vocabulary) -> Transcript:
-    """The text that `runs` spell, one token per run, none of them hidden. Of phones, each is a word."""
+    """The text that `runs` spell, one token per run, none of them hidden. Of phones, each is a word.
+
+    One space between words and none at the ends, as in the error rates of training; transformers leaves runs of them.
+    """
     shown = vocabulary.show_all([run.token_id for run in runs])
     characters = tuple(Span(text, run.start, run.end) for text, run in zip(shown, runs, strict=True))
     if vocabulary.phones:
         return Transcript(" ".join(shown), characters, characters)
-    return Transcript("".join(shown).strip(), characters, _words(characters))
+    return Transcript(" ".join("".join(shown).split()), characters, _words(characters))
 
 
 def seconds(frame: int, geometry: Geometry = STANDARD) -> float:
