@@ -130,8 +130,8 @@ def check_memory(settings: BatchSettings, hosts: int) -> None:
     if most > machine // 2:
         raise PlanError(
             f"one batch is {most / 1e9:.1f} GB of samples on each of {hosts} hosts, at most half of the machine's "
-            f"{machine / 1e9:.1f} GB are expected; lower batch.seconds_per_update ({settings.seconds_per_update}), the buckets or "
-            f"batch.row_multiple ({settings.row_multiple})"
+            f"{machine / 1e9:.1f} GB are expected; lower batch.seconds_per_update ({settings.seconds_per_update}), "
+            f"the buckets or batch.row_multiple ({settings.row_multiple})"
         )
 
 
