@@ -53,7 +53,9 @@ def loop_outputs(jaxpr: ClosedJaxpr | Jaxpr) -> int:
     for equation in body.eqns:
         inside = [loop_outputs(inner) for inner in _inner(equation)]
         if equation.primitive.name == "scan" and not equation.params["reverse"]:
-            stacked: list[Any] = [var.aval for var in equation.outvars[equation.params["num_carry"] :]]
+            body_outvars = equation.params["jaxpr"].jaxpr.outvars  # what is carried has the shape of one turn
+            pairs = zip(equation.outvars, body_outvars, strict=True)
+            stacked: list[Any] = [var.aval for var, one in pairs if var.aval.shape != one.aval.shape]
             total += sum(math.prod(array.shape) * array.dtype.itemsize for array in stacked)
         total += max(inside, default=0) if equation.primitive.name == "cond" else sum(inside)
     return total
