@@ -176,6 +176,11 @@ class LabelHeader:
                 f"expected {MIN_CLUSTERS} to {MAX_CLUSTERS} and at least 1"
             )
 
+    def named(self, split: str, corpus: str) -> str:
+        """Under which name it has the labels of the corpus with this fingerprint: a folder may have been renamed."""
+        same = [name for name, described in self.splits.items() if described.corpus == corpus]
+        return split if split in same or not same else same[0]
+
     def write(self, folder: Path) -> None:
         """Makes `folder` a whole label store."""
         write_json(folder / HEADER, asdict(self))

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64, UInt16
 
-from pretrain.labels import LabelError, LabelSettings, LabelStore, array_digest, file_of, utterance_keys
+from pretrain.labels import LabelError, LabelHeader, LabelSettings, LabelStore, array_digest, file_of, utterance_keys
 from pretrain.quality import entropy
 from wavlm_jax.data.corpus import Corpus
 from wavlm_jax.shapes import SAMPLE_RATE, expected_labels, num_frames
@@ -33,9 +33,10 @@ def check_labels(settings: LabelSettings, corpora: Mapping[str, Corpus]) -> dict
 
     """
     folder = Path(settings.path)
-    stores = {split: LabelStore.open(folder, split) for split in corpora}
+    header = LabelHeader.load(folder)
+    stores = {name: LabelStore.open(folder, header.named(name, corpora[name].fingerprint)) for name in corpora}
     for split, store in stores.items():
-        _check_header(settings, split, store)
+        _check_header(settings, store.split, store)
         _check_corpus(split, store, corpora[split])
         _check_counts(settings, store, corpora[split])
         _check_values(settings, store, corpora[split])
@@ -59,7 +60,7 @@ def _check_header(settings: LabelSettings, split: str, store: LabelStore) -> Non
 
 def _check_corpus(split: str, store: LabelStore, corpus: Corpus) -> None:
     """The same utterances in the same order, and the very array that was written."""
-    described = store.header.splits[split]
+    described = store.header.splits[store.split]
     if len(store) != len(corpus.ids):
         raise LabelError(
             f"labels: {store.path} has {len(store)} utterances for {split}, the corpus has {len(corpus.ids)}; "
@@ -79,7 +80,7 @@ def _check_corpus(split: str, store: LabelStore, corpus: Corpus) -> None:
     found = array_digest(store.flat)
     if found != described.sha256:
         raise LabelError(
-            f"{file_of(store.path, split, 'labels')}: SHA-256 is {found}, the header says {described.sha256}; the file "
+            f"{file_of(store.path, store.split, 'labels')}: SHA-256 is {found}, the header says {described.sha256}; it "
             "is damaged, or of another store; copy it again or make the labels anew"
         )
 

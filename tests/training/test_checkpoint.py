@@ -196,10 +196,71 @@ def test_a_hostile_manifest_is_refused(workdir: Path, content: bytes) -> None:
     with pytest.raises(CheckpointError, match=r"2/manifest\.json"):
         verify(str(path.parent), 2)
     values = json.loads((workdir / "checkpoints" / "1" / MANIFEST).read_text())
-    for key in ("arrays", "files", "config", "fingerprints", "step"):
-        path.write_text(json.dumps(values | {"step": 2, key: "x"}))
-        with pytest.raises(CheckpointError, match=r"2/manifest\.json"):
+    del values["checksum"]
+    values |= {"step": 2, "format": 1}
+    deep = {"a/" * 100 + "b": [[1], "float32"]}
+    for key, harm in (
+        *((key, "x") for key in ("arrays", "files", "config", "fingerprints", "step", "elapsed", "versions")),
+        *(("arrays", {"a": fact}) for fact in ([[-1], "float32"], [[1], "O"], [[1], "f4,f4"], [[1.5], "int8"], [], 3)),
+        *(("files", {"a": fact}) for fact in ([-1, ""], [1], ["1", ""])),
+        *(("arrays", deep), ("step", -2), ("elapsed", float("nan")), ("run_id", 3), ("fingerprints", {"corpus": 3})),
+    ):
+        path.write_text(json.dumps(values | {key: harm}))
+        with pytest.raises(CheckpointError, match=r"2/manifest\.json: not a manifest"):
             verify(str(path.parent), 2)
+    path.write_bytes(b"[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"2/manifest\.json: not a manifest"):
+        verify(str(path.parent), 2)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"params/head": [[2**50], "float32"]}, r"GiB, this machine has"),
+        ({"params/head": [[8, 6], "float32"]}, r"manifest.json and arrays differ: head: the checkpoint has float32"),
+        ({"params/head/a": [[1], "int8"], "params/head": [[1], "int8"]}, r"checkpoints/2: cannot be read"),
+        ({"params/head": [[1], "int8"], "params/head/a": [[1], "int8"]}, r"checkpoints/2: cannot be read"),
+        ({"params": [[1], "int8"]}, r"checkpoints/2: cannot be read"),
+        ({"params/other": [[1], "int8"]}, r"checkpoints/2: cannot be read"),
+    ],
+)
+def test_arrays_that_a_hostile_manifest_claims_are_one_message(workdir: Path, arrays: dict, message: str) -> None:
+    path = workdir / "checkpoints" / "2" / MANIFEST
+    values = json.loads(path.read_text())
+    del values["checksum"]
+    path.write_text(json.dumps(values | {"format": 1, "arrays": values["arrays"] | arrays}))
+    with pytest.raises(CheckpointError, match=message):
+        load_params(workdir, 2)
+
+
+def test_no_flipped_bit_passes(workdir: Path) -> None:
+    """Of any file, the manifest included; the checkpoint before is taken."""
+    random, files = np.random.default_rng(), files_of(workdir / "checkpoints" / "2")
+    manifest = workdir / "checkpoints" / "2" / MANIFEST
+    paths = [path for path in files if path.stat().st_size]
+    for path in [manifest] * 150 + [paths[index] for index in random.integers(len(paths), size=150)]:
+        content = path.read_bytes()
+        place, bit = int(random.integers(len(content))), int(random.integers(8))
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
+        with pytest.raises(CheckpointError, match=re.escape(str(path))):
+            verify(str(manifest.parent), 2)
+        path.write_bytes(content)
+    path = manifest
+    path.write_bytes(path.read_bytes().replace(b'"corpus": "1f"', b'"corpus": "2f"'))
+    checkpoints = keeper(workdir)
+    assert checkpoints.latest().step == 1
+    assert "2/manifest.json: contents have changed (SHA-256 differs)" in checkpoints.refused[2]
+
+
+def test_a_manifest_of_format_1_has_no_checksum_and_still_counts(workdir: Path) -> None:
+    path = workdir / "checkpoints" / "2" / MANIFEST
+    values = json.loads(path.read_text())
+    del values["checksum"]
+    path.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="'checksum'"):
+        verify(str(path.parent), 2)
+    path.write_text(json.dumps(values | {"format": 1}, indent=1))
+    assert keeper(workdir).latest().step == 2
 
 
 def test_a_moved_checkpoint_is_still_valid_and_is_kept(two: Path, tmp_path: Path) -> None:
@@ -249,8 +310,10 @@ def test_another_architecture_is_refused_with_the_difference(two: Path, monkeypa
 
 def test_a_failed_save_is_reported_once_and_leaves_the_others(workdir: Path, plan: Builder, monkeypatch) -> None:
     checkpoints = keeper(workdir)
+    leftover = workdir / "checkpoints" / ".unfinished" / "3.orbax-checkpoint-tmp"
 
     def fail(_: str) -> None:
+        leftover.mkdir()  # as Orbax leaves it when a disk is full
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
@@ -285,7 +348,11 @@ def test_a_file_size_limit_in_the_middle_of_a_save_is_survived(workdir: Path, pl
         signal.signal(signal.SIGXFSZ, before)
         gc.collect()
     assert "checkpoint 3 was not written" in complaint
-    assert keeper(workdir).latest().step == 2
+    checkpoints.save(state, 4, RECORD, 0.0)
+    assert checkpoints.wait() is None
+    assert list((workdir / "checkpoints" / ".unfinished").iterdir()) == []
+    assert keeper(workdir).latest().step == 4
+    assert steps(workdir) == [1, 2, 4]
 
 
 def test_a_save_takes_bounded_host_memory_and_says_so(tmp_path: Path, monkeypatch) -> None:
@@ -347,10 +414,10 @@ def test_each_host_hashes_what_it_wrote(tmp_path: Path, monkeypatch) -> None:
     assert set(theirs) == {name for name in names if name.endswith("process_1")}
     ours = hash_files(str(tmp_path))
     assert set(ours) == set(names) - set(theirs)
-    assert (ours | theirs)["train/ocdbt.process_1"] == [
+    assert (ours | theirs)["train/ocdbt.process_1"] == (
         names.index("train/ocdbt.process_1"),
         hashlib.sha256(bytes(names.index("train/ocdbt.process_1"))).hexdigest(),
-    ]
+    )
 
 
 def test_leftovers_of_a_killed_save_go_at_the_next_start(workdir: Path) -> None:

@@ -109,7 +109,7 @@ class Parts:
     vocabulary: Vocabulary | None = None
     """Of the model's outputs, where they are tokens."""
     fingerprints: Mapping[str, str] = field(default_factory=dict)
-    """Of what the labels follow from; those of the corpora are added."""
+    """Of what the labels of training follow from; that of its corpus is added."""
     score: Score = no_score
     """See `training.task.Task`."""
     crop: bool = False
@@ -272,7 +272,7 @@ def _read_task(config: Mapping[str, Any], kind: type[Sections]) -> Sections:
 
 
 def _assembled(settings: TaskSettings, parts: Parts, topology: Topology) -> Task:
-    fingerprints = {f"corpus.{name}": split.corpus.fingerprint for name, split in parts.splits.items()}
+    fingerprints = {"corpus.train": parts.splits["train"].corpus.fingerprint} if parts.splits else {}
     augment = augment_for(settings.augmentation, by_frame=parts.by_frame, own_classes=parts.speeds_are_classes)
     if augment is not None and parts.splits:
         fingerprints |= augment.fingerprints()

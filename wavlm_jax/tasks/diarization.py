@@ -187,7 +187,7 @@ def _parts(settings: FrameClassificationSettings, corpora: Corpora, _topology: T
         splits=splits,
         label_shapes=partial(ActivityLabels.shapes, num_speakers),
         lines=[found.describe(name) for name, found in turns.items()],
-        fingerprints={f"turns.{name}": found.fingerprint for name, found in turns.items()},
+        fingerprints={"turns.train": turns["train"].fingerprint} if turns else {},
         crop=True,
         by_frame=True,
     )

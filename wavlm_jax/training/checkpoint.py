@@ -1,7 +1,8 @@
 """Checkpoints: all or nothing, verified by checksum, restored strictly, resumed to the bit.
 
 Orbax writes and reads the arrays; what makes them a checkpoint is here. Every checkpoint has a manifest.json with the
-run record (step, resolved config, fingerprints of the data, versions) and the SHA-256 of every file, written last:
+run record (step, resolved config, fingerprints of the data, versions) and the SHA-256 of every file, itself included,
+written last:
 
     FOLDER/checkpoints/1000/{params,train,manifest.json,...}   committed by one rename
     FOLDER/checkpoints/.unfinished/2000                        being written
@@ -17,13 +18,16 @@ This is not Orbax's `training.Checkpointer`. What 0.12.8 does, by probes and its
   (test_what_one_host_cannot_write_is_no_checkpoint_on_any).
 * In a bucket its clean-up deletes every folder without its own marker, other programs' too
   (test_only_a_workdir_with_our_mark_is_swept).
+* After a failed save it leaves its temporary folder (test_a_failed_save_is_reported_once_and_leaves_the_others).
 No test forbids the rest: damaged checkpoints count as kept, so that the last good one was deleted; an interrupted
-deletion leaves half a checkpoint that is listed; after a failed save the session leaves its temporary folder, and does
-not delete the step that was due. In its source, files and renames are not synced to disk (fsync).
+deletion leaves half a checkpoint that is listed; files and renames are not synced to disk (fsync).
 """
 
 import contextlib
+import hashlib
 import json
+import math
+import os
 import re
 import shutil
 import time
@@ -32,12 +36,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as orbax
 
+from wavlm_jax.settings import read
 from wavlm_jax.training.hosts import all_gather, all_succeed, barrier, broadcast_one_to_all, resident_bytes
 from wavlm_jax.training.sharding import path_name
 from wavlm_jax.training.step import TrainState
@@ -63,9 +69,14 @@ _UNFINISHED = ".unfinished"
 _MARK_TEXT = (
     b"A numbered folder without manifest.json is an unfinished checkpoint; the next start of the run removes it.\n"
 )
-_FORMAT = 1
+_FORMAT = 2
+"""1: manifests have no checksum of their own, and fingerprints of evaluation data as well."""
+_BLANK = b"0" * 64
+"""In the place of a manifest's own checksum while it is computed."""
+_MAX_MANIFEST, _DEEPEST = 64 * 2**20, 64
+"""Bytes of a manifest, and folders in the path of an array, that are read."""
 _WRITE_AHEAD = 2**30
-"""Bytes of host memory, besides the copy of this host's shards, that a save may take while it writes."""
+"""Bytes of host memory, besides the copy of this host's shards, that a save may take."""
 _WRITE_SECONDS = 1200.0
 """For the slowest host to have written its shards; the watchdog may be less patient."""
 
@@ -93,6 +104,10 @@ class CheckpointSettings:
         return [step for step in older if self.keep_every is None or step % self.keep_every]
 
 
+ArrayFacts: TypeAlias = tuple[tuple[int, ...], str]
+"""Shape and dtype of an array."""
+
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used, or none that can; the message says which file and what to do."""
 
@@ -106,7 +121,7 @@ class RunRecord:
     config: Mapping[str, Any]
     """Resolved."""
     fingerprints: Mapping[str, str]
-    """Of everything outside the config that training depends on: corpus, labels, k-means."""
+    """`Task.fingerprints`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,35 +137,47 @@ class Manifest:
     """Seconds of all sessions up to here."""
     versions: dict[str, str]
     """Of the libraries that a checkpoint depends on."""
-    arrays: dict[str, list[Any]]
-    """Path of every array of the train state -> [shape, dtype]."""
-    files: dict[str, list[Any]]
-    """Path of every file below the checkpoint's folder -> [bytes, SHA-256]."""
+    arrays: dict[str, ArrayFacts]
+    """Path of every array of the train state -> (shape, dtype)."""
+    files: dict[str, tuple[int, str]]
+    """Path of every file below the checkpoint's folder -> (bytes, SHA-256)."""
+
+    def __post_init__(self) -> None:
+        numbers = [self.step, *(size for size, _ in self.files.values())]
+        for path, (shape, dtype) in self.arrays.items():
+            if path.count("/") > _DEEPEST or not (dtype == "bool" or jnp.issubdtype(jnp.dtype(dtype), jnp.number)):
+                raise ValueError(f"arrays: found {path:.80} of {dtype:.80}, expected the path of an array of numbers")
+            numbers += shape
+        if min(numbers) < 0 or not 0 <= self.elapsed < math.inf:
+            raise ValueError("step, elapsed, sizes of files and arrays: expected no negative number, and finite ones")
 
 
-def describe_arrays(tree: Any) -> dict[str, list[Any]]:
-    """Path -> [shape, dtype], ready for JSON."""
-    return {
-        path_name(path): [list(leaf.shape), str(leaf.dtype)] for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+def describe_arrays(tree: Any) -> dict[str, ArrayFacts]:
+    """Path -> (shape, dtype)."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {path_name(path): (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in leaves}
 
 
-def difference(expected: Mapping[str, list[Any]], found: Mapping[str, list[Any]]) -> list[str]:
+def difference(expected: Mapping[str, ArrayFacts], found: Mapping[str, ArrayFacts]) -> list[str]:
     """Lines that say how two results of `describe_arrays` differ; none where they agree."""
     lines = [f"missing in the checkpoint: {name} {expected[name]}" for name in sorted(set(expected) - set(found))]
     lines += [f"only in the checkpoint: {name} {found[name]}" for name in sorted(set(found) - set(expected))]
     lines += [
-        f"{name}: the checkpoint has {found[name][1]}{tuple(found[name][0])}, "
-        f"expected {expected[name][1]}{tuple(expected[name][0])}"
+        f"{name}: the checkpoint has {found[name][1]}{found[name][0]}, expected {expected[name][1]}{expected[name][0]}"
         for name in sorted(set(found) & set(expected))
-        if list(found[name]) != list(expected[name])
+        if found[name] != expected[name]
     ]
     return lines
 
 
 def write_manifest(manifest: Manifest, folder: str) -> None:
     """Writes the last file of a checkpoint, beside those that it lists; durable when this returns."""
-    write_object(f"{folder}/{MANIFEST}", json.dumps(asdict(manifest), indent=1).encode())
+    content = json.dumps({"checksum": _BLANK.decode(), **asdict(manifest)}, indent=1).encode()
+    write_object(f"{folder}/{MANIFEST}", content.replace(_BLANK, _hex_digest(content), 1))
+
+
+def _hex_digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode()
 
 
 def read_manifest(folder: str) -> Manifest:
@@ -162,21 +189,21 @@ def read_manifest(folder: str) -> Manifest:
     """
     path = f"{folder}/{MANIFEST}"
     try:
-        values = json.loads(read_bytes(path))
-        found = values["format"]
-        manifest = Manifest(**values) if found == _FORMAT else None
+        content = read_bytes(path, _MAX_MANIFEST)
+        values = json.loads(content)
+        known, intact = values["format"] in (1, _FORMAT), True
+        if values["format"] == _FORMAT:
+            checksum = values.pop("checksum").encode()
+            intact = _hex_digest(content.replace(checksum, _BLANK, 1)) == checksum
+        manifest = read(values, Manifest, "manifest") if known and intact else None
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: missing, so this checkpoint is damaged") from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path}: not a manifest ({error}), so this checkpoint is damaged") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a manifest ({error!s:.300}), so this checkpoint is damaged") from error
+    if not intact:
+        raise CheckpointError(f"{path}: contents have changed (SHA-256 differs), so this checkpoint is damaged")
     if manifest is None:
-        raise CheckpointError(f"{path}: format {found}, this version reads {_FORMAT}")
-    tables = (manifest.arrays, manifest.files, manifest.config, manifest.fingerprints, manifest.versions)
-    if not all(isinstance(table, dict) for table in tables) or not all(
-        isinstance(pair, list) and len(pair) == 2  # noqa: PLR2004 shape and dtype, bytes and SHA-256
-        for pair in (*manifest.arrays.values(), *manifest.files.values())
-    ):
-        raise CheckpointError(f"{path}: entries have the wrong type, so this checkpoint is damaged")
+        raise CheckpointError(f"{path}: format {values['format']!s:.20}, this version reads 1 and {_FORMAT}")
     return manifest
 
 
@@ -214,8 +241,8 @@ def _digests(folder: str, sizes: Mapping[str, int]) -> Iterator[tuple[str, str]]
         yield from zip(sizes, pool.map(lambda name: sha256(f"{folder}/{name}", sizes[name]), sizes), strict=True)
 
 
-def hash_files(folder: str) -> dict[str, list[Any]]:
-    """Path -> [bytes, SHA-256] of the files in `folder` that this process has written, each made durable first.
+def hash_files(folder: str) -> dict[str, tuple[int, str]]:
+    """Path -> (bytes, SHA-256) of the files in `folder` that this process has written, each made durable first.
 
     Orbax names the process in the path of what it writes for it; all other files are written by process 0.
     """
@@ -223,15 +250,13 @@ def hash_files(folder: str) -> dict[str, list[Any]]:
     while not (sizes := _sizes(folder)) and time.monotonic() < end:
         list_names(folder.rpartition("/")[0])  # makes NFS ask its server again
         time.sleep(0.5)
-    mine = {name: size for name, size in sizes.items() if _writer(name) == jax.process_index()}
+    writers = {name: re.search(r"(?:^|[/.])process_(\d+)(?:/|$)", name) for name in sizes}
+    mine = {
+        name: sizes[name] for name, found in writers.items() if int(found[1] if found else 0) == jax.process_index()
+    }
     for name in mine:
         fsync(f"{folder}/{name}")
-    return {name: [mine[name], digest] for name, digest in _digests(folder, mine)}
-
-
-def _writer(name: str) -> int:
-    found = re.search(r"(?:^|[/.])process_(\d+)(?:/|$)", name)
-    return int(found[1]) if found else 0
+    return {name: (mine[name], digest) for name, digest in _digests(folder, mine)}
 
 
 class CheckpointStore:
@@ -260,11 +285,11 @@ class CheckpointStore:
         return f"{self.place}/{step}"
 
     def draft(self, step: int) -> str:
-        """The folder that Orbax writes, to be committed."""
+        """The folder that Orbax writes."""
         return self.path(step) if self._in_bucket else f"{self.place}/{_UNFINISHED}/{step}"
 
     def clean_up(self) -> None:
-        """Deletes what unfinished saves have left. Called once, before the first save."""
+        """Deletes what unfinished saves have left; no save may be under way."""
         if not self._in_bucket:
             shutil.rmtree(f"{self.place}/{_UNFINISHED}", ignore_errors=True)
             Path(self.place, _UNFINISHED).mkdir(parents=True, exist_ok=True)
@@ -284,8 +309,10 @@ class CheckpointStore:
         fsync(self.place)
 
     def discard(self, step: int) -> None:
-        """Deletes a draft that came to nothing. With its manifest it is one, whatever went wrong afterwards."""
-        if not self._in_bucket or not self._committed(step):
+        """Deletes a draft that came to nothing; in a bucket, with a manifest it is a checkpoint all the same."""
+        if not self._in_bucket:
+            self.clean_up()  # Orbax has drafts of its own beside ours
+        elif not self._committed(step):
             remove(self.draft(step))
 
     def delete(self, step: int) -> None:
@@ -303,7 +330,7 @@ class CheckpointStore:
 
 
 def steps(workdir: Path | str) -> list[int]:
-    """Steps that have a checkpoint, valid or not, oldest first."""
+    """See `CheckpointStore.steps`."""
     return CheckpointStore(workdir).steps()
 
 
@@ -325,17 +352,14 @@ def load_params(workdir: Path | str, step: int | None = None) -> tuple[dict[str,
 
 
 def load_stored(workdir: Path | str, step: int | None = None) -> tuple[Manifest, dict[str, Any]]:
-    """Manifest and parameters of a checkpoint, on the host, whatever devices it was trained on.
+    """Manifest and parameters (numpy arrays) of a checkpoint, on the host, whatever devices it was trained on.
 
     Args:
         workdir: of the run, a folder or a gs:// address.
         step: None: the newest checkpoint that verifies.
 
-    Returns:
-        (manifest, nested dict of numpy arrays).
-
     Raises:
-        CheckpointError: no such checkpoint, or it does not verify.
+        CheckpointError: no such checkpoint, it does not verify, or claims more than this machine's memory.
 
     """
     store = CheckpointStore(workdir)
@@ -346,20 +370,37 @@ def load_stored(workdir: Path | str, step: int | None = None) -> tuple[Manifest,
     if manifest is None:
         reasons = "".join(f"\n  {reason}" for reason in refused.values())
         raise CheckpointError(f"{store.place}: no usable checkpoint{reasons}")
+    path = store.path(manifest.step)
+    try:
+        abstract, stored = _abstract_params(manifest), orbax.checkpointables_metadata(path).metadata["params"]
+        if lines := difference(describe_arrays(abstract), describe_arrays(stored)):
+            raise ValueError(f"{MANIFEST} and arrays differ: {lines[0]}")  # noqa: TRY301 as what Orbax finds
+        return manifest, orbax.load_checkpointables(path, {"params": abstract})["params"]
+    except Exception as error:
+        if step is None and manifest.step not in (left := store.steps()) and left:
+            return load_stored(workdir)  # the run goes on, and has deleted this checkpoint meanwhile
+        if isinstance(error, OSError):
+            raise
+        raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error!s:.300})") from error
+
+
+def _abstract_params(manifest: Manifest) -> dict[str, Any]:
+    """The tree of parameters, of arrays that take no memory."""
     abstract: dict[str, Any] = {}
+    total, memory = 0, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for path, (shape, dtype) in manifest.arrays.items():
         first, *parents, last = path.split("/")
         if first == "params":
             node = abstract
             for name in parents:
                 node = node.setdefault(name, {})
-            node[last] = np.empty(shape, dtype)
-    try:
-        return manifest, orbax.load_checkpointables(store.path(manifest.step), {"params": abstract})["params"]
-    except (OSError, ValueError, KeyError):
-        if step is None and manifest.step not in (left := store.steps()) and left:
-            return load_stored(workdir)  # the run goes on, and has deleted this checkpoint meanwhile
-        raise
+            node[last] = np.broadcast_to(np.empty((), dtype), shape)
+            total += node[last].nbytes
+    if total > memory:
+        raise ValueError(
+            f"parameters of {total / 2**30:,.0f} GiB, this machine has {memory / 2**30:,.0f} GiB of memory"
+        )
+    return abstract
 
 
 def _checkpointables(state: TrainState) -> dict[str, Any]:
@@ -380,8 +421,8 @@ def _train_state(checkpointables: dict[str, Any]) -> TrainState:
 class Checkpoints:
     """The checkpoints of one run, for the training loop. All processes call the same methods in the same order.
 
-    A save runs in a thread of its own: copy to the host (before `save` returns), write, hash, commit, delete old ones.
-    A failed save leaves what was there, is reported once by `poll`, and training goes on.
+    A save runs in a thread: copy to the host (before `save` returns), write, hash, commit, delete old ones. A failed
+    one leaves what was there, is reported once by `poll`, and training goes on.
 
     Args:
         workdir: a folder or a gs:// address.
@@ -456,15 +497,9 @@ class Checkpoints:
             self.report(f"warning: {complaint}")
         items = _checkpointables(state)
         libraries = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
-        manifest = Manifest(
-            **asdict(record),
-            format=_FORMAT,
-            step=step,
-            elapsed=elapsed,
-            versions={"wavlm-jax": __version__} | {name: version(name) for name in libraries},
-            arrays=describe_arrays(items),
-            files={},
-        )
+        versions = {"wavlm-jax": __version__} | {name: version(name) for name in libraries}
+        facts: dict[str, Any] = {"step": step, "elapsed": elapsed, "versions": versions, "files": {}}
+        manifest = Manifest(**asdict(record), format=_FORMAT, arrays=describe_arrays(items), **facts)
         self._saves += 1
         memory = {"before": resident_bytes()}
         try:
@@ -480,7 +515,7 @@ class Checkpoints:
         """All processes write and hash, then process 0 commits; what fails anywhere is the failure of all."""
         draft = self.store.draft(manifest.step)
 
-        def write() -> dict[str, list[Any]]:
+        def write() -> dict[str, tuple[int, str]]:
             response.result()
             self._publish()
             return hash_files(draft)
@@ -488,7 +523,7 @@ class Checkpoints:
         mine = self._together("written", write)
         memory["written"] = resident_bytes()
         hashed = all_gather("checksums of a checkpoint", mine, _WRITE_SECONDS, f"save/{self._saves}")
-        files = {name: facts for _, _, theirs in hashed for name, facts in sorted(theirs.items())}
+        files = {name: (size, digest) for _, _, theirs in hashed for name, (size, digest) in sorted(theirs.items())}
         self._together("committed", lambda: self._commit(replace(manifest, files=files)))
         if jax.process_index() == 0:
             moments = ", ".join(f"{moment} {value / 2**20:,.0f}" for moment, value in memory.items())
@@ -518,6 +553,7 @@ class Checkpoints:
             good = [step for step in self.store.steps() if step not in self.refused]
             for step in self.settings.superfluous(good):
                 self.store.delete(step)
+            self.store.clean_up()
 
     @contextlib.contextmanager
     def _tolerated(self, what: str) -> Iterator[None]:
@@ -532,8 +568,7 @@ class Checkpoints:
         if self._pending is None or not self._pending[1].done():
             return None
         (step, future), self._pending = self._pending, None
-        error = future.exception()
-        if error is None:
+        if (error := future.exception()) is None:
             return None
         if jax.process_index() == 0:
             with self._tolerated(f"what there is of checkpoint {step}"):

@@ -8,6 +8,7 @@ import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -148,8 +149,9 @@ def _given(params: Params, fresh: Params) -> set[str]:
 
 def _resume(manifest: Manifest, builder: Builder, checkpoints: Checkpoints, config: Mapping[str, Any]) -> Start:
     task = builder.task
-    for name in sorted({*manifest.fingerprints, *task.fingerprints}):
-        before, now = manifest.fingerprints.get(name), task.fingerprints.get(name)
+    old = _without_evaluation(manifest)
+    for name in sorted({*old, *task.fingerprints}):
+        before, now = old.get(name), task.fingerprints.get(name)
         if before != now:
             raise CheckpointError(
                 f"{checkpoints.store.place}: the run was trained with {name} {before}, now it is {now}; "
@@ -160,6 +162,15 @@ def _resume(manifest: Manifest, builder: Builder, checkpoints: Checkpoints, conf
     state = checkpoints.restore(manifest, builder.state)
     record = RunRecord(run_id=manifest.run_id, config=config, fingerprints=task.fingerprints)
     return Start(state, manifest.step, record, manifest.elapsed, f"resumed at step {manifest.step}")
+
+
+def _without_evaluation(manifest: Manifest) -> dict[str, str]:
+    """The fingerprints of training. Checkpoints of format 1 have those of evaluation sets, by folder name, as well."""
+    paths = _leaves(manifest.config).get("data.evaluation")
+    if manifest.format > 1 or not isinstance(paths, list):
+        return manifest.fingerprints
+    sets = {Path(str(path)).name for path in paths}
+    return {name: value for name, value in manifest.fingerprints.items() if name.partition(".")[2] not in sets}
 
 
 def config_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -122,8 +122,8 @@ class Task:
     score: Score = no_score
     """Metrics of an evaluation that are no sums."""
     fingerprints: Mapping[str, str] = field(default_factory=dict)
-    """Name -> fingerprint of what training depends on besides the config (corpus, labels). A resume with others is
-    refused."""
+    """Name -> fingerprint of what training depends on besides the config (its corpus and labels, wherever they are; not
+    evaluation data). A resume with others is refused."""
     resolved: Mapping[str, Any] = field(default_factory=dict)
     """Config sections that the data completed (the head with its number of outputs, the vocabulary), as JSON values.
     They replace those of the config in every checkpoint, so that a run describes its model completely."""

@@ -14,13 +14,16 @@ machine that ran an earlier session is needed to go on.
 
 import contextlib
 import errno
+import fcntl
 import hashlib
+import json
 import os
 import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,9 @@ _CURE = (
 )
 _PARTIAL = ".partial"
 """Ending of small files that are about to be renamed."""
+_BOUNDARY = "==lease=="
+_SMALL = 2**20
+"""Bytes below which a file that grew is uploaded whole, by one request."""
 VISIBLE_WITHIN = 90.0
 """Seconds; a network file system may remember for a minute that a file was not there."""
 
@@ -73,23 +79,35 @@ def file_sizes(folder: str) -> dict[str, int]:
     with _explained(folder, "listed"):
         found = _files(folder).find(folder, detail=True)
     inside = folder.removeprefix(SCHEME) + "/"
-    sizes = {path.removeprefix(inside): int(facts["size"]) for path, facts in sorted(found.items())}
+    sizes = {
+        path.removeprefix(inside): int(facts["size"]) if facts["type"] == "file" else -1  # a device, a pipe
+        for path, facts in sorted(found.items())
+    }
     return {name: size for name, size in sizes.items() if name and not name.endswith("/")}
 
 
 def exists(path: str) -> bool:
     """Whether the file exists now, without any cache. A server that does not answer is an error, not False."""
+    return file_size(path) is not None
+
+
+def file_size(path: str) -> int | None:
+    """Bytes of a file now, without any cache; None where there is none."""
     if address(path) is None:
         list_names(path.rpartition("/")[0])  # looking into the folder makes NFS ask its server again
     with _explained(path, "read"), contextlib.suppress(FileNotFoundError):
-        return bool(_files(path).info(path)["type"] == "file")
-    return False
+        facts = _files(path).info(path)
+        return int(facts["size"]) if facts["type"] == "file" else None
+    return None
 
 
-def read_bytes(path: str) -> bytes:
-    """All of a file; FileNotFoundError where there is none."""
+def read_bytes(path: str, most: int | None = None) -> bytes:
+    """All of a file; FileNotFoundError where there is none, ValueError where it has more than `most` bytes."""
     with _explained(path, "read"):
-        return bytes(_files(path).cat_file(path))
+        content = bytes(_files(path).cat_file(path, end=None if most is None else most + 1))
+    if most is not None and len(content) > most:
+        raise ValueError(f"{path}: more than {most} bytes")
+    return content
 
 
 def sha256(path: str, size: int) -> str:
@@ -106,6 +124,89 @@ def write_object(path: str, content: bytes) -> None:
     with _explained(path, "written"):
         _files(path).pipe_file(path, content)
     fsync(path)
+
+
+def append(path: str, size: int, content: bytes) -> bool:
+    """Adds to the end of a large file that has `size` bytes; False, and nothing is done, where it is small or has not.
+
+    In a bucket the end is uploaded beside the object, and Google joins the two: the object is there old or new.
+    """
+    if size < _SMALL or file_size(path) != size:
+        return False
+    if not content:
+        return True
+    with _explained(path, "written"):
+        if address(path) is None:
+            with Path(path).open("ab") as file:
+                file.write(content)
+            fsync(path)
+            return True
+        folder, _, name = path.rpartition("/")
+        _files(path).pipe_file(tail := f"{folder}/.{name}.tail", content)
+        _files(path).merge(path, [path, tail])
+    remove(tail)
+    return True
+
+
+def swap(path: str, before: bytes | None, after: bytes | None) -> bool:
+    """Replaces the content of a small file, where it still is `before`; None: there is no such file.
+
+    Returns:
+        Whether it was; exact, whoever else tries at the same moment.
+
+    """
+    with _explained(path, "written"):
+        return (_swap_file if address(path) is None else _swap_object)(path, before, after)
+
+
+def _swap_file(path: str, before: bytes | None, after: bytes | None) -> bool:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0) as file:  # noqa: PTH123
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if not Path(path).exists() or not os.path.samestat(Path(path).stat(), os.fstat(file.fileno())):
+            return False  # deleted, and perhaps made anew, before it was locked
+        if file.read() != (before or b""):
+            return False
+        if after is None:
+            Path(path).unlink()
+        else:
+            file.seek(0)
+            file.write(after)
+            file.truncate()
+        return True
+
+
+def _swap_object(path: str, before: bytes | None, after: bytes | None) -> bool:
+    """By the generation of the object, which changes whenever it is written."""
+    files = _files(path)
+    bucket, _, name = path.removeprefix(SCHEME).partition("/")
+    try:
+        generation = files.info(path)["generation"]
+        if bytes(files.cat_file(path)) != before:
+            return False
+    except FileNotFoundError:
+        generation = "0"
+        if before is not None:
+            return False
+    try:
+        if after is None:
+            files.call("DELETE", "b/{}/o/{}", bucket, name, ifGenerationMatch=generation)
+        else:
+            parts = [b"Content-Type: application/json\n\n" + json.dumps({"name": name}).encode()]
+            parts += [b"Content-Type: application/octet-stream\n\n" + after]
+            files.call(  # pipe_file knows no other condition than that there is no such object
+                "POST",
+                f"{files._location}/upload/storage/v1/b/{bucket}/o",  # noqa: SLF001 gcsfs has no public name for it
+                uploadType="multipart",
+                ifGenerationMatch=generation,
+                headers={"Content-Type": f'multipart/related; boundary="{_BOUNDARY}"'},
+                data=b"".join(f"--{_BOUNDARY}\n".encode() + part + b"\n" for part in parts)
+                + f"--{_BOUNDARY}--".encode(),
+            )
+    except (FileNotFoundError, FileExistsError):  # gone, or written by another
+        return False
+    return True
 
 
 def fsync(path: str) -> None:
@@ -165,6 +266,11 @@ def check_room(place: str, num_bytes: int) -> None:
         _check_bucket(place)
 
 
+def cure(place: str) -> str:
+    """What to do where nothing can be written, for messages."""
+    return "make room or choose another --workdir" if address(place) is None else _CURE
+
+
 def _check_folder(folder: str, num_bytes: int) -> None:
     probe = Path(folder) / f".space-{os.getpid()}"
     try:
@@ -176,7 +282,7 @@ def _check_folder(folder: str, num_bytes: int) -> None:
     except OSError as error:
         raise OSError(
             f"{folder}: a checkpoint of {num_bytes / 2**20:,.0f} MiB cannot be written here ({error.strerror}); "
-            f"make room or choose another --workdir"
+            f"{cure(folder)}"
         ) from error
     finally:
         with contextlib.suppress(OSError):
@@ -199,7 +305,7 @@ def _check_bucket(place: str) -> None:
         read_bytes(f"{place}/{name}")
         remove(f"{place}/{name}")
     except OSError as error:
-        raise OSError(f"{place}: a checkpoint cannot be written here ({error}); {_CURE}") from error
+        raise OSError(f"{place}: a checkpoint cannot be written here ({error}); {cure(place)}") from error
 
 
 def _write_by_tensorstore(place: str, name: str) -> None:
@@ -212,6 +318,22 @@ def _write_by_tensorstore(place: str, name: str) -> None:
         store.write(name, b"a probe of wavlm_jax").result()
     except (ValueError, RuntimeError) as error:  # as TensorStore hands statuses over
         raise OSError(str(error)) from error
+
+
+@dataclass(frozen=True)
+class _Uploaded:
+    """What is known of a file that is in the workdir."""
+
+    stamp: tuple[int, int]
+    size: int
+    digest: bytes
+
+    @classmethod
+    def of(cls, path: Path, content: bytes) -> "_Uploaded":
+        return cls(_stamp(path), len(content), hashlib.sha256(content).digest())
+
+    def begins(self, content: bytes) -> bool:
+        return hashlib.sha256(content[: self.size]).digest() == self.digest
 
 
 class Workdir:
@@ -229,9 +351,11 @@ class Workdir:
         self.folder = Path(place) if mirror is None else mirror
         """Where this process writes its small files."""
         self._home = None if mirror is None else absolute(place)
-        self._uploaded: dict[str, tuple[int, int]] = {}
+        self._uploaded: dict[str, _Uploaded] = {}
         self._fetched = False
         """Whether the place has shown that it can be read and written; nothing is uploaded before."""
+        self.guard: Callable[[], None] | None = None
+        """Raises an OSError where the place belongs to another process by now; None: nobody owns it (`lease`)."""
 
     def claim(self, num_bytes: int) -> None:
         """Makes sure that every process can write here, and that all mean the same place. All processes call it.
@@ -263,22 +387,35 @@ class Workdir:
             path = self.folder / name
             hidden = name.startswith(".")  # what `claim` writes and removes, on other hosts at this moment
             if not hidden and not path.exists() and exists(f"{self._home}/{name}"):
-                path.write_bytes(read_bytes(f"{self._home}/{name}"))
-                self._uploaded[name] = _stamp(path)
+                content = read_bytes(f"{self._home}/{name}")
+                path.write_bytes(content)
+                self._uploaded[name] = _Uploaded.of(path, content)
         self._fetched = True
 
     def publish(self) -> None:
-        """Uploads what has changed in the mirror since it was last uploaded or fetched. Safe in any thread."""
+        """Uploads what has changed in the mirror since it was last uploaded or fetched. Safe in any thread.
+
+        Raises:
+            OSError: nothing is published, as the place belongs to another process by now; or no answer.
+
+        """
+        if self.guard is not None:
+            self.guard()
         if self._home is None or not self._fetched:
             return
-        for path in sorted(self.folder.rglob("*")):
-            name = path.relative_to(self.folder).as_posix()
-            if not path.is_file() or path.suffix == _PARTIAL:
-                continue
-            stamp = _stamp(path)  # before reading: what is written meanwhile goes with the next time
-            if self._uploaded.get(name) != stamp:
-                write_object(f"{self._home}/{name}", path.read_bytes())
-                self._uploaded[name] = stamp
+        for folder, _, names in os.walk(self.folder):
+            for path in (Path(folder, name) for name in sorted(names) if not name.endswith(_PARTIAL)):
+                with contextlib.suppress(FileNotFoundError):  # a tracker's own, which has gone meanwhile
+                    self._upload(path, path.relative_to(self.folder).as_posix())
+
+    def _upload(self, path: Path, name: str) -> None:
+        """A file that grew sends what is new."""
+        target, before, stamp = f"{self._home}/{name}", self._uploaded.get(name), _stamp(path)
+        if before is None or before.stamp != stamp:
+            content = path.read_bytes()  # what is written meanwhile goes with the next time
+            if before is None or not before.begins(content) or not append(target, before.size, content[before.size :]):
+                write_object(target, content)
+            self._uploaded[name] = replace(_Uploaded.of(path, content), stamp=stamp)
 
     def close(self) -> None:
         """Uploads the rest and removes the mirror, which stays where nothing could be uploaded.
@@ -293,7 +430,7 @@ class Workdir:
             raise OSError(
                 f"{self.folder}: the last lines of the run are here and not in its workdir: {error}"
             ) from error
-        if self._fetched:
+        if self._fetched or (self._home is not None and not any(self.folder.iterdir())):
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def lasting(self, name: str) -> str:
