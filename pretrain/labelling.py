@@ -44,6 +44,7 @@ from wavlm_jax.data.corpus import Corpus
 from wavlm_jax.files import read_json, write_json
 from wavlm_jax.shapes import SAMPLE_RATE
 from wavlm_jax.training.hosts import broadcast_one_to_all
+from wavlm_jax.training.lease import owned
 
 REQUEST, CLUSTERS, FIT = "request.json", "kmeans.safetensors", "kmeans.progress.safetensors"
 TRAIN = "train"
@@ -87,10 +88,12 @@ class LabelRequest:
             return None
         header = LabelHeader.load(self.folder)
         for split, corpus in self.corpora.items():
-            if split in header.splits and header.splits[split].corpus != corpus.fingerprint:
+            name = header.named(split, corpus.fingerprint)
+            if name in header.splits and header.splits[name].corpus != corpus.fingerprint:
                 raise LabelError(
                     f"{self.folder}: has labels of {split} for the corpus {header.splits[split].corpus}, the config "
-                    f"names {corpus.fingerprint}; choose another config.labels.path, or remove the folder"
+                    f"names {corpus.fingerprint}; give a folder of evaluation data another name, else choose another "
+                    "config.labels.path, or remove the folder"
                 )
         return header
 
@@ -245,15 +248,30 @@ def make_labels(settings: LabelSettings, corpora: Mapping[str, Corpus]) -> Label
 
     Raises:
         LabelError: the folder holds labels of another request, or the settings contradict each other.
+        TakenError: another process makes labels there.
 
     """
     if TRAIN not in corpora:
         raise LabelError(f"config.data: found the splits {', '.join(sorted(corpora))}, expected one called {TRAIN!r}")
     request = LabelRequest(settings, feature_source(settings), corpora)
-    header = run_on_all_hosts("what is there of the labels", request.existing)
-    missing = {split: corpus for split, corpus in corpora.items() if header is None or split not in header.splits}
+    header, missing = _missing(request)
     if header is not None and not missing:
         return header
+    with owned(request.folder):
+        return _make_missing(request, *_missing(request))
+
+
+def _missing(request: LabelRequest) -> tuple[LabelHeader | None, dict[str, Corpus]]:
+    """What is there, and the splits that are not."""
+    header = run_on_all_hosts("what is there of the labels", request.existing)
+    there = {} if header is None else header.splits
+    named = {
+        split: split if header is None else header.named(split, c.fingerprint) for split, c in request.corpora.items()
+    }
+    return header, {split: request.corpora[split] for split, name in named.items() if name not in there}
+
+
+def _make_missing(request: LabelRequest, header: LabelHeader | None, missing: Mapping[str, Corpus]) -> LabelHeader:
     first = Share.here().first
     if first:
         request.claim()

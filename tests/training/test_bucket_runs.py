@@ -6,6 +6,7 @@ The bucket is fake-gcs-server, a process of its own that we did not write; it is
 import hashlib
 import json
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gcsfs.core import GCSFileSystem
 
 import wavlm_jax
 from pretrain.labelling import make_labels
@@ -30,6 +32,7 @@ from wavlm_jax.data.corpus import DataSettings, open_corpora
 from wavlm_jax.loading import load_weights
 from wavlm_jax.model.wavlm import WavLM
 from wavlm_jax.settings import read
+from wavlm_jax.training import workdir as workdir_module
 from wavlm_jax.training.checkpoint import (
     MARK,
     CheckpointError,
@@ -236,6 +239,56 @@ def test_the_mirror_brings_what_was_there_and_uploads_what_changed(tmp_path: Pat
     assert (home / "metrics.jsonl").read_text() == "old and more"
     assert not mirror.folder.exists()
     assert not (home / "metrics.partial").exists()
+
+
+def test_of_a_file_that_grew_the_end_is_uploaded(objects: Objects, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(workdir_module, "_SMALL", 10)
+    sent = list[int]()
+    pipe = GCSFileSystem._pipe_file
+
+    async def counted(self, path, data, **named):
+        sent.append(len(data))
+        return await pipe(self, path, data, **named)
+
+    monkeypatch.setattr(GCSFileSystem, "_pipe_file", counted)
+    (tmp_path / "mirror").mkdir()
+    mirror = Workdir(f"gs://{NAME}/grows", tmp_path / "mirror")
+    mirror.fetch()
+    path = mirror.folder / "metrics.jsonl"
+    for number in range(3):
+        with path.open("ab") as file:
+            file.write(bytes([65 + number]) * 20)
+        mirror.publish()
+    assert (objects.read("grows/metrics.jsonl"), sent) == (b"A" * 20 + b"B" * 20 + b"C" * 20, [20, 20, 20])
+    path.write_bytes(b"D" * 70)  # written anew, and longer
+    mirror.publish()
+    objects.write("grows/metrics.jsonl", b"another's")
+    with path.open("ab") as file:
+        file.write(b"E")
+    mirror.publish()
+    assert (objects.read("grows/metrics.jsonl"), sent[3:]) == (b"D" * 70 + b"E", [70, 71])
+    assert objects.names("grows/") == ["grows/metrics.jsonl"]
+
+
+def test_a_file_that_vanishes_while_it_is_uploaded_is_left_out(tmp_path: Path, monkeypatch) -> None:
+    for name in ("home", "mirror", "mirror/wandb", "mirror/wandb/gone"):
+        (tmp_path / name).mkdir()
+    mirror = Workdir(tmp_path / "home", tmp_path / "mirror")
+    mirror.fetch()
+    for name in ("a", "wandb/b", "wandb/gone/c", "z"):
+        (mirror.folder / name).write_text("x")
+    stamp = workdir_module._stamp
+
+    def vanishing(path: Path) -> tuple[int, int]:
+        if path.name == "a":
+            shutil.rmtree(mirror.folder / "wandb" / "gone")
+        if path.name == "b":
+            path.unlink()
+        return stamp(path)
+
+    monkeypatch.setattr(workdir_module, "_stamp", vanishing)
+    mirror.publish()
+    assert file_sizes(str(tmp_path / "home")) == {"a": 1, "z": 1}
 
 
 @pytest.mark.parametrize(

@@ -103,8 +103,11 @@ def prepare(source: UtteranceSource, out: Path, preparation: Preparation) -> Pre
     Raises:
         PrepareError: too many bad files, no usable utterance, or `out` or its partial work belongs to another source.
         WorkerError: a worker process died.
+        TakenError: another process makes this corpus.
 
     """
+    from wavlm_jax.training.lease import held  # noqa: PLC0415 worker processes need not import it
+
     options = json.dumps(asdict(preparation.policy), sort_keys=True)
     state = digest(source.entries, options, stamps=True)
     if is_corpus(out):
@@ -112,17 +115,18 @@ def prepare(source: UtteranceSource, out: Path, preparation: Preparation) -> Pre
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PrepareError(f"{out}: exists and is no corpus; give another --out, or remove it")
     partial = out.with_name(out.name + ".partial")
-    if not is_corpus(partial):
-        _claim(partial, source, options)
-        jobs = _jobs(source, partial)
-        reports = _write_shards(jobs, source.reader, preparation, partial)
-        _write_bad_files(partial, [row for report in reports for row in report.bad_files])
-        header = _header(jobs, reports, source, preparation, state)
-        _write_dataset_info(partial, [job.file.name for job in jobs])
-        write_header(partial, header)
-    header = _same_corpus(partial, state)
-    for leftover in (partial / _PLAN, *partial.glob("data-*.json"), *partial.glob(".*.partial")):
-        leftover.unlink(missing_ok=True)
+    with held(partial):
+        if not is_corpus(partial):
+            _claim(partial, source, options)
+            jobs = _jobs(source, partial)
+            reports = _write_shards(jobs, source.reader, preparation, partial)
+            _write_bad_files(partial, [row for report in reports for row in report.bad_files])
+            header = _header(jobs, reports, source, preparation, state)
+            _write_dataset_info(partial, [job.file.name for job in jobs])
+            write_header(partial, header)
+        header = _same_corpus(partial, state)
+        for leftover in (partial / _PLAN, *partial.glob("data-*.json"), *partial.glob(".*.partial")):
+            leftover.unlink(missing_ok=True)
     partial.rename(out)
     return PreparedCorpus(header, fresh=True)
 

@@ -8,6 +8,7 @@ each shard `features-00000.json` with the recordings in it and their frames.
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from wavlm_jax.inference.running import Compute, InferenceSettings, frames_of, g
 from wavlm_jax.model.wavlm import WavLM, WavLMOutput
 from wavlm_jax.settings import SettingsError
 from wavlm_jax.shapes import SAMPLE_RATE, Params
+from wavlm_jax.training.lease import held
 from wavlm_jax.weights import Model
 
 HEADER = "features.json"
@@ -87,6 +89,7 @@ def write_features(
 
     Raises:
         FeatureError: no such layer, or the folder holds features of other recordings, models or settings.
+        TakenError: another process writes features there.
         AudioFault: a file that cannot be read to its end; what was finished stays.
 
     """
@@ -96,17 +99,19 @@ def write_features(
     _claim(folder, _header(recordings, model, settings, running))
     shards = list(_shards(recordings, config, settings.shard_frames))
     compute = partial(_hidden_states, model.module, layers, model.params)
-    for shard in shards:
-        if shard.path(folder, ".json").exists():
-            progress(sum(recording.num_samples for recording in shard.recordings))
-            continue
-        shape = (sum(shard.frames), *(() if settings.layer != "all" else (len(layers),)), config.hidden_size)
-        temporary = shard.path(folder, ".npy.tmp")
-        array = np.lib.format.open_memmap(temporary, "w+", np.dtype(settings.dtype), shape)
-        _fill(array, shard, compute, config, running, progress)
-        del array
-        temporary.replace(shard.path(folder, ".npy"))
-        write_json(shard.path(folder, ".json"), shard.entries)
+    complete = all(shard.path(folder, ".json").exists() for shard in shards)
+    with nullcontext() if complete else held(folder):
+        for shard in shards:
+            if shard.path(folder, ".json").exists():
+                progress(sum(recording.num_samples for recording in shard.recordings))
+                continue
+            shape = (sum(shard.frames), *(() if settings.layer != "all" else (len(layers),)), config.hidden_size)
+            temporary = shard.path(folder, ".npy.tmp")
+            array = np.lib.format.open_memmap(temporary, "w+", np.dtype(settings.dtype), shape)
+            _fill(array, shard, compute, config, running, progress)
+            del array
+            temporary.replace(shard.path(folder, ".npy"))
+            write_json(shard.path(folder, ".json"), shard.entries)
     return shards
 
 
