@@ -9,6 +9,11 @@ Started again, it goes on where it was stopped; when all is done it does nothing
 to each, as for train.py: each labels its share, and all fit the clusters together.
 """
 
+from wavlm_jax.stopping import stop_with_one_line
+
+if __name__ == "__main__":
+    stop_with_one_line("make_labels.py", at_once=True)  # the imports take seconds
+
 import sys
 from collections.abc import Sequence
 
@@ -48,6 +53,7 @@ def label_settings(config: ConfigDict) -> LabelSettings:
 
 def main(_: Sequence[str]) -> None:
     """Makes the labels that the flags ask for; what a person can put right is one message."""
+    stop_with_one_line("make_labels.py", at_once=False)
     config = _CONFIG.value
     try:
         hosts.join_from_flags()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from tests.support import toy_task
+from wavlm_jax.data.loader import LoaderError
 from wavlm_jax.training import checkpoint, loop
 from wavlm_jax.training.checkpoint import CheckpointError
+from wavlm_jax.training.lease import TakenError, held
 from wavlm_jax.training.sharding import make_mesh
 from wavlm_jax.training.start import config_changes
 from wavlm_jax.training.watchdog import Outcome, Status
@@ -191,6 +194,54 @@ def test_changed_data_is_refused_and_a_changed_config_is_printed(oracle: Path, c
         "c: {} -> absent",
         "d: absent -> 1",
     ]
+
+
+def test_evaluation_data_are_no_part_of_what_a_resume_insists_on(tmp_path: Path) -> None:
+    """Runs of before noted them: sets may be more, fewer, or in a folder of another name, training data may not."""
+    config = {"data": {"train": "x/train", "evaluation": ["x/dev", "x/noise"]}}
+    run(tmp_path, toy_task.make_task(fingerprints={"corpus.train": "1"}), config, num_steps=4)
+    path = tmp_path / "checkpoints" / "4" / "manifest.json"
+    values = json.loads(path.read_text())
+    del values["checksum"]
+    values["fingerprints"] |= {"corpus.dev": "2", "labels.dev": "3", "corpus.rooms": "4"}
+    path.write_text(json.dumps(values | {"format": 1}))
+    same = toy_task.make_task(fingerprints={"corpus.train": "1", "corpus.rooms": "4"})
+    moved = {"data": {"train": "y/other", "evaluation": ["y/validation"]}}
+    assert run(tmp_path, same, moved, num_steps=5).step == 5
+    with pytest.raises(CheckpointError, match=r"trained with corpus.rooms 4, now it is None"):
+        run(tmp_path, toy_task.make_task(fingerprints={"corpus.train": "1"}), moved, num_steps=6)
+
+
+def test_a_start_that_is_refused_leaves_the_config_of_the_run(tmp_path: Path) -> None:
+    run(tmp_path, config={"a": 1}, num_steps=4)
+    with pytest.raises(CheckpointError):
+        run(tmp_path, toy_task.make_task(fingerprints={"corpus": "2a"}), {"a": 2}, num_steps=5)
+    assert json.loads((tmp_path / "config.json").read_text()) == {"a": 1}
+    run(tmp_path, config={"a": 3}, num_steps=5)
+    assert json.loads((tmp_path / "config.json").read_text()) == {"a": 3}
+
+
+def test_where_no_batch_is_to_be_had_what_was_trained_is_saved(oracle: Path, tmp_path: Path) -> None:
+    class Broken(toy_task.Stream):
+        def batches(self, start: int = 0):
+            for number, batch in enumerate(super().batches(start), start):
+                if number == 6:
+                    raise LoaderError("7 of 9 rows could not be decoded")
+                yield batch
+
+    streams = {"train": Broken(16), "valid": toy_task.Stream(16, 1, 3)}
+    for _ in range(2):
+        with pytest.raises(LoaderError, match="7 of 9 rows"):
+            run(tmp_path, toy_task.make_task(stream=streams.__getitem__))
+        assert checkpoint.steps(tmp_path) == [4, 6]
+    run(tmp_path)
+    assert params_digest(tmp_path) == params_digest(oracle)
+
+
+def test_a_workdir_has_one_run_at_a_time(tmp_path: Path) -> None:
+    with held(tmp_path), pytest.raises(TakenError, match=rf"{tmp_path}: belongs to process {os.getpid()} on "):
+        run(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_save_on_the_way_costs_that_checkpoint_only(oracle: Path, tmp_path: Path, monkeypatch, capsys) -> None:

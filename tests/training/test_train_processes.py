@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -164,6 +165,49 @@ def test_two_processes_stop_together_and_two_or_one_go_on(runner: Runner, expect
     goes_on_to_the_same_end(runner, alone, expected)
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_stopped_while_it_imports_it_says_so_in_one_line(tmp_path: Path, number: int, code: int) -> None:
+    """The signal comes in the middle of an import; a module that comes in its place sends it."""
+    (tmp_path / "jax.py").write_text(f"import os\nos.kill(os.getpid(), {number:d})\nimport time\ntime.sleep(60)\n")
+    process = subprocess.run(
+        [sys.executable, "train.py"],
+        cwd=SCRIPT.parents[2],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE,
+    )
+    name = signal.Signals(number).name
+    assert (process.returncode, process.stdout) == (code, "")
+    assert process.stderr == f"train.py: stopped by {name}; the same command goes on\n"
+
+
+LOADER_FAULTS = """
+import sys
+import jax
+from absl import flags
+import train
+from wavlm_jax.data.loader import LoaderError, LoaderLostError
+from wavlm_jax.training.workdir import Workdir
+flags.FLAGS(["train.py", "--config=configs/pretrain/demo.py", "--workdir=x"])
+for index, error in enumerate((LoaderError("7 of 9 rows"), LoaderLostError("a loader process died"))):
+    def fail(*_):
+        raise error
+    train.train, jax.process_index = fail, lambda: index
+    print(train.attempt(Workdir(sys.argv[1])))
+"""
+
+
+def test_batches_that_cannot_be_made_are_one_message_and_a_traceback_in_a_file_of_each_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LOADER_FAULTS, tmp_path / "run"]
+    found = subprocess.run(command, cwd=SCRIPT.parents[2], capture_output=True, text=True, check=True, timeout=PATIENCE)
+    assert found.stdout.split() == ["2", "77"]
+    assert re.findall(r"^train.py: (.*)", found.stderr, re.MULTILINE) == ["7 of 9 rows", "a loader process died"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["error-1.txt", "error.txt"]
+    assert "LoaderError: 7 of 9 rows" in (tmp_path / "run" / "error.txt").read_text()
+
+
 def test_what_a_person_got_wrong_is_one_message(tmp_path: Path) -> None:
     """train.py itself: exit code 2, the cure, no traceback."""
     demo = "configs/pretrain/demo.py"
@@ -178,6 +222,10 @@ def test_what_a_person_got_wrong_is_one_message(tmp_path: Path) -> None:
         (demo, "--config.mesh.platform=tpu"): "config.mesh.platform: found cpu, expected tpu",
         (demo, "--num_processes=2"): "--coordinator, --num_processes and --process_index: give all three or none",
         (demo, "--config.mesh.fsdp=3"): "config.mesh: data -1, fsdp 3, tensor 1 on 1 devices",
+        (
+            demo,
+            "--config.model.hidden_size=1000000000",
+        ): "model.hidden_size: found 1000000000, expected at most 1048576",
         ("configs/pretrain/none.py", "--config.seed=1"): "configs/pretrain/none.py",
     }
     processes = [

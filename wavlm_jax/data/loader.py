@@ -38,6 +38,7 @@ from wavlm_jax.data.batches import (
     seconds_of,
 )
 from wavlm_jax.data.corpus import Corpus
+from wavlm_jax.settings import check_sizes
 from wavlm_jax.shapes import STANDARD, samples_for
 from wavlm_jax.training.task import BatchSpec
 
@@ -59,6 +60,10 @@ class LoaderError(RuntimeError):
     """Batches cannot be made any more; says why."""
 
 
+class LoaderLostError(LoaderError):
+    """A loader process has ended; another start may go well."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoaderSettings:
     """How batches are read ahead. Only the crop alignment changes what they contain."""
@@ -74,6 +79,10 @@ class LoaderSettings:
     round(start / 320), as in fairseq (FACTS E24)."""
     fault_cap: float = 0.001
     """Share of rows that cannot be decoded above which the run stops; five are always tolerated."""
+
+    def __post_init__(self) -> None:
+        check_sizes(self, "threads", "prefetch", most=1024)
+        check_sizes(self, "workers", least=0, most=1024)
 
 
 @dataclass(frozen=True)
@@ -409,7 +418,7 @@ class _CorpusStream:
         except RuntimeError as error:
             if "process was terminated" not in str(error):
                 raise
-            raise LoaderError(
+            raise LoaderLostError(
                 f"a loader process died ({error}); killed, or out of memory? Then fewer loader.workers or a smaller "
                 "loader.prefetch help. Start again: training goes on from its last checkpoint"
             ) from error

@@ -3,7 +3,8 @@
 One step is `train.py` -> `run`, `_Session.update` (here) -> `step.train_step`, which `step.Builder` compiles.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -13,8 +14,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from wavlm_jax.files import write_text
 from wavlm_jax.training.checkpoint import CheckpointError, Checkpoints
 from wavlm_jax.training.hosts import Preemption, barrier, listening
+from wavlm_jax.training.lease import owned_workdir
 from wavlm_jax.training.metric_writers import Clock, Interval, Jsonl, Metrics, Totals, open_metrics, say
 from wavlm_jax.training.sharding import RULES, WAVLM_AXES, AxesTable, describe, place
 from wavlm_jax.training.start import RunSettings, Start, begin, make_builder, summarize
@@ -44,7 +47,7 @@ class _Session:
     programs: Programs
     checkpoints: Checkpoints
     metrics: Metrics
-    nonfinite: Jsonl
+    nonfinite: Metrics
     clock: Clock
     preemption: Preemption
     score: Score
@@ -67,13 +70,23 @@ class _Session:
         batches = self.streams["train"].batches(self.step)
         while self.step < self.settings.train.num_steps:
             with self.clock.bucket("data"):
-                spec, arrays = next(batches)
+                spec, arrays = self.take(batches)
                 batch = place(arrays, spec.arrays, self.mesh, spec.name)
             with self.clock.bucket("step"):
                 self.update(spec, batch, arrays["id"])
             if (status := self.boundary()) is not None:
                 return Outcome(status, self.step, self.evaluation)
         return Outcome(Status.FINISHED, self.step, self.evaluation)
+
+    def take(self, batches: Iterator[tuple[BatchSpec, dict[str, np.ndarray]]]) -> tuple[BatchSpec, dict[str, Any]]:
+        """The next batch. Where there is none to be had, one host saves what was trained; several cannot agree."""
+        try:
+            return next(batches)
+        except Exception:
+            if jax.process_count() == 1 and self.step > max(self.saved, 0):
+                self.settle_last()
+                self.save_surely()
+            raise
 
     def update(self, spec: BatchSpec, batch: dict[str, jax.Array], ids: np.ndarray) -> None:
         """Dispatches one step, and while the devices work reads the report of the step before."""
@@ -223,8 +236,9 @@ def run(
         task: what is trained.
         settings: how.
         mesh: of `make_mesh(settings.mesh)`, which the task was built for.
-        workdir: gets checkpoints, metrics.jsonl, nonfinite.jsonl; `Workdir` of a folder, or of `open_workdir`.
-        config: resolved, as JSON values; kept in every checkpoint.
+        workdir: gets checkpoints, config.json, metrics.jsonl, nonfinite.jsonl. `Workdir` of a folder, or of
+            `open_workdir`.
+        config: resolved, as JSON values; kept in every checkpoint, and in config.json once the start has succeeded.
         table: logical axes of the parameters.
 
     Raises:
@@ -235,6 +249,7 @@ def run(
     """
     clock = Clock()
     with ExitStack() as stack:
+        stack.enter_context(owned_workdir(workdir))
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(nn.logical_axis_rules(RULES))
         preemption = stack.enter_context(listening())
@@ -267,10 +282,11 @@ def run(
 def _introduce(builder: Builder, start: Start, workdir: Workdir) -> None:
     if jax.process_index() == 0:
         say(summarize(builder, start, workdir.place))
-        (workdir.folder / "parameters.txt").write_text(describe(builder.state.params, builder.shardings) + "\n")
+        write_text(workdir.folder / "config.json", json.dumps(start.record.config, indent=1) + "\n")
+        write_text(workdir.folder / "parameters.txt", describe(builder.state.params, builder.shardings) + "\n")
 
 
-def _open_logs(settings: RunSettings, workdir: Workdir, start: Start) -> tuple[Metrics, Jsonl]:
+def _open_logs(settings: RunSettings, workdir: Workdir, start: Start) -> tuple[Metrics, Metrics]:
     """(the writers of metrics, the writer of this process's nonfinite.jsonl)."""
     record, index = start.record, jax.process_index()
     metrics = open_metrics(
@@ -281,6 +297,5 @@ def _open_logs(settings: RunSettings, workdir: Workdir, start: Start) -> tuple[M
         run_id=record.run_id,
         config=record.config,
     )
-    return metrics, Jsonl(
-        workdir.folder / ("nonfinite.jsonl" if index == 0 else f"nonfinite-{index}.jsonl"), start.step
-    )
+    name = "nonfinite.jsonl" if index == 0 else f"nonfinite-{index}.jsonl"
+    return metrics, Metrics({name: Jsonl(workdir.folder / name, start.step)})

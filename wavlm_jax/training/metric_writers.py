@@ -4,10 +4,13 @@ metrics.jsonl is always written; TensorBoard, Weights & Biases and the terminal 
 A writer that fails is reported once and never stops training.
 """
 
+import errno
 import json
 import math
+import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,6 +25,8 @@ from tqdm import tqdm
 from wavlm_jax.files import write_text
 from wavlm_jax.training.step import Report
 
+_MOST_WAITING = 10_000
+"""Lines that are kept in memory while the disk does not take them."""
 BUCKETS = ("init", "compile", "data", "step", "eval", "save", "other")
 
 
@@ -168,7 +173,7 @@ class MetricsSettings:
 class Writer(Protocol):
     """Takes the metrics of one kind ("train", "eval/valid") at one step."""
 
-    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """May raise anything."""
         ...
 
@@ -178,29 +183,38 @@ class Writer(Protocol):
 
 
 class Jsonl:
-    """One JSON object per line: step, kind, values. After a resume each step is still there once."""
+    """One JSON object per line: step, kind, values. After a resume each step is still there once.
+
+    What a full disk does not take waits, and is written when it does.
+    """
 
     def __init__(self, path: Path, resume: int) -> None:
         """Drops the lines of steps after `resume`, and of the evaluation at it, which is repeated."""
-        self._path = path
         kept = [line for line in _lines(path) if _kept(line, resume)]
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a")
+        self._file = path.open("ab", buffering=0)
+        self._waiting: deque[bytes] = deque(maxlen=_MOST_WAITING)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Appends one line. After a failure the next call starts on a new line."""
+        """Appends one line, after those that could not be written before; the file never keeps a part of a line."""
         line = json.dumps({"step": step, "kind": kind, **for_json(values)}, allow_nan=False)
-        try:
-            self._file.write(line + "\n")
-            self._file.flush()
-        except OSError:
-            self._file = self._path.open("a")
-            self._file.write("\n")
-            raise
+        self._waiting.append(line.encode() + b"\n")
+        self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        size = self._file.seek(0, os.SEEK_END)
+        while self._waiting:
+            if self._file.write(self._waiting[0]) < len(self._waiting[0]):
+                self._file.truncate(size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
+            size += len(self._waiting.popleft())
 
     def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        """Tries once more what waits, and closes the file."""
+        try:
+            self._write_waiting()
+        finally:
+            self._file.close()
 
 
 class Tensorboard:
@@ -273,7 +287,7 @@ class Metrics:
         self._writers = dict(writers)
         self._failed: set[str] = set()
 
-    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """To every writer."""
         for name, writer in self._writers.items():
             try:
