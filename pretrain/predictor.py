@@ -18,6 +18,7 @@ from wavlm_jax.config import Compute, WavLMConfig
 from wavlm_jax.model.frontend import INT16_SCALE, model_waveform, normalize_waveform, uniform
 from wavlm_jax.model.layers import channel_mask, span_mask, torn
 from wavlm_jax.model.wavlm import WavLM, WavLMOutput
+from wavlm_jax.settings import check_sizes
 from wavlm_jax.shapes import (
     Batch,
     ChannelMask,
@@ -60,6 +61,7 @@ class ObjectiveSettings:
     `mixing.group`) have equally many (FACTS C3, E18), which tears spans."""
 
     def __post_init__(self) -> None:
+        check_sizes(self, "final_dim")
         if self.masked_weight < 0 or self.unmasked_weight < 0 or self.masked_weight + self.unmasked_weight == 0:
             raise ValueError(
                 f"masked_weight, unmasked_weight: found {self.masked_weight} and {self.unmasked_weight}, "

@@ -59,6 +59,12 @@ def test_base_and_large_differ_as_published():
         ({"num_buckets": 30}, "expected a multiple of 4"),
         ({"num_buckets": 32, "max_bucket_distance": 8}, "max_bucket_distance: found 8, expected more"),
         ({"layerdrop": 1.0}, "model.layerdrop: found 1.0, expected a probability"),
+        ({"num_attention_heads": 0}, "model.num_attention_heads: found 0, expected 1 or more"),
+        ({"num_conv_pos_embedding_groups": -4}, "model.num_conv_pos_embedding_groups: found -4, expected 1 or more"),
+        ({"hidden_size": 10**9}, "model.hidden_size: found 1000000000, expected at most 1048576"),
+        ({"conv_stride": (5, 2, 2, 2, 2, 2, 0)}, r"model.conv_stride: found \(5, .*\), expected 1 or more"),
+        ({"mask_time_min_masks": -1}, "model.mask_time_min_masks: found -1, expected 0 or more"),
+        ({"layer_norm_eps": -1.0}, "model.layer_norm_eps: found -1.0, expected 0 or more"),
     ],
 )
 def test_impossible_values_are_named(changes, message):

@@ -353,3 +353,30 @@ def test_a_field_of_older_runs_counts_only_with_the_value_that_is_left():
     assert _task_head({"head": {"ecapa_global_context": False}}, parts, "run").kind == "WavLMForECAPA"
     with pytest.raises(ValueError, match=r"run: config\.head\.ecapa_global_context is True, which this version"):
         _task_head({"head": {"ecapa_global_context": True}}, parts, "run")
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda config: config.clear(), "describes no model"),
+        (lambda config: config.update(model=3), "config.model: found 3"),
+        (lambda config: config["model"].update(hidden_size=64), r"has the shape \(32,\), but its config"),
+        (lambda config: config["model"].update(hidden_size=10**9), "hidden_size: found 1000000000, expected at most"),
+        (lambda config: config["model"].update({f"conv_{part}": [2] * 9999 for part in ("dim", "kernel", "stride")}),
+         "asks for 9999 conv layers"),
+        (lambda config: config.update(batch={"buckets": "x"}), "describes no model"),
+        (lambda config: config.update(vocabulary={"tokens": 3}), "config.vocabulary.tokens: found 3"),
+    ],
+)  # fmt: skip
+def test_runs_of_strangers_are_one_message(run, tmp_path, harm, message):
+    shutil.copytree(run, tmp_path / "run")
+    log = b'{"kind": "eval/x", "step": "two"}\n\xff\n' + b"[" * 100_000 + b"\n"
+    (tmp_path / "run" / "metrics.jsonl").write_bytes(log)
+    path = tmp_path / "run" / "checkpoints" / "2" / "manifest.json"
+    assert load_weights(tmp_path / "run").origin.facts["updates"] == "2 of 2"
+    values = json.loads(path.read_text())
+    del values["checksum"]
+    harm(values["config"])
+    path.write_text(json.dumps(values | {"format": 1}))
+    with pytest.raises(ValueError, match=message):
+        load_weights(tmp_path / "run")

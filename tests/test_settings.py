@@ -111,6 +111,13 @@ def test_values_that_cannot_be_right(section: str, changes: dict, message: str) 
     assert message in str(caught.value)
 
 
+def test_whole_numbers_have_64_bits() -> None:
+    with pytest.raises(
+        SettingsError, match=r"config.seed: found 1180591620717411303424 \(int\), expected an int of 64"
+    ):
+        read_sections(as_config(FULL) | {"seed": 2**70}, RunSettings)
+
+
 def test_an_int_is_a_float_and_a_list_is_a_tuple() -> None:
     config = as_config(FULL)
     config["optim"]["learning_rate"] = 1

@@ -5,10 +5,12 @@ Field names are Hugging Face's, so that `config.json` is read and written by nam
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
+from wavlm_jax.settings import check_sizes
 from wavlm_jax.shapes import Params
 
 Padding = Literal["exact", "huggingface", "microsoft"]
@@ -33,6 +35,9 @@ class Compute:
     (docs/performance.md: no gain on a wide model, a little on the demo's)."""
     attention: AttentionImplementation = "auto"
     """All give the same result (`model/attention.py`); "auto" chooses by the device and the frames of a row."""
+
+    def __post_init__(self) -> None:
+        check_sizes(self, "unroll")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +97,8 @@ class WavLMConfig:
                 f"model.conv_dim, conv_kernel, conv_stride: found {len(self.conv_dim)}, {len(self.conv_kernel)} and "
                 f"{len(self.conv_stride)} entries, expected one each per conv layer"
             )
+        check_sizes(self, *_SIZES, prefix="model.")
+        check_sizes(self, "mask_time_min_masks", "mask_feature_min_masks", least=0, prefix="model.")
         for name, divisor in (
             ("hidden_size", self.num_attention_heads),
             ("hidden_size", self.num_conv_pos_embedding_groups),
@@ -112,6 +119,10 @@ class WavLMConfig:
         for name, allowed in (("feat_extract_norm", ("group", "layer")), ("padding", get_args(Padding))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"model.{name}: found {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+
+        for name in ("normalize_eps", "layer_norm_eps", "initializer_range", "feature_grad_mult"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"model.{name}: found {getattr(self, name)}, expected 0 or more")
 
     @property
     def head_dim(self) -> int:
@@ -202,6 +213,21 @@ class WavLMConfig:
         return result
 
 
+_SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "conv_dim",
+    "conv_kernel",
+    "conv_stride",
+    "num_conv_pos_embeddings",
+    "num_conv_pos_embedding_groups",
+    "num_buckets",
+    "max_bucket_distance",
+    "mask_time_length",
+    "mask_feature_length",
+)
 _BASE: dict[str, Any] = {
     "hidden_size": 768,
     "num_hidden_layers": 12,
@@ -325,9 +351,12 @@ class HeadConfig:
     """Width behind the adapter; None: that of the encoder."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "num_labels", "classifier_proj_size", "xvector_output_dim", "num_adapter_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: found {getattr(self, name)}, expected 1 or more")
+        check_sizes(
+            self, "vocab_size", "num_labels", "classifier_proj_size", "xvector_output_dim", "num_adapter_layers"
+        )
+        check_sizes(self, "tdnn_dim", "tdnn_kernel", "tdnn_dilation", "adapter_kernel_size", "adapter_stride")
+        if self.output_hidden_size is not None:
+            check_sizes(self, "output_hidden_size")
         if self.ecapa_dim < 1 or self.ecapa_dim % 8 or self.ecapa_output_dim < 1:
             raise ValueError(
                 f"ecapa_dim {self.ecapa_dim}, ecapa_output_dim {self.ecapa_output_dim}: expected a multiple of 8, and "

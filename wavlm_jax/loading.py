@@ -20,6 +20,7 @@ from wavlm_jax.convert.torch_file import read_torch_file
 from wavlm_jax.convert.torchaudio import import_torchaudio, is_torchaudio
 from wavlm_jax.lora import BRANCH, LoRASettings, merged
 from wavlm_jax.model.heads import HEADS, recognise
+from wavlm_jax.model.wavlm import WavLM
 from wavlm_jax.settings import SettingsError, read
 from wavlm_jax.shapes import SAMPLE_RATE, Geometry, Params, samples_for
 from wavlm_jax.text.vocabulary import files_of_record
@@ -28,6 +29,7 @@ from wavlm_jax.training.workdir import absolute, address, exists, list_names, re
 from wavlm_jax.weights import Model, Origin, Weights, ready
 
 _CONFIG = "config.json"
+_MAX_LOG = 2**30
 _PRETRAINING_HEAD = "head"
 
 
@@ -104,9 +106,20 @@ def _from_bucket(place: str, step: int | None) -> Weights:
 
 def _from_run(workdir: Path | str, step: int | None) -> Weights:
     manifest, params = load_stored(workdir, step)
+    try:
+        return _weights_of_run(workdir, manifest, params)
+    except (KeyError, TypeError, AttributeError, IndexError, OverflowError, MemoryError) as error:
+        raise ValueError(
+            f"{workdir}: checkpoint {manifest.step} describes no model ({type(error).__name__}: {error!s:.200}); it is "
+            "of another program, or was altered"
+        ) from error
+
+
+def _weights_of_run(workdir: Path | str, manifest: Manifest, params: Mapping[str, Any]) -> Weights:
     if BRANCH in params:
         params = merged(params, read(manifest.config["lora"], LoRASettings, "lora"), np.matmul)
     config = read(manifest.config["model"], WavLMConfig, "model")
+    _check_body(config, params["wavlm"], str(workdir))
     beside = {name: part for name, part in params.items() if name not in ("wavlm", _PRETRAINING_HEAD)}
     task = _task_head(manifest.config, beside, str(workdir)) if beside else None
     notes = (f"step {manifest.step} of run {manifest.run_id}",)
@@ -115,6 +128,23 @@ def _from_run(workdir: Path | str, step: int | None) -> Weights:
         files = files_of_record(manifest.config["vocabulary"])
     origin = Origin("run", str(workdir), notes, _facts(workdir, manifest), files, _longest_row(manifest.config, config))
     return Weights(config, params["wavlm"], params.get(_PRETRAINING_HEAD), task, origin)
+
+
+def _check_body(config: WavLMConfig, body: Params, where: str) -> None:
+    """Whether the parameters are those of the config, found without computing anything."""
+    found, geometry = shapes_of(body), Geometry(config.conv_kernel, config.conv_stride)
+    if len(config.conv_dim) > len(found):
+        raise ValueError(
+            f"{where}: config.model asks for {len(config.conv_dim)} conv layers, it has {len(found)} arrays"
+        )
+    wave = jax.ShapeDtypeStruct((1, samples_for(1, geometry)), np.float32)
+    expected = shapes_of(jax.eval_shape(WavLM(config).init, jax.random.key(0), wave)["params"])
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise ValueError(
+                f"{where}: {name} has the shape {found.get(name)}, but its config.model asks for {expected.get(name)}; "
+                "the run was altered"
+            )
 
 
 def _task_head(config: Mapping[str, Any], params: Mapping[str, Any], where: str) -> TaskHead:
@@ -149,10 +179,12 @@ def _facts(workdir: Path | str, manifest: Manifest) -> dict[str, str]:
         facts[f"fingerprint of {name}"] = fingerprint
     log = f"{absolute(workdir)}/metrics.jsonl"
     if exists(log):
-        for line in read_bytes(log).decode().splitlines():
+        for line in read_bytes(log, _MAX_LOG).decode(errors="replace").splitlines():
             values = _line(line)
-            if str(values.pop("kind", "")).startswith("eval/") and values.get("step", 0) <= manifest.step:
-                facts["last evaluation"] = ", ".join(f"{key} {value}" for key, value in values.items())
+            kind, step = str(values.pop("kind", "")), values.pop("step", None)
+            if kind.startswith("eval/") and isinstance(step, int) and step <= manifest.step:
+                values = {"step": step, **values}
+                facts["last evaluation"] = ", ".join(f"{key} {value!s:.80}" for key, value in values.items())
     return facts
 
 
@@ -175,7 +207,7 @@ def _line(text: str) -> dict[str, Any]:
     """A line of metrics.jsonl; {} for one that a running training has not finished writing."""
     try:
         values = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
 

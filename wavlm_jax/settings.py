@@ -87,6 +87,21 @@ def nearest(key: str, known: Mapping[str, Any]) -> str:
     return f"did you mean {close[0]}?" if close else f"known keys: {', '.join(sorted(known))}"
 
 
+def check_sizes(settings: Any, *names: str, least: int = 1, most: int = 2**20, prefix: str = "") -> None:
+    """Checks fields that are whole numbers, or tuples of them; `prefix` stands before the name in the message.
+
+    Raises:
+        ValueError: naming the first field that is below `least` or above `most`.
+
+    """
+    for name in names:
+        value = getattr(settings, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if not least <= number <= most:
+                wanted = f"{least} or more" if number < least else f"at most {most}"
+                raise ValueError(f"{prefix}{name}: found {value!s:.80}, expected {wanted}")
+
+
 def convert(value: Any, hint: Any, where: str) -> Any:
     """`value` as the type `hint`. An int may stand for a float and a list for a tuple; nothing else is converted.
 
@@ -186,6 +201,8 @@ def _scalar(value: Any, hint: Any, where: str) -> Any:
         return float(value)
     if hint is int and isinstance(value, bool):
         _fail(value, "int", where)
+    if hint is int and isinstance(value, int) and not -(2**63) <= value < 2**63:
+        _fail(value, "an int of 64 bits", where)
     if not isinstance(value, hint):
         _fail(value, describe(hint), where)
     return _any(value, where)

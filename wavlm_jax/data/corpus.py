@@ -21,7 +21,7 @@ from jaxtyping import Float32, Int16, Int32, Int64
 
 from wavlm_jax.audio.wave import AudioFault, read_crop
 from wavlm_jax.files import read_json, write_json, write_text
-from wavlm_jax.settings import SettingsError, read
+from wavlm_jax.settings import SettingsError, check_sizes, read
 from wavlm_jax.shapes import SAMPLE_RATE
 from wavlm_jax.text.records import Turn, read_rttm, write_rttm
 
@@ -417,6 +417,7 @@ class DataSettings:
     """Frames that evaluation utterances are padded to; all have to fit, as none is cut."""
 
     def __post_init__(self) -> None:
+        check_sizes(self, "evaluation_buckets")
         names = ["train", *(Path(path).name for path in self.evaluation)]
         twice = {name for name in names if names.count(name) > 1}
         if twice:
