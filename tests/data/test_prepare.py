@@ -19,10 +19,11 @@ from tests.support.audio_files import encoded, save, tone, with_flac_length
 from tests.support.preparing import bad_files, failure, run, speech
 from wavlm_jax.audio.wave import to_int16
 from wavlm_jax.data.__main__ import main
-from wavlm_jax.data.corpus import Corpus, CorpusError, is_corpus
+from wavlm_jax.data.corpus import Corpus, CorpusError, is_corpus, turns_of
 from wavlm_jax.data.entries import Entry, FileReader, UtteranceSource
 from wavlm_jax.data.prepare import PrepareError, split
 from wavlm_jax.data.sources import from_folder
+from wavlm_jax.text.records import Turn, write_rttm
 
 COMMAND = [sys.executable, "-m", "wavlm_jax.data"]
 
@@ -384,3 +385,19 @@ def test_what_the_system_refuses_is_one_line_that_names_the_file(tmp_path: Path,
         assert named in message
         assert message.count("\n") == 1
         assert len(message) < 4000
+
+
+def test_the_pieces_of_a_recording_have_the_turns_that_are_their_own(tmp_path: Path):
+    for name, seconds in (("meeting", 2.5), ("short", 0.8)):
+        save(tmp_path / f"in/{name}.wav", tone(round(seconds * 16000)))
+    turns = [Turn("meeting", 0.25, 1.0, "a"), Turn("meeting", 1.5, 0.25, "b"), Turn("short", 0.1, 0.5, "c")]
+    (tmp_path / "all.rttm").write_text(write_rttm(turns))
+    words = ["--long", "split", "--max-seconds", 1, "--rttm", tmp_path / "all.rttm"]
+    assert run(tmp_path / "in", "--out", tmp_path / "out", *words) == 0
+    corpus = Corpus.open(tmp_path / "out")
+    assert list(corpus.ids) == ["meeting#0000", "meeting#0001", "meeting#0002", "short"]
+    assert turns_of(corpus) == {
+        "meeting#0000": [Turn("meeting#0000", 0.25, 0.75, "a")],
+        "meeting#0001": [Turn("meeting#0001", 0.0, 0.25, "a"), Turn("meeting#0001", 0.5, 0.25, "b")],
+        "short": [Turn("short", 0.1, 0.5, "c")],
+    }

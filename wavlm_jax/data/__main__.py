@@ -60,8 +60,6 @@ def _prepare(words: Sequence[str]) -> None:
         policy = _policy(options)
     except ValueError as error:
         parser.error(str(error))
-    if options.rttm and options.long == "split":
-        parser.error("--rttm: turns are of whole recordings; give it without --long split")
     turns = [turn for file in _rttm_files(options.rttm) for turn in read_rttm(file)]
     source = open_source(
         options.source, options.root, options.subset, options.split, _chosen(options), whole=bool(turns)
@@ -83,7 +81,8 @@ def _prepare(words: Sequence[str]) -> None:
         out = options.out / part
         report(prepare(entries, out, preparation), out)
         if turns:
-            print(f"  {attach_turns(Corpus.open(out), turns)} recordings have turns ({out / TURNS})")
+            size = policy.max_samples if policy.long == "split" else None
+            print(f"  {attach_turns(Corpus.open(out), turns, size)} recordings have turns ({out / TURNS})")
 
 
 def _rttm_files(paths: Sequence[Path]) -> list[Path]:
@@ -131,7 +130,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--max-seconds", type=_seconds, default=None, help="longer ones: see --long (default: no limit)")
     add(
-        "--long", choices=("drop", "split"), default="drop", help="drop long ones, or cut them (pieces lose their text)"
+        "--long",
+        choices=("drop", "split"),
+        default="drop",
+        help="drop long ones, or cut them (a piece has its own turns and no text)",
     )
     add("--rate-policy", choices=("error", "resample"), default="error", help="what to do with rates other than 16 kHz")
     add(

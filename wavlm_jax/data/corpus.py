@@ -332,8 +332,14 @@ def _read_shard(file: Path) -> pa.Table:
 TURNS = "turns.rttm"
 
 
-def attach_turns(corpus: Corpus, turns: Sequence[Turn]) -> int:
+def attach_turns(corpus: Corpus, turns: Sequence[Turn], piece_samples: int | None = None) -> int:
     """Write the turns of the corpus' recordings to `turns.rttm`, atomically; turns of other recordings are left out.
+
+    Args:
+        corpus: whose utterances are recordings, or pieces of recordings.
+        turns: of whole recordings.
+        piece_samples: of every piece but the last, where recordings were cut (ids end in #0000, #0001, ...): a piece
+            gets what is said in it, from its own start on. None: nothing was cut.
 
     Returns:
         How many recordings have turns.
@@ -343,8 +349,23 @@ def attach_turns(corpus: Corpus, turns: Sequence[Turn]) -> int:
 
     """
     lengths = {str(name): int(samples) for name, samples in zip(corpus.ids, corpus.lengths, strict=True)}
-    names = _recordings(lengths, corpus.path, {turn.recording for turn in turns})
-    held = [turn._replace(recording=names[turn.recording]) for turn in turns if turn.recording in names]
+    pieces: dict[str, list[tuple[str, float]]] = {}
+    for name in lengths:
+        whole, _, number = name.rpartition("#")
+        if piece_samples is not None and whole and number.isdecimal():
+            pieces.setdefault(whole, []).append((name, int(number) * piece_samples / SAMPLE_RATE))
+        else:
+            pieces.setdefault(name, []).append((name, 0.0))
+    names = _recordings(pieces, corpus.path, {turn.recording for turn in turns})
+    held = []
+    for turn in turns:
+        recording = names.get(turn.recording, "")
+        for name, start in pieces.get(recording, []):
+            first, last = max(turn.start, start), min(turn.end, start + lengths[name] / SAMPLE_RATE)
+            if name == recording:
+                held.append(turn._replace(recording=name))
+            elif first < last:
+                held.append(turn._replace(recording=name, start=first - start, duration=last - first))
     if not held:
         found = ", ".join(sorted({turn.recording for turn in turns})[:3]) or "none"
         raise CorpusError(
