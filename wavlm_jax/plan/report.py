@@ -137,18 +137,12 @@ def as_text(plan: Plan, target: Target, name: str, cures: Sequence[Cure]) -> str
 
 def as_json(plan: Plan, target: Target, name: str, cures: Sequence[Cure]) -> dict[str, Any]:
     """Everything in SI units and bytes, ready for `json.dump`."""
-    return {
+    return vars(plan) | {
         "config": name,
         "topology": target.topology,
         "slices": target.slices,
         "chip": asdict(target.chip),
         "fits": plan.fits,
-        "mesh": dict(plan.mesh),
-        "devices": plan.devices,
-        "processes": plan.processes,
-        "parameters": plan.parameters,
-        "state_bytes": plan.state_bytes,
-        "num_steps": plan.num_steps,
         "step_seconds": plan.step_seconds,
         "audio_seconds_per_second_and_chip": plan.audio_rate,
         "hours": plan.hours,
