@@ -123,6 +123,8 @@ def test_common_voice(tmp_path: Path):
     with pytest.raises(SourceError, match=r"has the splits test, train, .*; pass --split"):
         read(tmp_path)
     expected = {"common_voice_en_1": ("f00", 'Said "so"')}
+    with pytest.raises(SourceError, match=r"--split \*: found 2 tables; they are read one at a time"):
+        read(tmp_path, split="*")
     assert read(tmp_path, split="train") == read(tmp_path / "train.tsv") == expected
 
 

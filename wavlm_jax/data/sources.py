@@ -70,18 +70,22 @@ def open_source(
 
     """
     path = Path(name)
-    if path.is_file() and name.endswith(MANIFEST_SUFFIXES):
-        if split is not None or subset is not None:
-            raise SourceError(f"{name}: a manifest, of which --split and --subset choose nothing; name the one to read")
+    one_list = path.is_file() and name.endswith(MANIFEST_SUFFIXES)
+    is_kaldi = not plain and (path / "wav.scp").is_file()
+    if (one_list or is_kaldi) and (split is not None or subset is not None):
+        raise SourceError(f"{name}: one list, of which --split and --subset choose nothing; name the one to read")
+    if one_list:
         return from_manifest(path, root, chosen)
-    if not plain and (path / "wav.scp").is_file():
+    if is_kaldi:
         listing, rows = kaldi(path, whole=whole)
         unused = [f"{path}: has turns; with --rttm {path / 'rttm'} recordings are taken as wholes, with their turns"]
         notes = unused if (path / "rttm").is_file() and not whole else []
         return from_rows(listing, rows, root, [*([] if root is None else [root]), path, path.parent], notes)
     if not plain and (tables := common_voice(path)):
-        (name,) = choose_splits(name, list(tables), split)
-        return from_manifest(tables[name], root or path / "clips", chosen)
+        table, *more = choose_splits(name, list(tables), split)
+        if more:
+            raise SourceError(f"{name}: --split {split}: found {len(more) + 1} tables; they are read one at a time")
+        return from_manifest(tables[table], root or path / "clips", chosen)
     if path.is_dir():
         folder = _of_split(walk(path.resolve()), split)
         if not plain and (metadata := _metadata(folder)) is not None:
@@ -110,7 +114,8 @@ def _of_split(folder: AudioFolder, split: str | None) -> AudioFolder:
     """What belongs to a split, where folders are named like splits; training and test audio is never joined unasked."""
     held = [*folder.audio, *folder.unread]
     names = sorted({_split_folder(name) for name in held} - {""})
-    kinds = {_SPLIT_FOLDER.match(PurePosixPath(name).name)[1].lower() for name in names}
+    matches = [_SPLIT_FOLDER.match(PurePosixPath(name).name) for name in names]
+    kinds = {match[1].lower() for match in matches if match is not None}
     if not held or (split is None and len(kinds) <= 1):
         return folder
     chosen = {*choose_splits(str(folder.root), names, split), *([""] if split == "*" else [])}
@@ -320,7 +325,7 @@ def from_datasets(
 
 def _ids(dataset: Any, audio: str, chosen: Chosen, name: str) -> tuple[list[str], list[str]]:
     """Ids of all rows, and notes about columns that cannot give them."""
-    notes = []
+    notes = list[str]()
     known = [chosen["id"]] if "id" in chosen else [column for column in COLUMNS["id"] if column in dataset.features]
     for column in filter(None, known):
         ids = _texts(dataset, column, name)
