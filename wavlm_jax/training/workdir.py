@@ -268,7 +268,7 @@ def check_room(place: str, num_bytes: int) -> None:
 
 def cure(place: str) -> str:
     """What to do where nothing can be written, for messages."""
-    return "make room or choose another --workdir" if address(place) is None else _CURE
+    return "make room or choose another --workdir (--out)" if address(place) is None else _CURE
 
 
 def _check_folder(folder: str, num_bytes: int) -> None:
