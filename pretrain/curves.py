@@ -9,6 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from wavlm_jax.extras import extra
+from wavlm_jax.files import named
+
 Record = Mapping[str, Any]
 
 PANELS = (
@@ -79,14 +82,15 @@ def draw(
 
     Raises:
         ValueError: no run has any metric of a panel.
+        MissingExtraError: matplotlib is not installed.
 
     """
     _insist(runs, panels)
-    import matplotlib as mpl  # noqa: PLC0415  an optional dependency (extra `demo`)
+    with extra("demo", "the picture of curves"):
+        import matplotlib as mpl  # noqa: PLC0415
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415
-
+        mpl.use("Agg")
+        from matplotlib import pyplot as plt  # noqa: PLC0415
     lines = -(-len(panels) // 2)
     figure, axes = plt.subplots(lines, 2, figsize=(11, 3.5 * lines), constrained_layout=True, squeeze=False)
     for axis in axes.flat[len(panels) :]:
@@ -113,8 +117,8 @@ def draw(
 def main() -> None:
     """Read the runs named on the command line and draw them."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("metrics", nargs="+", type=Path, help="metrics.jsonl of one or more runs")
-    parser.add_argument("--out", type=Path, required=True, help="the PNG to write")
+    parser.add_argument("metrics", nargs="+", type=named, help="metrics.jsonl of one or more runs")
+    parser.add_argument("--out", type=named, required=True, help="the PNG to write")
     parser.add_argument("--panels", nargs="+", metavar="METRIC", help="what to draw (default: pre-training's curves)")
     arguments = parser.parse_args()
     panels = [(metric, (metric,)) for metric in arguments.panels] if arguments.panels else PANELS

@@ -25,6 +25,7 @@ import numpy as np
 
 from pretrain.curves import draw, read_records
 from pretrain.labels import LabelHeader, LabelStore
+from wavlm_jax.files import named
 
 
 def python(*arguments: str) -> None:
@@ -260,7 +261,7 @@ def unigram_accuracy(labels: Path, split: str) -> float:
 def main() -> None:
     """All stages, then the report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder for everything that the demo makes")
+    parser.add_argument("--out", type=named, required=True, help="folder for everything that the demo makes")
     parser.add_argument("--data", help="anyone's audio instead of the embedded speech: whatever wavlm_jax.data takes")
     parser.add_argument("--smoke", action="store_true", help="every stage for real, but only seconds of each")
     arguments = parser.parse_args()

@@ -397,7 +397,7 @@ class HeadConfig:
         return sum((k - 1) * d for k, d in zip(self.tdnn_kernel, self.tdnn_dilation, strict=True))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TaskHead:
     """The head of a fine-tuned model, with its parameters."""
 

@@ -22,6 +22,7 @@ from wavlm_jax.convert.huggingface import CONVENTIONS, export_huggingface, huggi
 from wavlm_jax.convert.huggingface_files import open_weights
 from wavlm_jax.convert.microsoft import export_microsoft, microsoft_tensors, open_microsoft
 from wavlm_jax.convert.state_dict import Precision, StoredTensor, rounded
+from wavlm_jax.extras import missing
 from wavlm_jax.files import write_text
 from wavlm_jax.weights import Model, Weights
 
@@ -190,8 +191,8 @@ def check_file(
 
 def missing_packages() -> str | None:
     """What keeps transformers from running here, as a sentence; None: nothing."""
-    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-    return f"{' and '.join(missing)} not installed (pip install 'wavlm-jax[torch]')" if missing else None
+    absent = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    return missing("torch", "that", " and ".join(absent)) if absent else None
 
 
 def compare_models(path: Path) -> tuple[float, str]:

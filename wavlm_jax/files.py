@@ -10,7 +10,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,39 @@ def open_regular(path: Path) -> io.FileIO:
     return io.FileIO(descriptor)
 
 
+def named(text: str) -> Path:
+    """The path that a person means: `~` and `~name` at its start are a home folder, unless a file is called so."""
+    path = Path(text)
+    if text.startswith("~") and not path.exists():
+        with suppress(RuntimeError):  # of a user that there is not
+            return path.expanduser()
+    return path
+
+
+def printable(name: object) -> str:
+    """A file name as valid Unicode; invalid bytes become escapes."""
+    return os.fsencode(str(name)).decode("utf-8", "backslashreplace")
+
+
+def check_writable(path: Path) -> None:
+    """Tries whether `replacing` can write `path`, whose folder has to exist.
+
+    Raises:
+        OSError: a folder, a pipe or device, a name that is too long, or a place where one may not write.
+
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a folder, expected the name of a file", str(path))
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "a pipe or device, expected a file", str(path))
+    _draft(path).touch()
+    _draft(path).unlink()
+
+
+def _draft(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` to write into; it replaces `path` at the end, or is deleted on an exception.
@@ -50,7 +83,7 @@ def replacing(path: Path) -> Iterator[Path]:
     The folder of `path` is made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    draft = _draft(path)
     try:
         yield draft
         with draft.open("rb") as written:

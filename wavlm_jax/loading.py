@@ -18,6 +18,7 @@ from wavlm_jax.convert.huggingface_files import fetch, is_hub_name
 from wavlm_jax.convert.microsoft import import_microsoft
 from wavlm_jax.convert.torch_file import read_torch_file
 from wavlm_jax.convert.torchaudio import import_torchaudio, is_torchaudio
+from wavlm_jax.files import named
 from wavlm_jax.lora import BRANCH, LoRASettings, merged
 from wavlm_jax.model.heads import HEADS, recognise
 from wavlm_jax.model.wavlm import WavLM
@@ -51,7 +52,7 @@ def load_weights(path: Path | str, step: int | None = None) -> Weights:
     """
     if (place := address(path)) is not None:
         return _from_bucket(place, step)
-    path = Path(path)
+    path = named(str(path))
     if path.is_dir():
         if path.parent.name == FOLDER and path.name.isdecimal() and step is None:
             return _from_run(path.parent.parent, int(path.name))
@@ -266,8 +267,8 @@ def load(
     """
     if num_attention_heads is None:
         weights = load_weights(Path(path), step)
-    elif step is None and Path(path).is_file() and is_torchaudio(read_torch_file(Path(path))):
-        weights = import_torchaudio(Path(path), num_attention_heads=num_attention_heads)
+    elif step is None and named(str(path)).is_file() and is_torchaudio(read_torch_file(named(str(path)))):
+        weights = import_torchaudio(named(str(path)), num_attention_heads=num_attention_heads)
     else:
         raise ValueError(f"{path}: num_attention_heads is for a torchaudio state dict alone; other sources tell it")
     if padding is not None:

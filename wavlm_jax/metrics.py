@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
+from wavlm_jax.extras import extra
 from wavlm_jax.text.records import Region, Turn
 
 
@@ -169,10 +170,10 @@ def diarization_error(
 
     Raises:
         ValueError: turns of recordings without a region; a window or collar that is not positive.
+        MissingExtraError: pyannote.metrics is not installed.
 
     """
-    from pyannote.metrics.diarization import DiarizationErrorRate  # noqa: PLC0415 an extra
-
+    _, pyannote = scorer()
     if window is not None and not window > 0:
         raise ValueError(f"window: found {window} s, expected more than 0")
     if not collar >= 0:
@@ -182,7 +183,7 @@ def diarization_error(
         stray = sorted({turn.recording for turn in turns} - names)
         if stray:
             raise ValueError(f"{kind}: {', '.join(stray[:5])} has turns but no region to score; add it to the UEM")
-    metric = DiarizationErrorRate(collar=2 * collar, skip_overlap=skip_overlap)
+    metric = pyannote.DiarizationErrorRate(collar=2 * collar, skip_overlap=skip_overlap)
     sums = dict.fromkeys(("false alarm", "missed detection", "confusion", "total"), 0.0)
     for name in sorted(names):
         wanted, found = _annotation(reference, name), _annotation(hypothesis, name)
@@ -190,6 +191,19 @@ def diarization_error(
             parts: Any = metric(wanted, found, uem=scored, detailed=True)
             sums = {part: total + float(parts[part]) for part, total in sums.items()}
     return DiarizationError(*sums.values())
+
+
+def scorer() -> tuple[Any, Any]:
+    """Pyannote's modules `core` and `metrics.diarization`.
+
+    Raises:
+        MissingExtraError: it is not installed.
+
+    """
+    with extra("evaluate", "the diarisation error rate"):
+        from pyannote import core  # noqa: PLC0415
+        from pyannote.metrics import diarization  # noqa: PLC0415
+    return core, diarization
 
 
 def one_speaker(regions: Sequence[Region]) -> list[Turn]:
@@ -216,23 +230,21 @@ def _merged(turns: Iterable[Turn]) -> list[Turn]:
 
 def _scored(regions: Sequence[Region], window: float | None) -> Iterator[Any]:
     """Timelines of one recording, each of which gets its own mapping of speakers."""
-    from pyannote.core import Segment, Timeline  # noqa: PLC0415 an extra
-
-    whole = Timeline([Segment(region.start, region.end) for region in regions]).support()
+    core, _ = scorer()
+    whole = core.Timeline([core.Segment(region.start, region.end) for region in regions]).support()
     if window is None:
         yield whole
         return
     for region in whole:
         for number in range(math.ceil(region.duration / window)):
             start = region.start + number * window
-            yield Timeline([Segment(start, min(start + window, region.end))])
+            yield core.Timeline([core.Segment(start, min(start + window, region.end))])
 
 
 def _annotation(turns: Sequence[Turn], recording: str) -> Any:
-    from pyannote.core import Annotation, Segment  # noqa: PLC0415 an extra
-
-    annotation = Annotation(uri=recording)
+    core, _ = scorer()
+    annotation = core.Annotation(uri=recording)
     spoken = (turn for turn in turns if turn.recording == recording and turn.duration > 0)
     for number, turn in enumerate(_merged(spoken)):
-        annotation[Segment(turn.start, turn.end), number] = turn.speaker
+        annotation[core.Segment(turn.start, turn.end), number] = turn.speaker
     return annotation

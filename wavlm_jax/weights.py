@@ -1,6 +1,6 @@
 """Weights as every reader returns and every writer takes them, and the model that can be called with them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float
 
 from wavlm_jax.audio.recordings import Inputs, normalize, pad
+from wavlm_jax.audio.wave import FULL_SCALE
 from wavlm_jax.config import TaskHead, WavLMConfig
 from wavlm_jax.model.heads import Headed, module_of
 from wavlm_jax.model.wavlm import WavLM
-from wavlm_jax.shapes import FrameMask, Hidden, NumSamples, Params, Waveform
+from wavlm_jax.shapes import FrameMask, Geometry, Hidden, NumSamples, Params, Waveform
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,9 @@ class Origin:
     """The longest rows that it was trained on; None: unknown, as for everything but our own runs."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Weights:
-    """Config and parameters of a model; arrays are numpy, on the host."""
+    """Config and parameters of a model; arrays are numpy, on the host. Compared and hashed by identity."""
 
     config: WavLMConfig
     """With the conventions of the source (`padding`, `do_normalize`, `normalize_eps`)."""
@@ -69,9 +70,13 @@ class Output(NamedTuple):
     """Speaker embeddings; None: the head computes none."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
-    """A model that can be called. Frozen; `dataclasses.replace(model, params=...)` gives one with other parameters."""
+    """A model that can be called. Frozen; `dataclasses.replace(model, params=...)` gives one with other parameters.
+
+    Can be pickled and copied, is compared and hashed by identity, and can itself be under `jax.jit`, `jax.grad` and
+    `jax.export`; its parameters are constants there (`module.apply` takes them as an argument).
+    """
 
     config: WavLMConfig
     params: Params
@@ -80,22 +85,24 @@ class Model:
     weights: Weights
     """What the model was made from, with pre-training head, vocabulary files and notes."""
 
-    def __call__(self, waveform: Waveform | np.ndarray, num_samples: NumSamples | np.ndarray | None = None) -> Output:
+    def __call__(self, waveform: Any, num_samples: Any = None) -> Output:
         """One deterministic, compiled forward pass; each shape is compiled once.
 
         Args:
             waveform: (rows, samples) at 16 kHz, normalised already where `config.do_normalize` says so, as
-                transformers' feature extractor does, and `inputs` too.
+                transformers' feature extractor does, and `inputs` too. int16 counts as samples times 32768.
             num_samples: (rows,) real samples a row; None: no row is padded.
 
         Raises:
-            ValueError: no matrix, or rows shorter than one frame.
+            ValueError: no matrix, rows shorter than one frame, NaN or infinities, other integers than int16, int16 for
+                a model that wants normalised waves, or `num_samples` that are not those of the rows. Under `jax.jit`
+                values cannot be looked at, only shapes and dtypes.
 
         """
-        wave = jnp.asarray(waveform, jnp.float32)
+        wave = jnp.asarray(_samples(waveform, "waveform", normalised=self.config.do_normalize))
         if wave.ndim != 2:  # noqa: PLR2004
             raise ValueError(f"waveform: found shape {wave.shape}, expected (rows, samples); one wave is wave[None]")
-        given = None if num_samples is None else jnp.asarray(num_samples, jnp.int32)
+        given = None if num_samples is None else _counts(num_samples, *wave.shape)
         return _forward(self.module, self.params, wave, given)
 
     @property
@@ -108,9 +115,72 @@ class Model:
         changed = replace(task, params=beside)
         return replace(self.weights, config=self.config, params=self.params["wavlm"], task=changed)
 
-    def inputs(self, waves: Sequence[Float32[np.ndarray, "_"]]) -> Inputs:
-        """Waves of any length as the arguments of a call: normalised where the model wants it, then padded."""
-        return pad([normalize(wave, self.config) for wave in waves])
+    def inputs(self, waves: Iterable[Any]) -> Inputs:
+        """Waves of any length as the arguments of a call: normalised where the model wants it, then padded.
+
+        Args:
+            waves: one or more mono waves at 16 kHz, each (samples,), of whatever numpy takes for an array: floating
+                point in [-1, 1], or int16, which is divided by 32768.
+
+        Raises:
+            ValueError: a wave of several channels, shorter than one frame, with NaN or infinities, or of integers whose
+                full scale is unknown; the message has its number.
+
+        """
+        shortest, found = Geometry(self.config.conv_kernel, self.config.conv_stride).receptive_field, []
+        for number, given in enumerate(waves):
+            wave = np.asarray(_samples(given, f"wave {number}"))
+            if wave.ndim == 0:
+                raise ValueError(f"waves: found a number at place {number}, expected waves; one alone is [wave]")
+            if wave.ndim > 1:
+                cure = "of several channels take one, or the mean over the axis of the channels"
+                raise ValueError(f"wave {number}: found shape {wave.shape}, expected (samples,), mono; {cure}")
+            if len(wave) < shortest:
+                raise ValueError(f"wave {number}: found {len(wave)} samples, expected at least {shortest} (one frame)")
+            found.append(normalize(wave, self.config))
+        if not found:
+            raise ValueError("waves: found none, expected one or more")
+        return pad(found)
+
+
+def _samples(values: Any, name: str, *, normalised: bool = False) -> np.ndarray | Array:
+    """Samples as float32, int16 divided by its full scale; arrays of JAX stay on their device, traced ones traced.
+
+    Raises:
+        ValueError: no array, other integers or no numbers at all, NaN or infinities; int16 where they have to be
+            `normalised` already.
+
+    """
+    try:
+        array: Any = values if isinstance(values, jax.Array) else np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; tensors of torch with gradients or on a GPU
+        raise ValueError(f"{name}: not to be read as an array ({str(error).splitlines()[0]})") from error
+    if not normalised and array.dtype.kind == "i" and array.dtype.itemsize == np.dtype(np.int16).itemsize:
+        array = array / np.float32(FULL_SCALE)
+    elif not jnp.issubdtype(array.dtype, jnp.floating):
+        expected = "normalised ones: model.inputs(waves) makes them" if normalised else "in [-1, 1], or int16"
+        raise ValueError(f"{name}: found {array.dtype} samples, expected floating point, {expected}")
+    with np.errstate(over="ignore"):  # of float64; infinities are refused below
+        array = array.astype(np.float32)
+    library: Any = jnp if isinstance(array, jax.Array) else np
+    if not isinstance(array, jax.core.Tracer) and not library.isfinite(array).all():
+        raise ValueError(f"{name}: found NaN or infinite samples, expected finite ones")
+    return array
+
+
+def _counts(values: Any, rows: int, samples: int) -> NumSamples:
+    """`num_samples` as int32.
+
+    Raises:
+        ValueError: not one whole number for each row, or one outside 0 to `samples`.
+
+    """
+    counts = values if isinstance(values, jax.Array) else np.asarray(values)
+    if counts.shape != (rows,) or counts.dtype.kind not in "iu":
+        raise ValueError(f"num_samples: found {counts.dtype} of shape {counts.shape}, expected ({rows},) whole numbers")
+    if not isinstance(counts, jax.core.Tracer) and rows and (counts.min() < 0 or counts.max() > samples):
+        raise ValueError(f"num_samples: found {counts.min()} to {counts.max()}, expected 0 to the {samples} of a row")
+    return jnp.asarray(counts, jnp.int32)
 
 
 def ready(weights: Weights) -> Model:

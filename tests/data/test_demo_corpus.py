@@ -126,7 +126,7 @@ def test_without_the_wheel_the_error_gives_the_command(
 ):
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
     assert make(tmp_path / "out") == 2
-    assert 'pip install "wavlm-jax[demo]"' in capsys.readouterr().err
+    assert "pip install 'wavlm-jax[demo]'" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -119,7 +119,7 @@ def _small_shards(**settings):
 
 
 def test_names_come_from_stdin_too(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(_files(folder, "b")) + "\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{_files(folder, 'b')[0]}\n".encode())))
     arguments = ["features", "-", "--model", str(folder / "model"), "--out", str(tmp_path / "x"), "--layer", "0"]
     assert main([*arguments, "--dtype", "float16", "--device", "cpu"]) == 0
     array = np.load(tmp_path / "x/features-00000.npy")

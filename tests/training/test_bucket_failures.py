@@ -17,6 +17,7 @@ from tests.support.buckets import NAME, Objects
 from tests.support.pods import free_port
 from tests.training.test_train_processes import STEPS as TOY_STEPS
 from tests.training.test_train_processes import Runner
+from wavlm_jax.extras import MissingExtraError
 from wavlm_jax.training import loop
 from wavlm_jax.training.checkpoint import MARK, CheckpointStore, load_params, steps
 from wavlm_jax.training.sharding import make_mesh
@@ -120,5 +121,5 @@ def test_a_bucket_that_one_may_not_write_to_is_said_at_the_start(monkeypatch: py
 def test_without_its_packages_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     monkeypatch.delitem(_registry, "gcs", raising=False)
-    with pytest.raises(OSError, match=r"pip install 'wavlm-jax\[gcs\]', or give a folder"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'wavlm-jax\[gcs\]', or give a folder"):
         check_room("gs://bucket/run", 1000)

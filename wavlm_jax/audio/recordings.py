@@ -9,19 +9,20 @@ Wav2Vec2FeatureExtractor with an attention mask. Without one it would count the 
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import Float32, Int32
 
 from wavlm_jax.audio.wave import AudioFault, decode, num_samples_of, open_audio, read_blocks, resample, to_mono
 from wavlm_jax.config import WavLMConfig
+from wavlm_jax.files import printable
 from wavlm_jax.shapes import SAMPLE_RATE, STANDARD, Geometry, num_frames, samples_for
 
 Samples = Float32[np.ndarray, "samples"]
@@ -152,8 +153,16 @@ class Recording:
                 return _moments(to_mono(block) for block in blocks)
 
 
+OnFault: TypeAlias = Callable[[str, Path, ValueError], Any]
+"""Takes name, path and fault of a recording that is left out."""
+
+
 def open_recordings(
-    paths: Sequence[Path], *, resampling: bool = False, geometry: Geometry = STANDARD
+    paths: Sequence[Path],
+    *,
+    resampling: bool = False,
+    geometry: Geometry = STANDARD,
+    on_fault: OnFault | None = None,
 ) -> list[Recording]:
     """The headers of all files, read and checked before anything is computed.
 
@@ -161,9 +170,11 @@ def open_recordings(
         paths: audio files.
         resampling: also accept other rates than 16 kHz (such a file is held in memory as a whole).
         geometry: of the model; a file has to be long enough for one frame.
+        on_fault: gets files that cannot be used, which are left out; None: they are an error.
 
     Raises:
-        RecordingError: files that are missing, empty, not audio, too short, at another rate, or given twice.
+        RecordingError: files that are given twice, and without `on_fault` those that are missing, empty, not audio, too
+            short or at another rate.
 
     """
     twice = [str(path) for path, given in Counter(paths).items() if given > 1]
@@ -177,7 +188,9 @@ def open_recordings(
                 recordings.append(_opened(name, path, resampling, geometry))
         except AudioFault as fault:
             faults.append(str(fault))
-    if faults:
+            if on_fault is not None:
+                on_fault(name, path, fault)
+    if faults and on_fault is None:
         raise RecordingError(first_of(faults))
     return recordings
 
@@ -202,11 +215,12 @@ def _naming(path: Path) -> Iterator[None]:
 def _names(paths: Sequence[Path]) -> list[str]:
     """For each file the shortest name that no other file has: stem, path without ending, whole path.
 
-    White space becomes _, as RTTM and CTM are split at it; paths that are then equal are numbered.
+    White space becomes _, as RTTM and CTM are split at it, bytes that are not UTF-8 become escapes; paths that are then
+    equal are numbered.
     """
     stems, bare, whole = (
         (
-            ["_".join(name.split()) for name in names]
+            ["_".join(printable(name).split()) for name in names]
             for names in zip(*((path.stem, str(path.with_suffix("")), str(path)) for path in paths), strict=True)
         )
         if paths
@@ -229,9 +243,9 @@ def _names(paths: Sequence[Path]) -> list[str]:
 def renamed(recordings: Sequence[Recording]) -> list[str]:
     """A line for each recording whose name is neither its file's nor its path: white space, or a number behind it."""
     return [
-        f"{one.path} as {one.name}"
+        f"{printable(one.path)} as {one.name}"
         for one in recordings
-        if one.name not in (one.path.stem, str(one.path.with_suffix("")), str(one.path))
+        if one.name not in map(printable, (one.path.stem, one.path.with_suffix(""), one.path))
     ]
 
 

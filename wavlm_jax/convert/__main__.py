@@ -7,11 +7,11 @@ folder that `wavlm_jax.load` and transformers read; `export --to huggingface` th
 
 import argparse
 import sys
-from pathlib import Path
 
 import jax
 
 from wavlm_jax.export import conventions, save_huggingface, save_microsoft
+from wavlm_jax.files import named
 from wavlm_jax.loading import load
 
 EXIT_WRONG = 2
@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--to", choices=sorted(_SAVE), required=True, help="whose format")
     for command in (bring, export):
         command.add_argument("source", help="folder, file, workdir of a run, or name on the hub")
-        command.add_argument("out", type=Path, help="folder (or, for microsoft, file) to write")
+        command.add_argument("out", type=named, help="folder (or, for microsoft, file) to write")
         command.add_argument("--step", type=int, help="checkpoint of the run; the newest if not given")
         command.add_argument(
             "--heads", type=int, help="attention heads of a torchaudio HuBERT; those of the published size if not given"

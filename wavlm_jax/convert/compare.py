@@ -13,15 +13,18 @@ from typing import Any
 
 import jax
 import numpy as np
-import torch
-import transformers
 
 from wavlm_jax.convert.huggingface import CONFIG, import_huggingface
 from wavlm_jax.convert.microsoft import identity, import_microsoft, microsoft_name
 from wavlm_jax.convert.state_dict import ConversionError
+from wavlm_jax.extras import extra
 from wavlm_jax.files import read_json
 from wavlm_jax.shapes import Geometry, samples_for
 from wavlm_jax.weights import Model, Output, ready
+
+with extra("torch", "the comparison with transformers"):
+    import torch
+    import transformers
 
 _SHORTEST = 7000
 _SHARES = (2.3, 1.6, 1.0)

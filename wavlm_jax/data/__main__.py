@@ -23,6 +23,7 @@ from wavlm_jax.data.prepare import (
     split,
 )
 from wavlm_jax.data.sources import open_source
+from wavlm_jax.files import named
 from wavlm_jax.shapes import SAMPLE_RATE, samples_for
 from wavlm_jax.text.records import read_rttm
 
@@ -62,7 +63,7 @@ def _prepare(words: Sequence[str]) -> None:
         parser.error(str(error))
     turns = [turn for file in _rttm_files(options.rttm) for turn in read_rttm(file)]
     source = open_source(
-        options.source, options.root, options.subset, options.split, _chosen(options), whole=bool(turns)
+        str(named(options.source)), options.root, options.subset, options.split, _chosen(options), whole=bool(turns)
     )
     for note in source.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -122,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m wavlm_jax.data", description=DESCRIPTION)
     add = parser.add_argument
     add("source", metavar="SOURCE")
-    add("--out", type=Path, required=True, metavar="CORPUS", help="folder of the corpus; made, resumed, or left alone")
+    add("--out", type=named, required=True, metavar="CORPUS", help="folder of the corpus; made, resumed, or left alone")
     add("--name", help="in the header and in logs (default: the name of SOURCE)")
     add("--workers", type=int, default=available_cores(), help="processes (default: one per core)")
     add(
@@ -143,10 +144,10 @@ def _parser() -> argparse.ArgumentParser:
         help=f"share of bad files above which it stops (default: 0.001; {FREE_FAULTS} are always tolerated)",
     )
     add("--holdout", type=_share, default=0.0, help="share for CORPUS/valid, by hash of the id; the rest: CORPUS/train")
-    add("--root", type=Path, default=None, help="folder that has all audio, also by absolute paths and links")
+    add("--root", type=named, default=None, help="folder that has all audio, also by absolute paths and links")
     add(
         "--rttm",
-        type=Path,
+        type=named,
         nargs="+",
         default=[],
         metavar="FILE",
@@ -178,7 +179,7 @@ def _seconds(text: str) -> float:
 
 def _verify(words: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m wavlm_jax.data verify", description="Compares every checksum.")
-    parser.add_argument("corpus", type=Path, metavar="CORPUS")
+    parser.add_argument("corpus", type=named, metavar="CORPUS")
     corpus = Corpus.open(parser.parse_args(words).corpus)
     corpus.verify()
     print(f"{corpus.path}: whole, {len(corpus.header.shards)} shards")
@@ -192,7 +193,7 @@ def _demo(words: Sequence[str]) -> None:
     sizes = DemoSettings()
     parser = argparse.ArgumentParser(prog="python -m wavlm_jax.data demo", description="Makes the embedded corpus.")
     add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="CORPUS", help="folder for train, valid and unseen_voices")
+    add("--out", type=named, required=True, metavar="CORPUS", help="folder for train, valid and unseen_voices")
     add("--voices", type=int, default=sizes.voices, help=f"default: {sizes.voices}")
     add("--unseen-voices", type=int, default=sizes.unseen_voices, help=f"of these, default: {sizes.unseen_voices}")
     add("--sentences", type=int, default=sizes.sentences, help=f"per voice, default: {sizes.sentences}")

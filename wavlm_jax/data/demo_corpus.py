@@ -33,6 +33,7 @@ from wavlm_jax.audio.wave import FULL_SCALE, encode_flac, resample, to_int16
 from wavlm_jax.data.corpus import is_corpus, read_header
 from wavlm_jax.data.manifests import from_manifest
 from wavlm_jax.data.prepare import Preparation, PreparedCorpus, PrepareError, prepare
+from wavlm_jax.extras import extra
 from wavlm_jax.files import write_text
 from wavlm_jax.shapes import SAMPLE_RATE
 
@@ -248,13 +249,11 @@ def _loader_module() -> ModuleType:
     """The wheel that holds espeak-ng's library and data.
 
     Raises:
-        EspeakError: it is not installed.
+        MissingExtraError: it is not installed.
 
     """
-    try:
-        import espeakng_loader  # noqa: PLC0415  (an optional extra, needed for the demo corpus alone)
-    except ImportError as error:
-        raise EspeakError('the demo corpus is spoken by espeak-ng; pip install "wavlm-jax[demo]"') from error
+    with extra("demo", "the demo corpus (spoken by espeak-ng)"):
+        import espeakng_loader  # noqa: PLC0415
     module: ModuleType = espeakng_loader
     return module
 
@@ -350,7 +349,8 @@ def make_demo(out: Path, settings: DemoSettings, workers: int, *, progress: bool
     """Make the corpora `out`/train, `out`/valid and `out`/unseen_voices; resumable, and nothing to do a second time.
 
     Raises:
-        EspeakError: `espeakng-loader` is missing, or a voice fails.
+        MissingExtraError: `espeakng-loader` is not installed.
+        EspeakError: a voice fails.
         PrepareError: `out` holds something else.
 
     """

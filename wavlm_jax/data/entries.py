@@ -193,8 +193,3 @@ def stamp_of(path: Path) -> str:
     except OSError:
         return ""
     return f"{status.st_size}@{int(status.st_mtime)}"
-
-
-def printable(name: str) -> str:
-    """A file name as valid Unicode; invalid bytes become escapes."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")

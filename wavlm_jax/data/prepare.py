@@ -31,8 +31,8 @@ from tqdm import tqdm
 from wavlm_jax.audio.wave import AudioFault
 from wavlm_jax.data.conform import Conformed, Policy, conform
 from wavlm_jax.data.corpus import FORMAT, CorpusHeader, CorpusShard, is_corpus, read_header, sha256_of, write_header
-from wavlm_jax.data.entries import AudioReader, Entry, PhoneTimes, UtteranceSource, digest, printable
-from wavlm_jax.files import read_json, write_json, write_text
+from wavlm_jax.data.entries import AudioReader, Entry, PhoneTimes, UtteranceSource, digest
+from wavlm_jax.files import printable, read_json, write_json, write_text
 from wavlm_jax.settings import SettingsError
 from wavlm_jax.shapes import SAMPLE_RATE
 from wavlm_jax.version import __version__

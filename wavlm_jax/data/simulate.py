@@ -30,6 +30,7 @@ from wavlm_jax.data.augment import MOST_DB, RANGE_DB, Samples, noise_below, with
 from wavlm_jax.data.corpus import Corpus, attach_turns
 from wavlm_jax.data.entries import Entry, SourceError, UtteranceSource
 from wavlm_jax.data.prepare import Preparation, PreparedCorpus, available_cores, prepare, unordered
+from wavlm_jax.files import named
 from wavlm_jax.shapes import SAMPLE_RATE
 from wavlm_jax.text.records import Turn
 
@@ -417,8 +418,8 @@ def command(words: Sequence[str]) -> tuple[PreparedCorpus, Path]:
     defaults, room = ConversationSettings(), Room()
     parser = argparse.ArgumentParser(prog="python -m wavlm_jax.data simulate", description=_DESCRIPTION)
     add = parser.add_argument
-    add("corpus", type=Path, metavar="CORPUS", help="utterances with speakers, prepared")
-    add("--out", type=Path, required=True, metavar="CORPUS", help="the conversations; made, resumed, or left alone")
+    add("corpus", type=named, metavar="CORPUS", help="utterances with speakers, prepared")
+    add("--out", type=named, required=True, metavar="CORPUS", help="the conversations; made, resumed, or left alone")
     add("--conversations", type=int, default=100, help="default: 100")
     add(
         "--speakers",
@@ -437,9 +438,9 @@ def command(words: Sequence[str]) -> tuple[PreparedCorpus, Path]:
         default=defaults.level_db,
         help="levels of speakers differ by up to +- (default: 5)",
     )
-    add("--noise", type=Path, metavar="CORPUS", help="noise to mix in")
+    add("--noise", type=named, metavar="CORPUS", help="noise to mix in")
     add("--snr-db", type=plain_number, nargs=2, default=list(room.snr_db), help="range of the SNR (default: 10 25)")
-    add("--rirs", type=Path, metavar="CORPUS", help="room impulse responses, one per speaker and conversation")
+    add("--rirs", type=named, metavar="CORPUS", help="room impulse responses, one per speaker and conversation")
     add("--seed", type=int, default=0)
     add("--workers", type=int, default=available_cores(), help="processes (default: one per core)")
     options = parser.parse_args(words)

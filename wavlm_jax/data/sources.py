@@ -30,13 +30,13 @@ from wavlm_jax.data.entries import (
     listed,
     names_in,
     one_line,
-    printable,
     stamp_of,
     text_of,
     value_at,
 )
 from wavlm_jax.data.layouts import Beside, beside, common_voice, kaldi
 from wavlm_jax.data.manifests import alignment, from_manifest, from_rows
+from wavlm_jax.files import printable
 
 MANIFEST_SUFFIXES = (".tsv", ".csv", ".jsonl", ".jsonl.gz", ".json", ".txt", ".manifest")
 AUDIOFOLDER = ("metadata.jsonl", "metadata.csv")

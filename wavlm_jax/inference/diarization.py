@@ -162,7 +162,8 @@ def error_table(
                 for answer in (given, one_speaker(scored), one_voice(wanted))
             )
             parts = (errors.missed, errors.false_alarm, errors.confusion)
-            shares = [part / max(errors.total, 1e-9) for part in parts] + [one.rate for one in (errors, *baselines)]
+            shares = [part / errors.total if errors.total else part and float("inf") for part in parts]
+            shares += [one.rate for one in (errors, *baselines)]
             lines.append((group, f"{errors.total:.1f}", *(f"{100 * share:.2f}" for share in shares)))
         tables.append(_aligned(lines))
     return "\n\n".join(tables)

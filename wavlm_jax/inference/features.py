@@ -7,9 +7,10 @@ each shard `features-00000.json` with the recordings in it and their frames.
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,8 +20,8 @@ import numpy as np
 
 from wavlm_jax.audio.recordings import Inputs, Recording
 from wavlm_jax.config import WavLMConfig
-from wavlm_jax.files import read_json, write_json
-from wavlm_jax.inference.running import Compute, InferenceSettings, frames_of, geometry_of, jobs_of, run
+from wavlm_jax.files import printable, read_json, write_json
+from wavlm_jax.inference.running import Compute, InferenceSettings, digest_of, frames_of, geometry_of, jobs_of, run
 from wavlm_jax.model.wavlm import WavLM, WavLMOutput
 from wavlm_jax.settings import SettingsError
 from wavlm_jax.shapes import SAMPLE_RATE, Params
@@ -60,7 +61,7 @@ class FeatureShard(NamedTuple):
     def entries(self) -> list[dict[str, Any]]:
         """What its index says."""
         return [
-            {"name": recording.name, "path": str(recording.path), "start": start, "frames": frames}
+            {"name": recording.name, "path": printable(recording.path), "start": start, "frames": frames}
             for recording, start, frames in zip(self.recordings, self.starts, self.frames, strict=True)
         ]
 
@@ -88,13 +89,17 @@ def write_features(
         progress: called with the number of samples that were just done.
 
     Raises:
-        FeatureError: no such layer, or the folder holds features of other recordings, models or settings.
+        FeatureError: no such layer, the folder holds features of other recordings, models or settings, or a state is
+            larger than the dtype holds.
         TakenError: another process writes features there.
-        AudioFault: a file that cannot be read to its end; what was finished stays.
+        AudioFault: a file that cannot be read to its end, where `running.on_fault` does not take it; what was finished
+            stays. One that is taken gets frames of NaN and its `error` in the index.
 
     """
     config = model.config
     layers = _layers(settings.layer, config)
+    if folder.exists() and not folder.is_dir():
+        raise FeatureError(f"{folder}: a file, expected a folder or a new name")
     folder.mkdir(parents=True, exist_ok=True)
     _claim(folder, _header(recordings, model, settings, running))
     shards = list(_shards(recordings, config, settings.shard_frames))
@@ -104,15 +109,25 @@ def write_features(
         for shard in shards:
             if shard.path(folder, ".json").exists():
                 progress(sum(recording.num_samples for recording in shard.recordings))
+                _tell_again(shard.path(folder, ".json"), running)
                 continue
             shape = (sum(shard.frames), *(() if settings.layer != "all" else (len(layers),)), config.hidden_size)
             temporary = shard.path(folder, ".npy.tmp")
             array = np.lib.format.open_memmap(temporary, "w+", np.dtype(settings.dtype), shape)
-            _fill(array, shard, compute, config, running, progress)
+            faults = _fill(array, shard, compute, config, running, progress)
             del array
             temporary.replace(shard.path(folder, ".npy"))
-            write_json(shard.path(folder, ".json"), shard.entries)
+            told = [{"error": faults[one]} if one in faults else {} for one in shard.recordings]
+            entries = [entry | fault for entry, fault in zip(shard.entries, told, strict=True)]
+            write_json(shard.path(folder, ".json"), entries)
     return shards
+
+
+def _tell_again(index: Path, running: InferenceSettings) -> None:
+    """The recordings that an earlier start could not read."""
+    for entry in json.loads(index.read_text()):
+        if "error" in entry and running.on_fault is not None:
+            running.on_fault(entry["name"], Path(entry["path"]), ValueError(entry["error"]))
 
 
 def _fill(
@@ -122,15 +137,34 @@ def _fill(
     config: WavLMConfig,
     running: InferenceSettings,
     progress: Callable[[int], Any],
-) -> None:
-    """Writes the frames of a shard, short recordings first, each piece to the disk as it comes."""
-    starts = dict(zip(shard.recordings, shard.starts, strict=True))
+) -> dict[Recording, str]:
+    """Writes the frames of a shard, short recordings first, each piece to the disk as it comes.
+
+    Recordings that `running.on_fault` takes get frames of NaN; returned with their faults.
+    """
+    starts, faults = dict(zip(shard.recordings, shard.starts, strict=True)), dict[Path, str]()
+
+    def on_fault(name: str, path: Path, fault: ValueError) -> None:
+        faults[path] = printable(fault)
+        if told is not None:
+            told(name, path, fault)
+
+    told, running = running.on_fault, replace(running, on_fault=running.on_fault and on_fault)
+    largest = np.finfo(array.dtype).max
     by_length = sorted(shard.recordings, key=lambda recording: recording.num_samples)
     for (recording, piece), values in run(jobs_of(by_length, config, running), compute, config, running):
         start = starts[recording]
+        if not np.abs(values).max(initial=0.0) <= largest:  # NaN is none either
+            cure = "; take --dtype float32" if array.dtype == np.float16 else ""
+            found = f"a hidden state of {np.abs(values).max()}, expected at most {largest:g}, as {array.dtype} holds"
+            raise FeatureError(f"{recording.path}: {found}{cure}")
         array[start + piece.keep_from : start + piece.keep_to] = values.reshape(len(values), *array.shape[1:])
         array.flush()
         progress((piece.keep_to - piece.keep_from) * geometry_of(config).hop)
+    failed = {recording: faults[recording.path] for recording in shard.recordings if recording.path in faults}
+    for recording in failed:
+        array[starts[recording] : starts[recording] + frames_of(recording, config)] = np.nan
+    return failed
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -169,15 +203,12 @@ def _header(
     recordings: Sequence[Recording], model: Model, settings: FeatureSettings, running: InferenceSettings
 ) -> dict[str, Any]:
     """Everything that the numbers depend on, and how to read them."""
-    geometry, weights = geometry_of(model.config), hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(dict(model.params)):
-        weights.update(jax.tree_util.keystr(path).encode())
-        weights.update(np.ascontiguousarray(leaf).tobytes())
+    geometry = geometry_of(model.config)
     files = hashlib.sha256()
     for recording in recordings:
         with recording.path.open("rb") as file:  # by content: a file that was written anew has other features
             content = hashlib.file_digest(file, "sha256").hexdigest()
-        files.update(f"{recording.path}\0{content}\n".encode())
+        files.update(f"{printable(recording.path)}\0{content}\n".encode())
     return {
         "layer": settings.layer,
         "layers": "0 is the input of the first Transformer layer, l the raw output of layer l",
@@ -189,7 +220,7 @@ def _header(
         "chunk_seconds": running.chunks.seconds,
         "overlap_seconds": running.chunks.overlap_seconds,
         "model": repr(model.config),
-        "weights": weights.hexdigest(),
+        "weights": digest_of(model),
         "recordings": len(recordings),
         "files": files.hexdigest(),
     }

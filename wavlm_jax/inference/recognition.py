@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wavlm_jax.audio.recordings import Recording, first_of
+from wavlm_jax.files import printable
 from wavlm_jax.inference.running import InferenceSettings, by_recording, frames_of, vocabulary_of
 from wavlm_jax.model.heads import CTCOutput
 from wavlm_jax.text.beam import BeamSearch
@@ -56,20 +57,23 @@ def align_texts(
 
     Raises:
         AlignmentError: texts that cannot be aligned, all of them listed before anything is computed: unknown
-            characters, nothing at all, or more than fits into the recording.
+            characters, nothing at all, or more than fits into the recording. `settings.on_fault` takes each of them.
         VocabularyError: vocabulary and model do not fit.
         AudioFault: a file that cannot be read to its end.
 
     """
-    vocabulary, faults = _fitting_vocabulary(model), []
+    vocabulary, faults = _fitting_vocabulary(model), dict[Recording, str]()
     for recording, text in texts.items():
         try:
             check_fit(vocabulary.encode(text), frames_of(recording, model.config))
         except (UnknownCharactersError, AlignmentError) as error:
-            faults.append(f"{recording.path}: {error}")
-    if faults:
-        raise AlignmentError(first_of(faults))
-    for recording, log_probs in _frames(model, _log_probs, list(texts), settings):
+            faults[recording] = f"{printable(recording.path)}: {error}"
+            if settings.on_fault is not None:
+                settings.on_fault(recording.name, recording.path, AlignmentError(faults[recording]))
+    if faults and settings.on_fault is None:
+        raise AlignmentError(first_of(list(faults.values())))
+    fitting = [recording for recording in texts if recording not in faults]
+    for recording, log_probs in _frames(model, _log_probs, fitting, settings):
         aligned = align(log_probs, texts[recording], vocabulary)
         yield recording, TranscribedRecording(recording, aligned.transcript, aligned.confidence)
 
@@ -101,7 +105,7 @@ def _as_record(found: TranscribedRecording) -> dict[str, Any]:
             character["confidence"] = round(confidence, 4)
     return {
         "name": recording.name,
-        "path": str(recording.path),
+        "path": printable(recording.path),
         "seconds": recording.seconds,
         "text": transcript.text,
         "words": [_times(span) for span in transcript.words],

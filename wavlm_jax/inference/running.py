@@ -4,6 +4,7 @@ Rows are padded to a few widths and batches to a few numbers of rows, so that a 
 `padding="exact"` no answer depends on what its recording was batched with.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -14,7 +15,8 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import numpy as np
 
-from wavlm_jax.audio.recordings import ChunkSettings, Inputs, Piece, Recording, Samples, cut, normalize, pad
+from wavlm_jax.audio.recordings import ChunkSettings, Inputs, OnFault, Piece, Recording, Samples, cut, normalize, pad
+from wavlm_jax.audio.wave import AudioFault
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.model.heads import HEADS
 from wavlm_jax.shapes import SAMPLE_RATE, Geometry, num_frames, samples_for
@@ -29,6 +31,8 @@ _WIDTH_STEP = 1.25
 """From one width of rows to the next: on average a tenth of a row is padding."""
 _SMALLEST_WIDTH = 50
 """Frames."""
+_WINDOW_BATCHES = 32
+"""Recordings are sorted by length within about so many batches."""
 
 
 class UsageError(ValueError):
@@ -42,6 +46,8 @@ class InferenceSettings:
     chunks: ChunkSettings = field(default_factory=ChunkSettings)
     batch_seconds: float = 60.0
     """Most audio in a batch, padding included: bounds the memory."""
+    on_fault: OnFault | None = None
+    """Gets recordings that cannot be read to their end or do not fit their text, and have no answer; None: an error."""
     resampling: bool = False
     """Whether files at other rates than 16 kHz are taken; they are held in memory whole."""
 
@@ -93,6 +99,15 @@ def geometry_of(config: WavLMConfig) -> Geometry:
     return Geometry(config.conv_kernel, config.conv_stride)
 
 
+def digest_of(model: Model) -> str:
+    """SHA-256 of the parameters."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(dict(model.params)):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
 def frames_of(recording: Recording, config: WavLMConfig) -> int:
     """Frames of the whole recording."""
     return int(num_frames(recording.num_samples, geometry_of(config)))
@@ -133,26 +148,39 @@ def run(
         framewise: whether the function's second axis is frames; otherwise a result is its whole row.
 
     Raises:
-        AudioFault: a file that cannot be read to its end.
+        AudioFault: a file that cannot be read to its end, where `settings.on_fault` does not take it.
 
     """
     geometry = geometry_of(config)
     statistics = lru_cache(maxsize=1)(Recording.statistics)  # once for all pieces of a recording
+    failed = set[Recording]()
 
-    def samples(job: Job) -> Samples:
+    def samples(job: Job) -> Samples | None:
         recording, piece = job
-        wave = recording.read(piece.start_sample, piece.num_samples)
-        cut_up = config.do_normalize and piece.num_samples < recording.num_samples
-        return normalize(wave, config, statistics(recording) if cut_up else None)
+        if recording in failed:
+            return None
+        try:
+            wave = recording.read(piece.start_sample, piece.num_samples)
+            cut_up = config.do_normalize and piece.num_samples < recording.num_samples
+            return normalize(wave, config, statistics(recording) if cut_up else None)
+        except AudioFault as fault:
+            if settings.on_fault is None:
+                raise
+            failed.add(recording)
+            settings.on_fault(recording.name, recording.path, fault)
+            return None
 
     for width, group in groupby(jobs, lambda job: _width(job.piece.num_samples, geometry)):
         most = max(1, int(settings.batch_seconds * SAMPLE_RATE / width))
         while batch := list(islice(group, most)):
-            waves = [samples(job) for job in batch]
+            read = [(job, wave) for job in batch if (wave := samples(job)) is not None]
+            if not read:
+                continue
+            waves = [wave for _, wave in read]
             rows = min(most, 1 << (len(waves) - 1).bit_length())
             waves += [np.zeros(0, np.float32)] * (rows - len(waves))
             values = jax.device_get(compute(pad(waves, width)))
-            for row, job in enumerate(batch):
+            for row, (job, _) in enumerate(read):
                 first, keep_from, keep_to = job.piece.first_frame, job.piece.keep_from, job.piece.keep_to
                 kept = (row, slice(keep_from - first, keep_to - first)) if framewise else (row,)
                 yield PieceResult(job, jax.tree.map(lambda array, kept=kept: array[kept], values))
@@ -174,7 +202,7 @@ def by_recording(
     *,
     framewise: bool,
 ) -> Iterator[tuple[Recording, list[PieceResult]]]:
-    """Each recording with the results of all its pieces in order; short recordings first.
+    """Each recording with the results of all its pieces in order; short ones first within some half an hour of audio.
 
     Args:
         model: of `model_for`.
@@ -188,11 +216,25 @@ def by_recording(
 
     """
     compute = jax.jit(lambda inputs: answer(model.module.apply({"params": model.params}, *inputs)))
-    by_length = sorted(recordings, key=lambda recording: recording.num_samples)
-    parts: list[PieceResult] = []
-    for result in run(jobs_of(by_length, model.config, settings), compute, model.config, settings, framewise=framewise):
-        parts.append(result)
-        recording, piece = result.job
-        if piece.keep_to == frames_of(recording, model.config):
-            yield recording, parts
-            parts = []
+    for window in _windows(recordings, settings.batch_seconds * _WINDOW_BATCHES * SAMPLE_RATE):
+        jobs = jobs_of(sorted(window, key=lambda recording: recording.num_samples), model.config, settings)
+        parts: list[PieceResult] = []
+        for result in run(jobs, compute, model.config, settings, framewise=framewise):
+            recording, piece = result.job
+            if parts and parts[0].job.recording != recording:  # its end could not be read
+                parts = []
+            parts.append(result)
+            if piece.keep_to == frames_of(recording, model.config):
+                yield recording, parts
+                parts = []
+
+
+def _windows(recordings: Iterable[Recording], most: float) -> Iterator[list[Recording]]:
+    """Neighbours with `most` samples together: answers come while later recordings wait."""
+    window = list[Recording]()
+    for recording in recordings:
+        window.append(recording)
+        if sum(one.num_samples for one in window) >= most:
+            yield window
+            window = []
+    yield window

@@ -44,10 +44,10 @@ class Keys(NamedTuple):
     rows: RowKeys
 
 
-def mesh_axes(sizes: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
+def mesh_axes(sizes: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     """Logical axis -> mesh axes over which its size is spread, by the training tower's rules (`RULES`).
 
-    An axis gets none without a mesh, or where its size is not a multiple of theirs.
+    An axis gets none without a mesh, or where its size (under `jax.export` a name) is not a multiple of theirs.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

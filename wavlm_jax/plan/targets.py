@@ -17,6 +17,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from wavlm_jax.extras import MissingExtraError, missing
+
 GIB = 2**30
 TPU_CHIPS_A_HOST = 4
 GPUS_A_HOST = 8
@@ -136,7 +138,7 @@ def has_cuda() -> bool:
 
 def _tpu_devices(topology: str, chip: Chip, sizes: tuple[int, ...], slices: int) -> Sequence[jax.Device]:
     if not installed("libtpu"):
-        raise PlanTargetError("planning for a TPU needs its compiler, not a TPU: pip install 'wavlm-jax[plan]'")
+        raise MissingExtraError(missing("plan", "planning for a TPU", "libtpu: its compiler, not a TPU"))
     if len(sizes) != chip.axes:
         raise PlanTargetError(f"--topology: {topology} has {len(sizes)} axes, {chip.name} has {chip.axes}")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU in this machine to ask about

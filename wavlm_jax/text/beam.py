@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 from jaxtyping import Float, Float32
 
+from wavlm_jax.extras import extra
 from wavlm_jax.text.decoding import Span, Transcript, collapse, transcript
 from wavlm_jax.text.records import RecordError, read_lines
 from wavlm_jax.text.vocabulary import UnknownCharactersError, Vocabulary, VocabularyError
@@ -94,7 +95,7 @@ NEVER = -1e4
 
 
 class DecoderError(ValueError):
-    """A beam search that cannot be set up: flashlight-text is missing, or language model or lexicon do not fit."""
+    """A beam search that cannot be set up: language model or lexicon do not fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +152,8 @@ class BeamSearch:
             lexicon: the only words that can come out; None: anything that the vocabulary can spell.
 
         Raises:
-            DecoderError: flashlight-text is not installed, or language model, lexicon and vocabulary do not fit.
+            DecoderError: language model, lexicon and vocabulary do not fit.
+            MissingExtraError: flashlight-text is not installed.
 
         """
         if lexicon is not None and vocabulary.delimiter is None:
@@ -325,17 +327,14 @@ def _unknown_units(path: Path, model: Any, units: Sequence[str]) -> list[int]:
 
 def _flashlight() -> tuple[Any, Any, Any]:
     """The modules `decoder`, `dictionary` and `kenlm` of flashlight-text."""
-    try:
-        import flashlight.lib.text.decoder.kenlm as kenlm  # noqa: PLC0415, PLR0402 an extra
+    otherwise = ""
+    if sys.version_info >= _NO_WHEEL:
+        otherwise = (
+            f" under Python 3.11 or 3.12. flashlight-text has no wheel for Python {sys.version_info.major}."
+            f"{sys.version_info.minor}: decode greedily (neither --lm, --lexicon nor --beam) or build it from source"
+        )
+    with extra("decode", "beam search", otherwise):
+        import flashlight.lib.text.decoder.kenlm as kenlm  # noqa: PLC0415, PLR0402
         import flashlight.lib.text.dictionary as dictionary  # noqa: PLC0415, PLR0402
         from flashlight.lib.text import decoder  # noqa: PLC0415
-    except ImportError as error:
-        cure = "pip install 'wavlm-jax[decode]'"
-        if sys.version_info >= _NO_WHEEL:
-            cure = (
-                f"there is no wheel for Python {sys.version_info.major}.{sys.version_info.minor}. Decode greedily "
-                "(neither --lm, --lexicon nor --beam), take Python 3.11 or 3.12 with 'wavlm-jax[decode]', or build "
-                "flashlight-text from source"
-            )
-        raise DecoderError(f"beam search needs flashlight-text, which is not installed: {cure}") from error
     return decoder, dictionary, kenlm

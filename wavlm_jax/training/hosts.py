@@ -56,8 +56,8 @@ def join_from_flags() -> bool:
         reason = str(error).partition("\n")[0] or "JAX has no plugin for it"
         wanted = f"--platform {_PLATFORM.value}" if _PLATFORM.value else "JAX_PLATFORMS"
         raise ValueError(
-            f"{wanted}: no such device here ({reason}); look for its driver and JAX's plugin "
-            "(pip install 'jax[tpu]' or 'jax[cuda12]'), or leave it out to take what there is"
+            f"{wanted}: no such device here ({reason}); look for its driver and JAX's plugin (pip install "
+            "'wavlm-jax[tpu]' or 'wavlm-jax[cuda]'), or leave it out to take what there is"
         ) from error
     return joined
 

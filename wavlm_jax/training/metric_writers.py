@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,6 +21,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from wavlm_jax.extras import extra
 from wavlm_jax.files import write_text
 from wavlm_jax.training.step import Report
 
@@ -159,7 +159,7 @@ class MetricsSettings:
     log_every: int
     """Log metrics every this many steps."""
     tensorboard: bool
-    """Into workdir/tensorboard, if tensorboardX is installed."""
+    """Into workdir/tensorboard; without tensorboardX (extra `tensorboard`) the start of a run says so and goes on."""
     progress: bool
     """A bar with the time left on a terminal, else a plain line per interval; False: neither."""
     wandb: WandbSettings | None
@@ -221,7 +221,8 @@ class Tensorboard:
     """Scalars for TensorBoard, by tensorboardX."""
 
     def __init__(self, folder: Path, resume: int) -> None:
-        from tensorboardX import SummaryWriter  # noqa: PLC0415 an extra
+        with extra("tensorboard", "metrics.tensorboard", ", or set it to False"):
+            from tensorboardX import SummaryWriter  # noqa: PLC0415
 
         self._writer = SummaryWriter(str(folder), purge_step=resume + 1)
 
@@ -239,7 +240,8 @@ class Wandb:
     """A Weights & Biases run, continued under the run id in the checkpoint."""
 
     def __init__(self, settings: WandbSettings, folder: Path, run_id: str, config: Mapping[str, Any]) -> None:
-        import wandb  # noqa: PLC0415 an extra
+        with extra("wandb", "metrics.wandb"):
+            import wandb  # noqa: PLC0415
 
         self._run = wandb.init(**asdict(settings), dir=folder, id=run_id, resume="allow", config=dict(config))
 
@@ -332,7 +334,7 @@ def open_metrics(
     if jax.process_index() != 0:
         return Metrics({})
     makers: dict[str, Any] = {"metrics.jsonl": lambda: Jsonl(workdir / "metrics.jsonl", resume)}
-    if settings.tensorboard and find_spec("tensorboardX") is not None:
+    if settings.tensorboard:
         makers["tensorboard"] = lambda: Tensorboard(workdir / "tensorboard", resume)
     wandb = settings.wandb
     if wandb is not None and wandb.project is not None:

@@ -30,6 +30,8 @@ from typing import Any
 import fsspec
 import jax
 
+from wavlm_jax.extras import MissingExtraError, extra
+from wavlm_jax.files import named
 from wavlm_jax.training.hosts import all_succeed, broadcast_one_to_all
 
 SCHEME = "gs://"
@@ -229,12 +231,8 @@ def _files(path: str) -> Any:
     """The file system that `path` is on. Nothing is cached: others may have written a moment ago."""
     if address(path) is None:
         return fsspec.filesystem("file")
-    try:
+    with extra("gcs", "gs://", ", or give a folder"):
         return fsspec.filesystem("gcs", use_listings_cache=False)
-    except ImportError as error:
-        raise OSError(
-            f"gs:// needs packages that are not here ({error}); pip install 'wavlm-jax[gcs]', or give a folder"
-        ) from error
 
 
 @contextlib.contextmanager
@@ -242,7 +240,7 @@ def _explained(path: str, done: str) -> Iterator[None]:
     """Whatever gcsfs, aiohttp and google.auth raise as an OSError that names the object."""
     try:
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, MissingExtraError):
         raise
     except Exception as error:
         if address(path) is None:
@@ -458,7 +456,7 @@ def open_workdir(workdir: str) -> Iterator[Workdir]:
     if place is None and "://" in workdir:
         raise ValueError(f"--workdir: found {workdir}, expected a folder or a gs:// address")
     mirror = None if place is None else Path(tempfile.mkdtemp(prefix="wavlm_jax-"))
-    opened = Workdir(place or workdir, mirror)
+    opened = Workdir(place or named(workdir), mirror)
     try:
         yield opened
     finally:
