@@ -144,12 +144,14 @@ def _fill(
     """
     starts, faults = dict(zip(shard.recordings, shard.starts, strict=True)), dict[Path, str]()
 
+    told = running.on_fault
+
     def on_fault(name: str, path: Path, fault: ValueError) -> None:
         faults[path] = printable(fault)
         if told is not None:
             told(name, path, fault)
 
-    told, running = running.on_fault, replace(running, on_fault=running.on_fault and on_fault)
+    running = replace(running, on_fault=told and on_fault)
     largest = np.finfo(array.dtype).max
     by_length = sorted(shard.recordings, key=lambda recording: recording.num_samples)
     for (recording, piece), values in run(jobs_of(by_length, config, running), compute, config, running):
