@@ -94,9 +94,8 @@ def _timit(folder: AudioFolder) -> Beside:
         if phones is None and words is None:
             continue
         row: Row = {"speaker": PurePosixPath(path).parent.name}
-        if text is not None or words is not None:
-            said = _timed(folder.root / (words if text is None else text or ""))
-            row["text"] = " ".join(what for _, _, what in said)
+        if (said := words if text is None else text) is not None:
+            row["text"] = " ".join(what for _, _, what in _timed(folder.root / said))
         if phones is not None and (found := _timed(folder.root / phones)):
             starts, ends, symbols = (list(column) for column in zip(*found, strict=True))
             row["phones"] = {"symbols": symbols, "starts": starts, "ends": ends}
@@ -244,7 +243,8 @@ def of_object(row: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], Sp
 def _lhotse(cut: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], Span | None]:
     """A MonoCut of a recording in a file. Its text is that of its supervisions, where all lie within the cut."""
     recording, said = cut.get("recording"), cut.get("supervisions") or []
-    channel, sources = cut.get("channel"), recording.get("sources") if isinstance(recording, dict) else None
+    recording = recording if isinstance(recording, dict) else {}
+    channel, sources = cut.get("channel"), recording.get("sources")
     if cut.get("type", "MonoCut") != "MonoCut" or not isinstance(channel, int) or not isinstance(sources, list):
         raise SourceError(
             f"{where}: found {cut.get('type')!r}, expected a MonoCut with a recording (lhotse: to_mono())"
