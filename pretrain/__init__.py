@@ -1,1 +1,1 @@
-"""The pre-training programme: labels, mixing, objective."""
+"""The pre-training program: labels, mixing, objective."""

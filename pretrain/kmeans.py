@@ -42,7 +42,7 @@ class KMeansSettings:
     sample_frames: int
     """Frames that are kept in memory to fit on (all frames of a smaller corpus)."""
     batch_frames: int
-    """Frames of one update; a multiple of the number of devices uses all of them. Several hosts round down to one."""
+    """Frames of one update; a multiple of the number of devices uses all. Several hosts round it down to one."""
     passes: int
     """Passes over the sample, at most."""
     tolerance: float
@@ -368,7 +368,7 @@ def read_tensors(path: Path, expected: Mapping[str, tuple[str, int]]) -> tuple[d
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             header = json.loads((file.metadata() or {})[_HEADER_KEY])
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path}: not a safetensors file that this programme wrote ({error}); delete it") from error
+        raise ValueError(f"{path}: not a safetensors file that this program wrote ({error}); delete it") from error
     found = {name: (str(tensor.dtype), tensor.ndim) for name, tensor in tensors.items()}
     if found != dict(expected) or not isinstance(header, dict):
         raise ValueError(f"{path}: holds {found}, expected {dict(expected)}; delete it")

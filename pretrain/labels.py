@@ -111,10 +111,10 @@ class LabelSettings:
     num_threads: int
     """Threads that decode audio and compute MFCC."""
     min_entropy: float
-    """Preflight: entropy of the label histogram, at least, as a share of log(num_clusters)."""
+    """Preflight: least entropy of the label histogram that is accepted, as a share of log(num_clusters)."""
     max_constant_share: float
-    """Preflight: utterances of a second or more whose labels are all the same, at most, as a share of all; digital
-    silence is such an utterance."""
+    """Preflight: largest share of utterances that is accepted whose labels are all the same, among those of a second or
+    more; digital silence is such an utterance."""
 
     def __post_init__(self) -> None:
         if not MIN_CLUSTERS <= self.num_clusters <= MAX_CLUSTERS:
@@ -177,7 +177,7 @@ class LabelHeader:
             )
 
     def named(self, split: str, corpus: str) -> str:
-        """Under which name it has the labels of the corpus with this fingerprint: a folder may have been renamed."""
+        """The split with labels of the corpus of this fingerprint (it may have been renamed); `split` if none has."""
         same = [name for name, described in self.splits.items() if described.corpus == corpus]
         return split if split in same or not same else same[0]
 
@@ -284,7 +284,7 @@ class SplitWriter:
         self._progress = folder / f"{split}.progress{_part(share, share.index)}.json"
         self.offsets = offsets_of(counts)
         self.start, self.end = share.of(counts)
-        """Of this host's utterances."""
+        """First utterance of this host's share, and the one behind its last."""
         if share.first:
             for name, array in (("offsets", self.offsets), ("keys", keys)):
                 with replacing(file_of(folder, split, name)) as draft, draft.open("wb") as file:

@@ -60,13 +60,13 @@ class Entry(NamedTuple):
 
     @property
     def listing(self) -> str:
-        """Everything but the stamp, for digests; without a span as before there were any."""
+        """All fields but the stamp as JSON, for digests; no span is left out, as when entries had none."""
         fields = tuple(self._replace(stamp=""))
         return json.dumps(fields if self.span else fields[:-1], ensure_ascii=True)
 
 
 def names_in(row: Mapping[str, Any]) -> dict[str, None]:
-    """Names of the columns of a row, or of its types: its keys, and `key.inner` of what is nested in one."""
+    """Column names of a row (or of a mapping from columns to types): its keys, and `key.inner` of nested mappings."""
     inner = (f"{key}.{name}" for key, value in row.items() if isinstance(value, Mapping) for name in value)
     return dict.fromkeys([*row, *inner])
 

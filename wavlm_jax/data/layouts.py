@@ -19,7 +19,7 @@ from wavlm_jax.text.records import read_lines
 
 Row: TypeAlias = dict[str, Any]
 Beside: TypeAlias = dict[str, Row | None]
-"""Path of an audio file -> what stands beside it; None: the file is another copy of one that is there."""
+"""Path of an audio file -> its row; None: the file is a further copy of another one, and is left out."""
 Numbered: TypeAlias = tuple[int, Mapping[str, Any]]
 """Number of a line, and its columns."""
 
@@ -104,7 +104,7 @@ def _timit(folder: AudioFolder) -> Beside:
 
 
 def _timed(file: Path) -> list[tuple[int, int, str]]:
-    """Lines `start end what`."""
+    """The lines `start end what` of a file; times in samples."""
     found = []
     for number, line in read_lines(file):
         cells = line.strip().split(" ", 2)

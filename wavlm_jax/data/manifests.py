@@ -85,7 +85,7 @@ def from_rows(
     """The utterances of a list whose rows are read, with paths relative to the first of `folders` that has them."""
     numbered = list(rows)
     if not numbered:
-        raise SourceError(f"{file}: no utterance, expected one a line")
+        raise SourceError(f"{file}: no utterance, expected one per line")
     folder = _find_folder(file, str(numbered[0][1]["path"]), folders).resolve()
     root = (root or folder).resolve()
     _check_paths(file, numbered, folder, root)

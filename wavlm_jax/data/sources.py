@@ -189,7 +189,7 @@ def _from_metadata(folder: AudioFolder, metadata: str, root: Path | None, chosen
 def from_folder(folder: AudioFolder | Path, root: Path | None = None, *, plain: bool = False) -> UtteranceSource:
     """Every audio file of a folder, sorted by path. The id is the path without suffix.
 
-    What stands beside the files in a known layout is theirs (`layouts.beside`), unless they are asked for `plain`.
+    Transcripts, speakers and phones beside the files are read in known layouts (`layouts.beside`), unless `plain`.
 
     Links to files are followed if they stay inside `root`, by default the folder.
 

@@ -28,7 +28,7 @@ def key_of(recording: Recording, *more: str) -> Key:
 
 
 class Journal:
-    """Answers so far: in OUT.partial, in the form of OUT; .OUT.done tells from where to where each of them stands.
+    """Answers so far, on disk: OUT.partial has their texts as OUT will, .OUT.done the key and byte range of each.
 
     Raises:
         UsageError: it has answers of another model or with other options, or another process is writing it.
@@ -121,7 +121,7 @@ class Answers:
         progress: Callable[[int], Any],
         more: Callable[[Recording], str] = lambda _: "",
     ) -> None:
-        """Computes the answers that an earlier start has not left; `more` is what else than the file they depend on."""
+        """Computes the answers that no earlier start has left; `more`: what an answer depends on besides its file."""
         keys = {recording: key_of(recording, more(recording)) for recording in recordings}
         kept = {} if self._journal is None else self._journal.kept
         self.texts = {recording.path: kept[key] for recording, key in keys.items() if key in kept}

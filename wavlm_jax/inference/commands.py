@@ -309,18 +309,18 @@ def _diarize_options(parser: argparse.ArgumentParser) -> None:
     turns = TurnSettings()
     add_shared(parser, chunk="as long as the rows it was trained on, 30 if unknown", overlap="half a piece")
     add = parser.add_argument
-    add("--threshold", type=plain_number, default=turns.threshold, help=f"default: {turns.threshold}")
+    add("--threshold", type=plain_number, default=turns.threshold, help=f"probability; default: {turns.threshold}")
     add(
         "--fill-seconds",
         type=plain_number,
         default=turns.fill_seconds,
-        help=f"shorter gaps go; default: {turns.fill_seconds}",
+        help=f"shorter gaps within a turn are filled; default: {turns.fill_seconds}",
     )
     add(
         "--least-seconds",
         type=plain_number,
         default=turns.least_seconds,
-        help=f"of a turn; default: {turns.least_seconds}",
+        help=f"shorter turns are dropped; default: {turns.least_seconds}",
     )
     add("--reference", type=named, nargs="+", metavar="RTTM", help="the truth: a table of errors goes to stderr")
     add("--uem", type=named, help="what is scored (default: whole files); with --reference")

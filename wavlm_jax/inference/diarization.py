@@ -20,7 +20,7 @@ from wavlm_jax.weights import Model
 
 Activity = Float[np.ndarray, "frames speakers"]
 _FAMILIAR_WEIGHT = 0.2
-"""How much of an overlap may disagree for an output to be a speaker who has said much, rather than one who has not."""
+"""Weight of a speaker's share of speech so far against the mean disagreement (0 to 1) in the frames that both share."""
 _COLUMNS = ("speech s", "missed", "false alarm", "confusion", "DER", "one speaker", "one voice")
 
 

@@ -124,7 +124,7 @@ def write_features(
 
 
 def _tell_again(index: Path, running: InferenceSettings) -> None:
-    """The recordings that an earlier start could not read."""
+    """Reports again the recordings that an earlier start could not read."""
     for entry in json.loads(index.read_text()):
         if "error" in entry and running.on_fault is not None:
             running.on_fault(entry["name"], Path(entry["path"]), ValueError(entry["error"]))

@@ -47,7 +47,7 @@ class InferenceSettings:
     batch_seconds: float = 60.0
     """Most audio in a batch, padding included: bounds the memory."""
     on_fault: OnFault | None = None
-    """Gets recordings that cannot be read to their end or do not fit their text, and have no answer; None: an error."""
+    """Called for a recording that cannot be read or does not fit its text, and gets no answer; None: it is an error."""
     resampling: bool = False
     """Whether files at other rates than 16 kHz are taken; they are held in memory whole."""
 
@@ -95,7 +95,7 @@ def vocabulary_of(model: Model) -> Vocabulary:
 
 
 def geometry_of(config: WavLMConfig) -> Geometry:
-    """The frames of a model."""
+    """Kernels and strides of the model's conv encoder, from which its frames follow."""
     return Geometry(config.conv_kernel, config.conv_stride)
 
 
@@ -202,7 +202,7 @@ def by_recording(
     *,
     framewise: bool,
 ) -> Iterator[tuple[Recording, list[PieceResult]]]:
-    """Each recording with the results of all its pieces in order; short ones first within some half an hour of audio.
+    """Each recording with the results of all its pieces in order; short ones first among those of about half an hour.
 
     Args:
         model: of `model_for`.

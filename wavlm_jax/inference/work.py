@@ -73,8 +73,8 @@ def add_shared(
     add("--device", choices=("cpu", "gpu", "tpu"), help="where to compute; the fastest there is if not given")
     add("--resample", action="store_true", help="take files at other rates than 16 kHz")
     add("--batch-seconds", type=plain_number, default=60.0, help="most audio in a batch (default: 60)")
-    add("--chunk-seconds", type=plain_number, help=f"longer files are cut into pieces (default: {chunk})")
-    add("--overlap-seconds", type=plain_number, help=f"of two pieces (default: {overlap})")
+    add("--chunk-seconds", type=plain_number, help=f"of the pieces that longer files are cut into (default: {chunk})")
+    add("--overlap-seconds", type=plain_number, help=f"that neighbouring pieces share (default: {overlap})")
     add("--strict", action="store_true", help="a file that cannot be used ends the work; else it is skipped (exit 3)")
     add("--quiet", action="store_true", help="no progress bar")
 
@@ -168,7 +168,7 @@ def names_on_stdin() -> list[str]:
         raise UsageError("-: found NUL between the names on stdin, expected one per line (find without -print0)")
     names = [os.fsdecode(line.rstrip(b"\r")) for line in content.removeprefix(BOM_UTF8).split(b"\n") if line.strip()]
     if not names:
-        raise UsageError("-: stdin has no file name, expected one a line")
+        raise UsageError("-: stdin has no file name, expected one per line")
     return names
 
 
@@ -237,7 +237,7 @@ def answer(
 
 _NO_IDENTITY = {"name", "model", "step", "files", "out", "device", "batch_seconds", "quiet", "strict", "root", "text"}
 _NO_IDENTITY |= {"texts", "reference", "uem", "collar", "score_windows"}
-"""Options on which no answer depends, or which count file by file."""
+"""Options on which no answer depends, or which the key of each answer has."""
 
 
 def _identity(work: Work, options: Options) -> dict[str, str]:

@@ -218,7 +218,7 @@ _gated.defvjp(_gated_forward, _gated_backward)
 def mix(
     probabilities: Probabilities, value: Heads, drop: AttentionDropout, first_query: Int[Array, ""] | int = 0
 ) -> Float[Array, "rows queries heads head_dim"]:
-    """Values weighted by probabilities, some of which are dropped; `first_query` numbers the queries for that."""
+    """Values weighted by the probabilities that dropout keeps; it depends on the first query's frame, `first_query`."""
     weights = probabilities.astype(value.dtype)
     if drop.seeds is not None:
         queries, keys = first_query + jnp.arange(weights.shape[2]), jnp.arange(weights.shape[3])

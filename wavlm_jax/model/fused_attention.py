@@ -1,8 +1,10 @@
 """What the fused attention kernels of TPUs and GPUs share, and what all implementations agree on about dropout.
 
-Dropout is a hash of (row's key, head, query, key frame). A generator that returns its numbers in order would give every
-implementation other draws, and a kernel would have to store them for the backward pass. With a hash, each computes the
-decisions it needs where it needs them and stores none.
+Whether dropout keeps a probability is a hash of (the row's random key, head, query frame, key frame). Numbers that a
+generator returns in order would differ between implementations, and a kernel would have to store them for the backward
+pass. With a hash, each implementation computes the decisions where it needs them and stores none.
+
+"Mixed values" are the result of attention: the values, summed with the probabilities as weights.
 
 `attend_by` turns the arguments of `attention.attend` into those of the kernels, and `on_each_device` runs the kernels
 on each device's own rows and heads.
@@ -28,7 +30,7 @@ Seeds = UInt32[Array, "rows heads words=2"]
 
 
 class AttentionDropout(NamedTuple):
-    """A share threshold / RESOLUTION of the probabilities is dropped, the rest scaled up. Without seeds: no dropout."""
+    """A share threshold / RESOLUTION of the probabilities becomes 0, the rest is scaled up; no seeds: no dropout."""
 
     threshold: int
     seeds: Seeds | None
@@ -51,7 +53,7 @@ def attention_dropout(rate: float, keys: Key[Array, "rows"], num_heads: int) -> 
 def kept(
     threshold: int, seeds: Seeds, queries: Int[Array, "queries"], keys: Int[Array, "keys"]
 ) -> Bool[Array, "rows heads queries keys"]:
-    """Which probabilities of these queries and keys are kept."""
+    """Which probabilities dropout keeps; `queries` and `keys` are the numbers of their frames."""
     pairs = queries // (2 * HALF) * HALF + queries % HALF
     signed = jax.lax.bitcast_convert_type(seeds, jnp.int32)[:, :, None, None, :]
     words = random_words(signed[..., 0], signed[..., 1], pairs[None, None, :, None], keys[None, None, None, :])
@@ -64,7 +66,7 @@ RESOLUTION = 1 << 16
 HALF = 64
 """Queries q and q + HALF of each block of 2 * HALF share a word, so that a kernel's block splits between registers."""
 BLOCK = 2 * HALF
-"""Queries of a block of the fused kernels, which pad frames to a multiple of it."""
+"""Queries in one block of the fused kernels. They pad the frames of a row to a multiple of it."""
 ATTENDED = "attended"
 """Name of attention's result for recomputation policies, which would not recognise a fused kernel as a product."""
 
@@ -95,7 +97,7 @@ class Facts(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What all kernels read, as references inside of them; `tpu_attention` and `gpu_attention` say in which blocks."""
+    """Inputs of all kernels, inside of them as references to blocks; the modules of the kernels give the shapes."""
 
     query: Any
     key: Any
@@ -112,10 +114,11 @@ class Operands(NamedTuple):
 
 OPERANDS = Operands._fields
 Differentiable = tuple[Array, Array, Array, Array, Array]
-"""Query, key, value (rows, frames, width), profile (heads, 2 * frames) with distance d at index frames + d, and gate
-(rows, heads, frames)."""
+"""Inputs that have a gradient: query, key, value (rows, frames, width), profile (heads, 2 * frames) with distance d at
+index frames + d, and gate (rows, heads, frames)."""
 Fixed = tuple[Array, Array]
-"""Fill (rows, frames): 0 for a key that counts, else what its logit becomes; and int32 seeds (rows, heads, 2)."""
+"""Inputs without a gradient: fill (rows, frames), 0 for a key that counts, else the value that replaces its logit; and
+int32 seeds (rows, heads, 2)."""
 
 
 def matmul(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
@@ -197,7 +200,7 @@ def on_each_device(
 
 
 Kernels = Callable[[Facts, Differentiable, Fixed], Array]
-"""To mixed values, in the form of the query."""
+"""(facts, inputs with a gradient, other inputs) -> mixed values: (rows, frames, width), dtype of the query."""
 
 
 def attend_by(

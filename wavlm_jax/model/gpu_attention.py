@@ -1,17 +1,18 @@
-"""Attention on a GPU: fused kernels forward and backward, in Pallas and Triton, with bias and dropout inside.
+"""Attention on a GPU: fused Pallas kernels (by Triton), forward and backward, with position bias and dropout inside.
 
 The results are those of "dense" up to rounding, dropout included. Frames are padded to a multiple of 128 inside. Under
 a mesh each device runs the kernels on its own rows and heads. Only one array grows with the square of the frames: the
 gradient of the bias of all pairs, (heads, frames, frames), which has no axis of rows.
 
-A kernel handles one row and head, tile by tile. A tile is HALF queries by KEYS keys. Its bias is read from the profile,
-where neighbouring keys are neighbours in memory, so the bias of a tile is never written out. Two tiles, of queries q
-and q + HALF, share the random words of dropout. The forward kernel stores the largest logit and the sum of exponentials
-of each query. The backward kernels recompute the probabilities: one kernel for keys and values, one for queries and
-gates, and one for the bias of pairs, which sums over rows.
+A kernel handles one row and head, tile by tile. A tile is HALF queries by KEYS keys. Its bias is read from the profile
+(the bias of each distance), where neighbouring keys are neighbours in memory, so the bias of a tile is never written
+out. Two tiles, of queries q and q + HALF, share the random words of dropout. The forward kernel stores the largest
+logit and the sum of exponentials of each query. The backward kernels recompute the probabilities: one kernel for keys
+and values, one for queries and gates, and one for the bias of pairs, which sums over rows.
 
 The blocks of `Operands` here are those of one row and head: query, key and value (frames, head_dim) with as many frames
-as the kernel needs, profile (2 * frames), gate (queries), fill (frames), seeds (2).
+as the kernel needs, profile (2 * frames), gate (queries), fill (frames), seeds (2). A name `to_x` is the gradient of
+the loss with respect to x.
 """
 
 from functools import partial
@@ -43,20 +44,21 @@ from wavlm_jax.model.fused_attention import (
 from wavlm_jax.model.position import toeplitz
 
 KEYS = 64
-"""Keys at a time."""
+"""Keys in one tile."""
 
 
 class Known(NamedTuple):
     """References to what the backward kernels read besides `Operands`: float32 (queries), except `direction`."""
 
     direction: Any
-    """(queries, head_dim): the gradient of the loss for the mixed values."""
+    """(queries, head_dim): the gradient of the loss with respect to the mixed values."""
     highest: Any
     """Largest logit of each query."""
     total: Any
     """Sum of exp(logit - highest)."""
     mean: Any
-    """Sum of mixed values times their gradient: the mean gradient of the probabilities, weighted by them."""
+    """Inner product of the mixed values and their gradient. It is the mean of the probabilities' gradients, weighted by
+    the probabilities, which the gradient of the softmax subtracts."""
 
 
 class Tile(NamedTuple):

@@ -82,7 +82,7 @@ _TORCH_ROUNDS: Mapping[tuple[int, int], tuple[int, int]] = {
 }
 # fmt: on
 """(num_buckets, max_distance) -> the distance at which torch's float32 logarithm on a CPU is not the nearest number and
-so gives another bucket, and that bucket: all there are for up to 320 buckets and distances of 2000, or 640 and 1300."""
+so gives another bucket, and that bucket. Complete up to 320 buckets and a distance of 2000, up to 640 and 1300."""
 
 
 class RelativePositionTable(nn.Module):

@@ -1,4 +1,4 @@
-"""Attention on a TPU: one fused kernel forward, one backward, whose memory grows with frames and not their square.
+"""Attention on a TPU: one fused kernel forward, one backward, in memory that grows with the frames, not their square.
 
 The results are those of "dense" up to rounding, dropout included. Frames are padded to a multiple of 128 inside. Under
 a mesh each device runs the kernels on its own rows and heads.
@@ -12,7 +12,8 @@ window of query block n starts n * 128 places further left. The array is built o
 all rows and blocks. Its gradient is added up in an array of the same shape and folded back to the profile once.
 
 The blocks of `Operands` here: query, key and value (1, frames, width), profile (1, group, 2 * frames), gate
-(1, 1, group, frames), fill (1, 1, frames), and all seeds, (rows * heads * 2), in scalar memory.
+(1, 1, group, frames), fill (1, 1, frames), and all seeds, (rows * heads * 2), in scalar memory. A name `to_x` is the
+gradient of the loss with respect to x.
 """
 
 import math
@@ -55,12 +56,16 @@ class Block(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Softmax of one block: exponentials (BLOCK, frames) and their sums (BLOCK, 1), float32, and the bias in them."""
+    """Softmax of one block, float32; gate and bias tile are None without a position bias."""
 
     exponentials: Array
+    """(BLOCK, frames)."""
     total: Array
+    """(BLOCK, 1): their sums."""
     gate: Array | None
+    """(BLOCK, 1)."""
     tile: Array | None
+    """(BLOCK, frames): the bias before the gate."""
 
 
 def forward_kernel(facts: Facts, operands: Operands, output: Any, sheared: Any) -> None:

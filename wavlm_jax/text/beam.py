@@ -45,7 +45,7 @@ def read_lexicon(path: Path, vocabulary: Vocabulary) -> Lexicon:
         if spelling not in spellings:
             spellings.append(spelling)
     if not lexicon:
-        raise RecordError(f"{path}: found no word, expected one a line")
+        raise RecordError(f"{path}: found no word, expected one per line")
     return lexicon
 
 

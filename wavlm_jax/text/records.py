@@ -216,7 +216,7 @@ def read_trials(path: Path) -> list[Trial]:
         else:
             _refuse(where, " ".join(fields), "1 or 0 in front, or target or nontarget behind")
     if not trials:
-        raise RecordError(f"{path}: found no trial, expected one a line")
+        raise RecordError(f"{path}: found no trial, expected one per line")
     return trials
 
 

@@ -10,7 +10,7 @@ written last:
     gs://.../checkpoints/2000/{params,...}                     being written
     gs://.../checkpoints/.manifest-last                        says so, and that what has no manifest may be deleted
 
-This is not Orbax's `training.Checkpointer`. What 0.12.8 does, by probes and its source, and the tests that forbid it:
+Why not Orbax's `training.Checkpointer`: what 0.12.8 does, by experiment and source, and the tests that forbid it:
 * Its commit writes _CHECKPOINT_METADATA with the time in it, after the last moment at which files can be hashed; hashed
   after the commit, a kill in between leaves a checkpoint without checksums
   (test_every_damaged_file_is_named_and_the_step_before_is_used, test_killed_in_each_phase_of_a_save).
@@ -19,7 +19,7 @@ This is not Orbax's `training.Checkpointer`. What 0.12.8 does, by probes and its
 * In a bucket its clean-up deletes every folder without its own marker, other programs' too
   (test_only_a_workdir_with_our_mark_is_swept).
 * After a failed save it leaves its temporary folder (test_a_failed_save_is_reported_once_and_leaves_the_others).
-No test forbids the rest: damaged checkpoints count as kept, so that the last good one was deleted; an interrupted
+Without a test: damaged checkpoints count among those to keep, so that the last good one was deleted; an interrupted
 deletion leaves half a checkpoint that is listed; files and renames are not synced to disk (fsync).
 """
 
@@ -274,7 +274,8 @@ class CheckpointStore:
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, valid or not, oldest first.
 
-        In a bucket where nobody has left the mark, folders without a manifest are not ours to ignore.
+        In a bucket with our mark, a folder without a manifest is an unfinished save and is left out. Without the mark
+        it is listed, and refused as damaged when it is verified.
         """
         names = list_names(self.place)
         found = sorted(int(name) for name in names if name.isdecimal())
@@ -309,7 +310,7 @@ class CheckpointStore:
         fsync(self.place)
 
     def discard(self, step: int) -> None:
-        """Deletes a draft that came to nothing; in a bucket, with a manifest it is a checkpoint all the same."""
+        """Deletes the draft of a failed save; in a bucket, one that has its manifest is a checkpoint and stays."""
         if not self._in_bucket:
             self.clean_up()  # Orbax has drafts of its own beside ours
         elif not self._committed(step):
@@ -588,9 +589,9 @@ class Checkpoints:
 
 
 def _bounded_writing(items: Any) -> orbax.Context:
-    """One replica writes each array whole: slicing it among the replicas compiles a program for every shape.
+    """Orbax's options. Host memory besides the copy of the shards is bounded (by the largest array where that is more).
 
-    Memory besides the copy of the shards is bounded, by the largest array where that is more.
+    One replica writes each array whole, since slicing it among the replicas would compile a program for every shape.
     """
     context = orbax.Context()
     context.array_options.saving.use_replica_parallel = False

@@ -32,9 +32,9 @@ from wavlm_jax.training.sharding import MeshSettings
 
 _PLATFORM = flags.DEFINE_string("platform", None, "cpu, tpu or cuda: fail rather than take another.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where no cluster tells it.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator.")
-_PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "With --coordinator.")
-_WAIT = flags.DEFINE_integer("wait_seconds", 300, "For the other hosts, at the start.", lower_bound=1)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Of the whole run; with --coordinator.")
+_PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "Of this process, from 0 on; with --coordinator.")
+_WAIT = flags.DEFINE_integer("wait_seconds", 300, "Seconds to wait for the other hosts at the start.", lower_bound=1)
 _HEARTBEAT = flags.DEFINE_integer("heartbeat_seconds", 100, "A host not heard of for so long is dead.", lower_bound=1)
 
 
@@ -158,7 +158,7 @@ def _give_up(message: str) -> None:
 
 
 def check_machine(settings: MeshSettings) -> None:
-    """Whether the machine is the one that the config was written for.
+    """Checks that the machine is the one that the config was written for.
 
     Raises:
         ValueError: another platform, number of hosts or of devices; the hosts that are here are named by number.
@@ -177,7 +177,7 @@ def check_machine(settings: MeshSettings) -> None:
 
 
 PATIENCE = 1800.0
-"""Seconds; process 0 may have to read and hash a whole checkpoint meanwhile."""
+"""Seconds that a barrier waits by default; process 0 may have to read and hash a whole checkpoint meanwhile."""
 _NUMBERS: Iterator[int] = itertools.count()
 Result = TypeVar("Result")
 

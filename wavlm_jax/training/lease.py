@@ -1,8 +1,9 @@
 """One owner per folder: a lease with host, process and heartbeat, in a folder of this machine or in a bucket.
 
-The lease is a small file, replaced only where its content is still the one that was read. An owner that is dead is
-followed at once where this machine can tell (host, process and its start), else when its heartbeat has not moved for a
-while; clocks are not compared. An owner that finds its lease taken, because it was suspended for longer, ends.
+The lease is a small file, changed by compare-and-swap: only where its content is still what was read. A process takes
+over the lease of a dead owner: at once where it can tell that the owner is dead (same machine, and no process of that
+number and start), else after the heartbeat's number has not changed for `STALE` seconds. Clocks of hosts are not
+compared. An owner that finds its lease taken, because it was suspended for longer than that, ends its process (exit 2).
 """
 
 import contextlib
@@ -43,14 +44,17 @@ class Owner:
     host: str
     pid: int
     born: str
-    """When the process began, as this machine counts; tells it from a later one of the same number."""
+    """Start of the process, as its machine counts; tells it from a later process of the same number."""
     machine: str
     """Tells containers and boots of a machine apart: process numbers of another one mean nothing here."""
     place: str
-    """A lease may have been copied with its folder."""
+    """The folder that is leased: a lease may have been copied with its folder."""
     since: str
+    """Date and time, for messages."""
     token: str
+    """Random; tells two leases of one process apart."""
     beat: int = 0
+    """Heartbeats so far."""
 
     def dead(self) -> bool:
         """Whether this machine knows that the process has ended."""
@@ -80,7 +84,7 @@ class Lease:
         )
 
     def take(self) -> None:
-        """Waits for a dead owner's heartbeat to be stale where nothing else tells that it is dead.
+        """Takes the lease and begins its heartbeat; waits `STALE` s where nothing else tells that its owner is dead.
 
         Raises:
             TakenError: it has an owner that lives.
@@ -101,7 +105,7 @@ class Lease:
             found = _content(self._path)
 
     def beat(self) -> None:
-        """Shows a sign of life.
+        """Writes the next heartbeat.
 
         Raises:
             TakenError: another process has taken the lease.
@@ -117,7 +121,7 @@ class Lease:
                 self._owner = owner
 
     def release(self) -> None:
-        """The next process need not wait."""
+        """Gives the lease up, so that the next process need not wait."""
         self._stop.set()
         with self._lock, contextlib.suppress(OSError):
             found = _content(self._path)
@@ -170,7 +174,7 @@ def held(place: str | Path) -> Iterator[Lease]:
 
 @contextmanager
 def owned(place: str | Path) -> Iterator[Lease | None]:
-    """Like `held`, for process 0 of a run; all processes of it call this and raise what it raises."""
+    """Like `held`, for several processes together: process 0 takes the lease; all call this, and fail with it."""
     with contextlib.ExitStack() as stack:
         yield all_succeed(
             "owner of the folder", lambda: stack.enter_context(held(place)) if jax.process_index() == 0 else None

@@ -79,7 +79,7 @@ class _Session:
         return Outcome(Status.FINISHED, self.step, self.evaluation)
 
     def take(self, batches: Iterator[tuple[BatchSpec, dict[str, np.ndarray]]]) -> tuple[BatchSpec, dict[str, Any]]:
-        """The next batch. Where there is none to be had, one host saves what was trained; several cannot agree."""
+        """The next batch. If loading fails, a single host saves what it has trained; several cannot agree on a step."""
         try:
             return next(batches)
         except Exception:

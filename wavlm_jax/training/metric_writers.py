@@ -114,7 +114,7 @@ class Interval:
         self._steps = 0
 
     def add(self, report: Report, audio_seconds: float) -> None:
-        """Adds one step, as fetched. A step that was not finite counts in time, not in the means."""
+        """Adds one step, as fetched. One that was not finite counts in steps and seconds of audio, not in the means."""
         self._audio_seconds += audio_seconds
         self._steps += 1
         if report.finite:
@@ -174,11 +174,11 @@ class Writer(Protocol):
     """Takes the metrics of one kind ("train", "eval/valid") at one step."""
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """May raise anything."""
+        """Writes them; `Metrics` catches whatever it raises."""
         ...
 
     def close(self) -> None:
-        """May raise anything."""
+        """Flushes and closes; likewise."""
         ...
 
 
@@ -290,7 +290,7 @@ class Metrics:
         self._failed: set[str] = set()
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """To every writer."""
+        """Passes the values to every writer."""
         for name, writer in self._writers.items():
             try:
                 writer.write(kind, step, values)

@@ -104,7 +104,7 @@ class MeshSettings:
     data: int
     """Copies of the parameters; each works on other rows."""
     fsdp: int
-    """Devices over which parameters and optimizer state are split; each works on other rows. 8 or 16, not all."""
+    """Devices over which parameters and optimizer state are split; each works on other rows. Best 8 or 16."""
     tensor: int
     """Devices that share the same rows and split heads and feed-forward units."""
     platform: str | None
@@ -176,11 +176,11 @@ def _check_network(sizes: tuple[int, int, int], devices: Sequence[jax.Device]) -
     """Checks that `tensor` stays within a host, and `fsdp` and `tensor` within a slice."""
     a_host = min(Counter(device.process_index for device in devices).values())
     if a_host % sizes[2]:
-        raise ValueError(f"config.mesh.tensor: {sizes[2]} does not divide the {a_host} devices a host")
+        raise ValueError(f"config.mesh.tensor: {sizes[2]} does not divide the {a_host} devices per host")
     a_slice = min(Counter(slice_of(device) for device in devices).values())
     if a_slice % (sizes[1] * sizes[2]):
         raise ValueError(
-            f"config.mesh: fsdp {sizes[1]} x tensor {sizes[2]} does not divide the {a_slice} devices a slice; only "
+            f"config.mesh: fsdp {sizes[1]} x tensor {sizes[2]} does not divide the {a_slice} devices per slice; only "
             "data may cross the network between slices"
         )
 

@@ -95,7 +95,7 @@ def check_spec(spec: BatchSpec, row_group: int, shards: int) -> None:
     if (found := rows.pop()) % unit:
         raise ValueError(
             f"batch {spec.name}: {found} rows; expected a multiple of {unit} = {spec.microbatches} micro-batches "
-            f"x groups of {row_group} rows x {shards} devices; change data.row_multiple or the seconds per update"
+            f"x groups of {row_group} rows x {shards} devices; change config.batch.row_multiple or seconds_per_update"
         )
 
 

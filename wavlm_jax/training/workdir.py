@@ -1,13 +1,13 @@
 """The workdir of a run: a folder, or an address in Google Cloud Storage (gs://bucket/run).
 
-First the files below such a place, by fsspec, whose calls are the same for a folder and for a bucket. Not by
-`etils.epath`, which Orbax uses: asked whether something exists, it takes every failure of a bucket for a no, and a
-checkpoint would be deleted as unfinished; it keeps listings for good, while TensorStore and other hosts write; and it
-goes through TensorFlow wherever that is installed.
+The first half reads and writes single files below such a place with fsspec, whose calls are the same for a folder and
+a bucket. `etils.epath`, which Orbax uses, will not do: asked whether a file exists, it takes any failure of a bucket
+for "no", and a checkpoint would be deleted as unfinished; it caches listings for ever, while TensorStore and other
+hosts write; and it goes through TensorFlow wherever that is installed.
 
-Then the workdir itself: checked before anything is computed, and, where it is a bucket, with a local folder for the
-small files. Objects cannot be appended to, and metrics.jsonl is. So every process writes into a new folder of its own:
-what an earlier session has left in the bucket is fetched at the start, what has changed is uploaded before each
+The second half is the workdir: checked before anything is computed, and, where it is a bucket, with a local folder for
+the small files. Objects cannot be appended to, and metrics.jsonl is. So every process writes into a new folder of its
+own: what an earlier session has left in the bucket is fetched at the start, what has changed is uploaded before each
 checkpoint is committed and at the end. A committed checkpoint thus has all lines up to its step beside it, and no
 machine that ran an earlier session is needed to go on.
 """
@@ -129,9 +129,9 @@ def write_object(path: str, content: bytes) -> None:
 
 
 def append(path: str, size: int, content: bytes) -> bool:
-    """Adds to the end of a large file that has `size` bytes; False, and nothing is done, where it is small or has not.
+    """Appends to a file of just `size` bytes; returns False, and does nothing, if it is small or has another size.
 
-    In a bucket the end is uploaded beside the object, and Google joins the two: the object is there old or new.
+    In a bucket the new part is uploaded as an object beside it, and Google joins the two: readers see old or new.
     """
     if size < _SMALL or file_size(path) != size:
         return False
@@ -151,10 +151,10 @@ def append(path: str, size: int, content: bytes) -> bool:
 
 
 def swap(path: str, before: bytes | None, after: bytes | None) -> bool:
-    """Replaces the content of a small file, where it still is `before`; None: there is no such file.
+    """Compare-and-swap: replaces the content of a small file if it still is `before`. None: there is no such file.
 
     Returns:
-        Whether it was; exact, whoever else tries at the same moment.
+        Whether it was replaced. Of several processes that try at the same moment, one succeeds.
 
     """
     with _explained(path, "written"):
@@ -180,7 +180,7 @@ def _swap_file(path: str, before: bytes | None, after: bytes | None) -> bool:
 
 
 def _swap_object(path: str, before: bytes | None, after: bytes | None) -> bool:
-    """By the generation of the object, which changes whenever it is written."""
+    """On condition of the object's generation, a number that changes whenever it is written."""
     files = _files(path)
     bucket, _, name = path.removeprefix(SCHEME).partition("/")
     try:
@@ -249,7 +249,7 @@ def _explained(path: str, done: str) -> Iterator[None]:
 
 
 def check_room(place: str, num_bytes: int) -> None:
-    """Whether a checkpoint can be written to `place`, by trying it.
+    """Checks that a checkpoint can be written to `place`, by trying it.
 
     In a folder `num_bytes` are reserved and freed. In a bucket an object is written as arrays are, read and deleted as
     everything else is: TensorStore and gcsfs find their credentials apart from each other.
