@@ -31,7 +31,11 @@ def read_records(path: Path) -> list[Record]:
 
     """
     records: list[Record] = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason}), expected the metrics.jsonl of a run") from error
+    for number, line in enumerate(text.splitlines(), 1):
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:

@@ -44,6 +44,7 @@ from wavlm_jax.data.corpus import Corpus
 from wavlm_jax.files import read_json, write_json
 from wavlm_jax.shapes import SAMPLE_RATE
 from wavlm_jax.training.hosts import broadcast_one_to_all
+from wavlm_jax.training.lease import NAME as LEASE
 from wavlm_jax.training.lease import owned
 
 REQUEST, CLUSTERS, FIT = "request.json", "kmeans.safetensors", "kmeans.progress.safetensors"
@@ -99,8 +100,8 @@ class LabelRequest:
 
     def _check_request(self) -> None:
         file = self.folder / REQUEST
-        if not file.exists():
-            return
+        if not file.exists() or {path.name for path in self.folder.iterdir()} <= {REQUEST, LEASE}:
+            return  # nothing was made of the one before
         found, wanted = read_json(file), self.request
         other = [key for key in wanted if key not in found or found[key] != wanted[key]]
         if other:

@@ -123,8 +123,8 @@ class LabelSettings:
             raise ValueError(f"teacher: found {self.teacher!r}, expected one of {', '.join(get_args(TeacherKind))}")
         if self.teacher == "layer" and (self.run is None or self.layer is None or self.layer < 1):
             raise ValueError(f"run, layer: found {self.run!r} and {self.layer}, expected a run and a layer from 1 on")
-        for name in ("rate_hz", "num_threads", "piece_seconds", "batch_seconds"):
-            if getattr(self, name) <= 0:
+        for name in ("rate_hz", "num_threads", "piece_seconds", "batch_seconds", "sample_seconds"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name}: found {getattr(self, name)}, expected more than 0")
         for name in ("min_entropy", "max_constant_share"):
             if not 0 <= getattr(self, name) <= 1:

@@ -48,6 +48,8 @@ def label_settings(config: ConfigDict) -> LabelSettings:
     for key, flag in (("layer", _LAYER), ("path", _OUT), ("num_clusters", _CLUSTERS)):
         if flag.value is not None:
             section[key] = flag.value
+    if section["teacher"] != "layer" and (_LAYER.value is not None or _STEP.value is not None):
+        raise ValueError("--layer, --step: are of a teacher; expected --teacher with a run or a Hugging Face folder")
     return read(section, LabelSettings, "labels")
 
 

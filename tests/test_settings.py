@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from tests.support import toy_task
-from wavlm_jax.command_line import plain_number
+from wavlm_jax.command_line import last_overrides, plain_number
 from wavlm_jax.config import Compute, WavLMConfig
 from wavlm_jax.inference.commands import COMMANDS
 from wavlm_jax.settings import SettingsError, convert, read, read_sections
@@ -163,6 +163,12 @@ def test_no_option_takes_such_a_number(odd: str, capsys: pytest.CaptureFixture[s
                 with pytest.raises(SystemExit):
                     parser.parse_args(["a.wav", "--model", "m", f"{action.option_strings[0]}={odd}"])
                 assert action.option_strings[0] in capsys.readouterr().err
+
+
+def test_of_an_override_that_is_given_twice_the_last_counts() -> None:
+    """For tuples too, which ml_collections joins."""
+    words = ["--config.seed=3", "--config.batch.buckets=(48,)", "--config.seed=4", "--config.batch.buckets=(96,)"]
+    assert last_overrides(["train.py", *words]) == ["train.py", *words[2:]]
 
 
 def test_a_section_that_is_a_value_is_named() -> None:

@@ -39,7 +39,7 @@ def parse(arguments: Sequence[str]) -> list[str]:
     """
     program = Path(arguments[0]).name
     try:
-        rest = list(flags.FLAGS(list(arguments)))
+        rest = list(flags.FLAGS(last_overrides(arguments)))
         for name, value in flags.FLAGS.flag_values_dict().items():
             if isinstance(value, float) and not is_plain(value):
                 raise flags.IllegalFlagValueError(f"--{name}: found {value}, expected {PLAIN}")
@@ -48,12 +48,20 @@ def parse(arguments: Sequence[str]) -> list[str]:
     except (AttributeError, KeyError) as error:
         print(f"{program}: {shortened(_unknown_key(arguments) or error)}", file=sys.stderr)
     except (TypeError, ValueError, OSError, flags.Error) as error:
-        print(f"{program}: {shortened(error)}", file=sys.stderr)
+        said, _, trace = str(error).partition("Traceback (most recent call last):\n")  # of a config file
+        place = " / ".join(line.strip() for line in trace.rstrip().splitlines()[-3:])
+        print(f"{program}: {shortened(said.rstrip() + ' ' * bool(place) + place)}", file=sys.stderr)
     else:
         if len(rest) == 1:
             return rest
         print(f"{program}: unexpected arguments: {' '.join(rest[1:])}", file=sys.stderr)
     sys.exit(EXIT_WRONG)
+
+
+def last_overrides(arguments: Sequence[str]) -> list[str]:
+    """The arguments without each `--config.x.y=z` that a later one replaces: ml_collections would join tuples."""
+    last = {word.partition("=")[0]: index for index, word in enumerate(arguments) if word.startswith("--config.")}
+    return [word for index, word in enumerate(arguments) if last.get(word.partition("=")[0], index) == index]
 
 
 def run(main: Any, required: Sequence[str]) -> None:

@@ -155,6 +155,16 @@ def test_checksum_catches_one_flipped_bit(tmp_path):
         found["second"].read()
 
 
+def test_checksum_covers_the_pickle(tmp_path):
+    """A bit there makes other shapes, or other values of the config."""
+    path = save({"cfg": {"heads": 12}, "w": torch.zeros(6)}, tmp_path / "w.pt")
+    content = bytearray(path.read_bytes())
+    content[content.index(b"heads") + 3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DamagedFile, match=r"w\.pt: its pickle does not have the checksum"):
+        read_torch_file(path)
+
+
 def test_files_without_checksums(tmp_path):
     torch.serialization.set_crc32_options(False)
     try:

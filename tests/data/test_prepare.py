@@ -358,6 +358,13 @@ def test_a_source_that_changed_in_between_is_refused(source: Path, tmp_path: Pat
         assert "remove this folder to start over" in message
 
 
+def test_a_root_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        run(speech(tmp_path / "in", 2), "--out", tmp_path / "out", "--root", tmp_path / "gone")
+    assert f"--root: {tmp_path / 'gone'}: no such folder" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_what_the_system_refuses_is_one_line_that_names_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     source = speech(tmp_path / "in", 2)
     for content in ("[]", "{", "{}", '{"listing": 1}', "\xff"):
@@ -377,6 +384,7 @@ def test_what_the_system_refuses_is_one_line_that_names_the_file(tmp_path: Path,
         ((source, "--out", tmp_path / "o", "--rttm", tmp_path / "pipe"), "pipe: a folder, pipe or device"),
         ((source, "--out", tmp_path / "o", "--rttm", tmp_path / "binary"), "binary"),
         ((source, "--out", tmp_path / "o", "--rttm", tmp_path / "none"), "none: No such file"),
+        ((source, "--out", tmp_path / "o", "--rttm", source), "in has no file *.rttm"),
         ((tmp_path / "wide.csv", "--out", tmp_path / "o"), "wide.csv:1: found columns column0"),
         ((tmp_path / "long.csv", "--out", tmp_path / "o"), "long.csv, first utterance: path 'xxx"),
         (("x" * 5000, "--out", tmp_path / "o"), "xxx"),

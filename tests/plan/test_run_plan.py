@@ -291,6 +291,11 @@ def test_a_topology_that_is_not_there_is_refused(topology, message):
         open_target(topology)
 
 
+def test_no_slices_are_refused():
+    with pytest.raises(PlanTargetError, match="--slices: found 0, expected 1 or more"):
+        open_target("v5e:2x2", slices=0)
+
+
 def test_the_nearest_settings_that_fit_are_one_change_each():
     """Memory as a formula instead of a compiler: full recomputation halves it, half the rows too, fsdp does nothing."""
     config = {

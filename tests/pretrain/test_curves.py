@@ -55,3 +55,6 @@ def test_a_damaged_line_is_named(tmp_path, line, message):
     path.write_text('{"step": 0}\n' + line + "\n")
     with pytest.raises(ValueError, match=message):
         read_records(path)
+    path.write_bytes(b"RIFF\x80")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: not UTF-8 text"):
+        read_records(path)

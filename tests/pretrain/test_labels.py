@@ -253,6 +253,7 @@ def test_settings_are_read_from_a_section():
         ({"teacher": "layers"}, r"config.labels.teacher: found 'layers'.*did you mean 'layer'\?"),
         ({"teacher": "layer"}, r"run, layer: found None and None, expected a run and a layer"),
         ({"clusters": 3}, r"config.labels.clusters: no such key; did you mean num_clusters\?"),
+        ({"sample_seconds": 0.0}, r"sample_seconds: found 0.0, expected more than 0"),
         ({"num_threads": 0}, r"num_threads: found 0, expected more than 0"),
         ({"kmeans": dataclasses.asdict(KMEANS) | {"passes": 0}}, r"config.labels.kmeans: passes: found 0"),
     ],

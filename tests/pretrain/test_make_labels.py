@@ -105,6 +105,13 @@ def test_another_request_for_the_same_folder_is_refused(made, corpora):
     assert contents(Path(settings.path)) == files
 
 
+def test_a_request_of_which_nothing_was_made_can_be_changed(corpora, tmp_path):
+    settings = dataclasses.replace(MFCC, path=str(tmp_path))
+    with pytest.raises(ValueError, match=r"60000 clusters need as many frames"):
+        make_labels(dataclasses.replace(settings, num_clusters=60_000), corpora)
+    assert make_labels(settings, corpora).num_clusters == 12
+
+
 def test_a_split_can_be_added_later(made, corpora, tmp_path):
     """With the k-means of the training split, as if it had been there from the start."""
     _, header, files = made
@@ -233,6 +240,8 @@ def test_command_line(tmp_path):
     again = run()
     assert again.stdout.count("\n") == 1
     assert contents(tmp_path / "labels") == files
+    lost = run("--layer=3")
+    assert (lost.returncode, "expected --teacher with a run" in lost.stderr) == (2, True)
     refused = run("--clusters=16")
     assert refused.returncode != 0
     assert "num_clusters: 15, asked for 16" in refused.stderr

@@ -148,6 +148,12 @@ def test_what_does_not_fit_together_is_refused(models, make, message):
         make(models)
 
 
+@pytest.mark.parametrize("beam", [0, 10**13])
+def test_a_beam_has_a_width_that_can_be_counted(beam):
+    with pytest.raises(ValueError, match=f"beam: found {beam}, expected 1 to 1,048,576"):
+        BeamSettings(beam=beam)
+
+
 @pytest.mark.parametrize("name", ["words.arpa", "words.bin", "words.arpa.gz", "commented.arpa"])
 @pytest.mark.parametrize("lower", ["vocabulary", "model"])
 def test_a_language_model_of_another_case_or_gzipped_is_the_same_model(tmp_path, models, name, lower):

@@ -247,7 +247,12 @@ def _read_zip(file: BoundedReader, path: Path) -> Any:
     if f"{root}byteorder" in found and _content(found[f"{root}byteorder"], path) != b"little":
         raise DamagedFile(f"{path}: was written on a big-endian machine; load it with torch and save it again")
     reader = _PickleReader(path)
-    value = reader.read(BytesIO(_content(found[pickles[0]], path)))
+    content = _content(found[pickles[0]], path)
+    if (crc := found[pickles[0]].crc) and zlib.crc32(content) != crc:
+        raise DamagedFile(
+            f"{path}: its pickle does not have the checksum that the archive gives for it; fetch it again"
+        )
+    value = reader.read(BytesIO(content))
     for key, storage in reader.storages.items():
         if f"{root}data/{key}" not in found:
             raise DamagedFile(f"{path}: storage {key} is missing from the archive")

@@ -25,7 +25,7 @@ from wavlm_jax.data.prepare import (
 from wavlm_jax.data.sources import open_source
 from wavlm_jax.files import named
 from wavlm_jax.shapes import SAMPLE_RATE, samples_for
-from wavlm_jax.text.records import read_rttm
+from wavlm_jax.text.records import RecordError, read_rttm
 
 DESCRIPTION = """Prepares speech once for training and evaluation: an Arrow data set of 16 kHz mono 16-bit FLAC, and a
 header. SOURCE is a folder of audio (wav, flac, mp3, ogg, opus; with metadata.csv or metadata.jsonl, as an audiofolder
@@ -61,6 +61,8 @@ def _prepare(words: Sequence[str]) -> None:
         policy = _policy(options)
     except ValueError as error:
         parser.error(str(error))
+    if options.root is not None and not options.root.is_dir():
+        parser.error(f"--root: {options.root}: no such folder")
     turns = [turn for file in _rttm_files(options.rttm) for turn in read_rttm(file)]
     source = open_source(
         str(named(options.source)), options.root, options.subset, options.split, _chosen(options), whole=bool(turns)
@@ -87,8 +89,16 @@ def _prepare(words: Sequence[str]) -> None:
 
 
 def _rttm_files(paths: Sequence[Path]) -> list[Path]:
-    """The files, and those of folders."""
-    return [file for path in paths for file in (sorted(path.glob("*.rttm")) if path.is_dir() else [path])]
+    """The files, and those of folders.
+
+    Raises:
+        RecordError: a folder has none.
+
+    """
+    files = {path: sorted(path.glob("*.rttm")) if path.is_dir() else [path] for path in paths}
+    if empty := [path for path, found in files.items() if not found]:
+        raise RecordError(f"--rttm: {empty[0]} has no file *.rttm")
+    return [file for found in files.values() for file in found]
 
 
 def _chosen(options: argparse.Namespace) -> dict[str, str]:

@@ -102,6 +102,8 @@ def open_target(topology: str, slices: int = 1) -> Target:
             f"--topology: found {topology!r}, expected one of {', '.join(CHIPS)} with a shape, such as v5e:16x16, "
             "v4:2x2x4, v5p:4x4x4, v6e:16x16 or h100:8"
         )
+    if slices < 1:
+        raise PlanTargetError(f"--slices: found {slices}, expected 1 or more")
     chip, sizes = CHIPS[kind], tuple(map(int, shape.split("x")))
     if chip.axes:
         return Target(topology, chip, slices, "tpu", tuple(_tpu_devices(topology, chip, sizes, slices)))

@@ -98,6 +98,10 @@ class DecoderError(ValueError):
     """A beam search that cannot be set up: language model or lexicon do not fit."""
 
 
+_WIDEST = 2**20
+"""Hypotheses that are kept; the decoder counts them with 32 bits."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class BeamSettings:
     """Width of the search and weights of the score (FACTS D2)."""
@@ -118,8 +122,8 @@ class BeamSettings:
 
     def __post_init__(self) -> None:
         for name in ("beam", "num_best"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: found {getattr(self, name)}, expected 1 or more")
+            if not 1 <= getattr(self, name) <= _WIDEST:
+                raise ValueError(f"{name}: found {getattr(self, name)}, expected 1 to {_WIDEST:,}")
 
 
 class Hypothesis(NamedTuple):
