@@ -13,6 +13,7 @@ that a killed run continues where it was; several hosts write a file each, and t
 import hashlib
 import io
 import os
+import tokenize
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -66,7 +67,7 @@ def map_array(file: Path, dtype: type[np.generic]) -> np.ndarray:
     """
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError) as error:
+    except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:
         raise LabelError(f"{file}: not a whole .npy file ({error}); make the labels anew") from error
     if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != 1:
         found = f"{array.ndim}-D {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__

@@ -201,6 +201,7 @@ def damaged(path, change):
     ("file", "change", "match"),
     [
         ("train.labels.npy", lambda data: data[:-50], r"train.labels.npy: not a whole .npy file"),
+        ("train.labels.npy", lambda data: data.replace(b",), }", b",(, }"), r"train.labels.npy: not a whole .npy file"),
         ("train.labels.npy", lambda _: b"", r"train.labels.npy: not a whole .npy file"),
         ("train.labels.npy", lambda _: b"\x80\x04K\x01.", r"train.labels.npy: not a whole .npy file"),
         ("train.labels.npy", lambda data: data[:-1] + bytes([data[-1] ^ 1]), r"train.labels.npy: SHA-256 is"),
