@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import io
 import re
 import runpy
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.curves import draw
+from wavlm_jax.audio.transcoding import as_au
 from wavlm_jax.data.demo_corpus import Synthesizer, Voice
 from wavlm_jax.export import missing_packages
 from wavlm_jax.extras import MissingExtraError
@@ -53,6 +55,7 @@ USES = [
     ("torch", "transformers", lambda _: runpy.run_module("wavlm_jax.convert.compare")),
     ("decode", "flashlight.lib.text.dictionary", lambda _: _search()),
     ("evaluate", "pyannote.metrics.diarization", lambda _: scorer()),
+    ("containers", "av", lambda _: as_au(io.BytesIO(), "mov").__enter__()),
     ("gcs", "gcsfs", lambda _: exists("gs://bucket/run")),
     ("plan", "libtpu", lambda _: open_target("v5e:2x2", 1)),
 ]

@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
-from tests.support.audio_files import save, tone
+import pytest
+
+from tests.support.audio_files import hide_pyav, save, tone
 from wavlm_jax.audio.folders import walk
 
 
-def test_every_file_of_audio_is_listed_or_named(tmp_path: Path):
+def test_every_file_of_audio_is_listed_or_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    hide_pyav(monkeypatch)
     for name in ("a.wav", "b/c.Flac", "b/d.caf", "e.rf64", "f.aifc", "g.nist", "h.snd"):
         save(tmp_path / name, tone(500), kind={"nist": "NIST", "snd": "AU", "aifc": "AIFF"}.get(name[2:]))
     for name in ("x.m4a", "b/y.M4A", "z.webm", "a.txt", "._a.wav", ".Trash/old.wav", "__MACOSX/._a.wav", ".git/config"):
@@ -18,7 +21,16 @@ def test_every_file_of_audio_is_listed_or_named(tmp_path: Path):
     assert found.unread == ["b/y.M4A", "x.m4a", "z.webm"]
     hidden, unread = found.notes
     assert hidden == f"{tmp_path}: left out as hidden: .Trash/, ._a.wav, .git/ and 1 more"
-    assert "left out, not read: 2 .m4a, 1 .webm" in unread
+    cure = "pip install 'wavlm-jax[containers]', or convert them, for example to flac"
+    assert unread == f"{tmp_path}: left out, not read: 2 .m4a, 1 .webm; {cure}"
+
+
+def test_with_pyav_its_kinds_are_audio(tmp_path: Path):
+    for name in ("a.m4a", "b.webm", "c.ape"):
+        (tmp_path / name).touch()
+    found = walk(tmp_path)
+    assert found.audio == ["a.m4a", "b.webm"]
+    assert found.notes == (f"{tmp_path}: left out, not read: 1 .ape; convert them, for example to flac",)
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch):

@@ -22,7 +22,7 @@ from wavlm_jax.audio.recordings import (
     pad,
     statistics,
 )
-from wavlm_jax.audio.wave import AudioFault, decode
+from wavlm_jax.audio.wave import AudioFault
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.shapes import num_frames
 
@@ -216,9 +216,10 @@ def test_a_resampled_file_is_decoded_once(tmp_path, monkeypatch):
     for path in paths:
         soundfile.write(path, np.sin(np.arange(22_050) / 9), 22_050)
     decoded = []
-    monkeypatch.setattr(recordings, "decode", lambda path: decoded.append(path) or decode(path))
+    read = recordings._read
+    monkeypatch.setattr(recordings, "_read", lambda audio: decoded.append(audio) or read(audio))
     for recording in open_recordings(paths, resampling=True):
         recording.statistics()
         recording.read(0, 1_000)
         recording.read(1_000)
-    assert decoded == paths
+    assert len(decoded) == len(paths)

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 import soundfile
 
-from tests.support.audio_files import encoded, save, tone
+from tests.support.audio_files import encoded, hide_pyav, save, tone
 from tests.support.preparing import bad_files, failure, run, speech
 from wavlm_jax.audio.wave import to_int16
 from wavlm_jax.data.__main__ import main
@@ -271,12 +271,15 @@ def test_what_nobody_can_load_is_an_error_with_its_name(tmp_path: Path, capsys: 
         assert expected in capsys.readouterr().err
 
 
-def test_a_folder_of_nothing_but_containers_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_folder_of_nothing_but_containers_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    hide_pyav(monkeypatch)
     for name in ("a.m4a", "b.m4a", "c.webm"):
         (tmp_path / "in").mkdir(exist_ok=True)
         (tmp_path / "in" / name).write_bytes(bytes(100))
     message = failure(capsys, tmp_path / "in", "--out", tmp_path / "out")
-    assert "only 2 .m4a, 1 .webm, which are not read, expected some of *.aif" in message
+    assert "only 2 .m4a, 1 .webm, which are not read (pip install 'wavlm-jax[containers]', or convert them" in message
     assert message.count("\n") == 1
 
 

@@ -4,7 +4,10 @@ import io
 from pathlib import Path
 
 import numpy as np
+import pytest
 import soundfile
+
+from wavlm_jax.audio import folders
 
 
 def tone(num_samples: int, seed: int = 0, level: float = 0.3) -> np.ndarray:
@@ -35,3 +38,9 @@ def with_flac_length(flac: bytes, num_samples: int) -> bytes:
     """A FLAC file whose header claims another number of samples."""
     word = int.from_bytes(flac[18:26], "big")
     return flac[:18] + ((word >> 36 << 36) | num_samples).to_bytes(8, "big") + flac[26:]
+
+
+def hide_pyav(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders are walked as where the extra `containers` is not installed."""
+    monkeypatch.setattr(folders, "AUDIO_SUFFIXES", folders.LIBSNDFILE_SUFFIXES)
+    monkeypatch.setattr(folders, "UNREAD_SUFFIXES", folders.UNREAD_SUFFIXES | folders.PYAV_SUFFIXES)

@@ -3,15 +3,17 @@
 import os
 from collections import Counter
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-AUDIO_SUFFIXES = frozenset(
+LIBSNDFILE_SUFFIXES = frozenset(
     ".wav .flac .mp3 .ogg .opus .oga .aif .aiff .aifc .au .snd .caf .rf64 .w64 .sph .nist".split()  # noqa: SIM905
 )
-UNREAD_SUFFIXES = frozenset(
-    ".m4a .m4b .aac .mp4 .webm .mkv .mka .mov .avi .wma .amr .3gp .ac3 .ape .wv .tta .shn .mp2 .raw .pcm".split()  # noqa: SIM905
-)
+PYAV_SUFFIXES = frozenset(".m4a .m4b .aac .mp4 .mov .3gp .webm .mkv .mka .wma .amr".split())  # noqa: SIM905
+"""Read where the extra `containers` is installed."""
+AUDIO_SUFFIXES = LIBSNDFILE_SUFFIXES | (PYAV_SUFFIXES if find_spec("av") else frozenset())
+UNREAD_SUFFIXES = PYAV_SUFFIXES.union(".avi .ac3 .ape .wv .tta .shn .mp2 .raw .pcm".split()) - AUDIO_SUFFIXES  # noqa: SIM905
 """Sound (or video with sound) that is not read; a folder that has such files says so."""
 _SYSTEM_FOLDERS = frozenset({"__MACOSX", "lost+found", "$RECYCLE.BIN", "@eaDir"})
 _NAMED = 3
@@ -58,7 +60,7 @@ def walk(root: Path) -> AudioFolder:
     if hidden:
         notes.append(f"{root}: left out as hidden: {_some(hidden)}")
     if unread:
-        notes.append(f"{root}: left out, not read: {counted(unread)}; convert them, for example to flac")
+        notes.append(f"{root}: left out, not read: {counted(unread)}; {cure_of(unread)}")
     notes += [f"{error.filename}: left out: {error.strerror}" for error in refused]
     return AudioFolder(root, audio, others, unread, tuple(notes))
 
@@ -67,6 +69,12 @@ def counted(names: Iterable[str]) -> str:
     """How many files have which ending: `2 .m4a, 1 .webm`."""
     endings = Counter(_ending(name) for name in names)
     return ", ".join(f"{count} {ending}" for ending, count in endings.most_common())
+
+
+def cure_of(unread: Iterable[str]) -> str:
+    """What to do about files that are not read."""
+    extra = "pip install 'wavlm-jax[containers]', or " if any(_has(name, PYAV_SUFFIXES) for name in unread) else ""
+    return f"{extra}convert them, for example to flac"
 
 
 def _some(names: list[str]) -> str:

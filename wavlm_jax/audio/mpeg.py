@@ -45,7 +45,7 @@ def contents(data: bytes | memoryview) -> Contents:
     at, start, num_frames, num_samples, kind, lost = 0, 0, 0, 0, b"", True
     while 0 <= at < len(data) - 4:
         if data[at : at + 3] == b"ID3":
-            at, lost = at + 10 + _synchsafe(data[at + 6 : at + 10]), True
+            at, lost = at + 10 + synchsafe(data[at + 6 : at + 10]), True
             continue
         frame = _frame(data[at : at + 4])
         if frame is None or (kind and frame.kind != kind) or (lost and not _followed(data, at + frame.size, frame)):
@@ -59,15 +59,15 @@ def contents(data: bytes | memoryview) -> Contents:
     return Contents(start, num_frames, num_samples)
 
 
-def with_length(data: bytes, found: Contents) -> bytes:
-    """`data` from its first frame on, behind an Info frame that counts all frames."""
+def with_length(data: bytes, found: Contents) -> tuple[bytes, range]:
+    """An Info frame that counts all frames, and the bytes that follow it: from the first frame on."""
     head = bytearray(data[found.start : found.start + 4])
     head[1] |= 1  # no checksum
     head[2] = _ROOM << 4 | head[2] & 0b1100
     frame, first, mono = _frame(bytes(head)), head[1] >> 3 & 3 == _MPEG_1, head[3] >> 6 == _MONO
     side = (17 if mono else 32) if first else (9 if mono else 17)
     info = bytes(head) + bytes(side) + b"Info" + struct.pack(">II", 1, found.num_frames)
-    return info.ljust(frame.size if frame else 0, b"\0") + data[found.start :]
+    return info.ljust(frame.size if frame else 0, b"\0"), range(found.start, len(data))
 
 
 def _frame(head: bytes) -> _Frame | None:
@@ -89,6 +89,6 @@ def _followed(data: bytes, at: int, frame: _Frame) -> bool:
     return at == len(data) or (following is not None and following.kind == frame.kind)
 
 
-def _synchsafe(size: bytes) -> int:
+def synchsafe(size: bytes) -> int:
     """An ID3v2 size: seven bits per byte."""
     return sum((byte & 127) << 7 * (3 - number) for number, byte in enumerate(size))

@@ -8,11 +8,11 @@ Normalisation is over the samples of one wave, before padding (FACTS B6): equal 
 Wav2Vec2FeatureExtractor with an attention mask. Without one it would count the padding (FACTS E13).
 """
 
-from collections import Counter
+import threading
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -20,7 +20,17 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from wavlm_jax.audio.wave import AudioFault, decode, num_samples_of, open_audio, read_blocks, resample, to_mono
+from wavlm_jax.audio.wave import (
+    MOST_SECONDS,
+    Audio,
+    AudioFault,
+    num_samples_of,
+    open_audio,
+    read_blocks,
+    resample,
+    to_mono,
+    version_of,
+)
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.files import printable
 from wavlm_jax.shapes import SAMPLE_RATE, STANDARD, Geometry, num_frames, samples_for
@@ -86,6 +96,8 @@ def pad(waves: Sequence[Float32[np.ndarray, "_"]], samples: int | None = None) -
 
 
 _MOST_LISTED = 10
+_KEPT_BYTES = 2**29
+"""Of decoded files that are held in memory: two hours and twenty minutes at 16 kHz."""
 
 
 class RecordingError(ValueError):
@@ -103,6 +115,8 @@ class Recording:
     rate: int
     num_samples: int
     """At 16 kHz."""
+    in_memory: bool = False
+    """Whether it is decoded as a whole: at another rate, or of a kind that cannot be sought in (GSM, m4a, webm)."""
 
     @property
     def seconds(self) -> float:
@@ -112,7 +126,7 @@ class Recording:
     def read(self, start: int = 0, num_samples: int | None = None) -> Samples:
         """`num_samples` samples (None: to the end) from sample `start` on, mono, 16 kHz.
 
-        A file at another rate is decoded and resampled as a whole; of others only the samples asked for are decoded.
+        Only the samples asked for are decoded, except of a file that is held in memory.
 
         Raises:
             AudioFault: whatever keeps them from being read.
@@ -120,7 +134,7 @@ class Recording:
         """
         wanted = self.num_samples - start if num_samples is None else num_samples
         with _naming(self.path):
-            if self.rate != SAMPLE_RATE:
+            if self.in_memory:
                 return self._whole()[start : start + wanted]
             with open_audio(self.path) as audio:
                 audio.seek(start)
@@ -132,7 +146,7 @@ class Recording:
             return to_mono(samples)
 
     def _whole(self) -> Samples:
-        wave = _resampled(self.path)
+        wave = _decoded(self.path)
         if len(wave) != self.num_samples:
             found = f"found {len(wave)} samples at {SAMPLE_RATE} Hz, {self.num_samples} when it was opened"
             raise AudioFault("length_mismatch", f"{found}; was it written anew?")
@@ -146,7 +160,7 @@ class Recording:
 
         """
         with _naming(self.path):
-            if self.rate != SAMPLE_RATE:
+            if self.in_memory:
                 return _moments([self._whole()])
             with open_audio(self.path) as audio:
                 blocks = (np.asarray(block, np.float32) for block in read_blocks(audio, "float32"))
@@ -162,19 +176,21 @@ def open_recordings(
     *,
     resampling: bool = False,
     geometry: Geometry = STANDARD,
+    max_seconds: float = MOST_SECONDS,
     on_fault: OnFault | None = None,
 ) -> list[Recording]:
-    """The headers of all files, read and checked before anything is computed.
+    """All files, checked before anything is computed: headers, and the sound of those that are decoded as a whole.
 
     Args:
         paths: audio files.
         resampling: also accept other rates than 16 kHz (such a file is held in memory as a whole).
         geometry: of the model; a file has to be long enough for one frame.
+        max_seconds: a file has at most as many samples as this has at 16 kHz, whatever its own rate.
         on_fault: gets files that cannot be used, which are left out; None: they are an error.
 
     Raises:
         RecordingError: files that are given twice, and without `on_fault` those that are missing, empty, not audio, too
-            short or at another rate.
+            short or long, or at another rate.
 
     """
     twice = [str(path) for path, given in Counter(paths).items() if given > 1]
@@ -185,7 +201,7 @@ def open_recordings(
     for path, name in zip(paths, names, strict=True):
         try:
             with _naming(path):
-                recordings.append(_opened(name, path, resampling, geometry))
+                recordings.append(_opened(name, path, resampling, geometry, max_seconds))
         except AudioFault as fault:
             faults.append(str(fault))
             if on_fault is not None:
@@ -249,36 +265,51 @@ def renamed(recordings: Sequence[Recording]) -> list[str]:
     ]
 
 
-def _opened(name: str, path: Path, resampling: bool, geometry: Geometry) -> Recording:
+def _opened(name: str, path: Path, resampling: bool, geometry: Geometry, max_seconds: float) -> Recording:
     with open_audio(path) as audio:
-        rate, frames = audio.samplerate, num_samples_of(audio)
-    if rate == SAMPLE_RATE:
-        num_samples = frames
-    elif resampling:
-        num_samples = int(frames * SAMPLE_RATE / rate + 0.5)  # what soxr gives; decoding is left to the first read
-    else:
-        asked = "--resample, InferenceSettings(resampling=True)"
-        expected = f"expected {SAMPLE_RATE} Hz; resample it, or ask for it ({asked})"
-        raise AudioFault("wrong_rate", f"found {rate} Hz, {expected}")
+        rate = audio.samplerate
+        if audio.frames > max_seconds * SAMPLE_RATE:
+            most = f"{max_seconds * SAMPLE_RATE:.0f} ({max_seconds:g} s at {SAMPLE_RATE} Hz)"
+            raise AudioFault("too_long", f"{audio.frames} samples, expected at most {most}; allow more (--max-seconds)")
+        if rate != SAMPLE_RATE and not resampling:
+            asked = "--resample, InferenceSettings(resampling=True)"
+            expected = f"expected {SAMPLE_RATE} Hz; resample it, or ask for it ({asked})"
+            raise AudioFault("wrong_rate", f"found {rate} Hz, {expected}")
+        in_memory = rate != SAMPLE_RATE or not audio.seekable() or audio.transcoded
+        num_samples = len(_decoded(path, audio)) if in_memory else num_samples_of(audio)
     if num_samples < geometry.receptive_field:
         raise AudioFault("too_short", f"{num_samples} samples, expected at least {geometry.receptive_field} (25 ms)")
-    return Recording(name, path, rate, num_samples)
+    return Recording(name, path, rate, num_samples, in_memory)
 
 
-def _resampled(path: Path) -> Samples:
+_waves: OrderedDict[tuple[Path, tuple[int, ...]], Samples] = OrderedDict()
+_waves_lock = threading.Lock()
+
+
+def _decoded(path: Path, opened: Audio | None = None) -> Samples:
+    """The whole file, mono, at 16 kHz. Those used last are kept; one that is written anew is decoded anew."""
     try:
-        status = path.stat()
+        key = path, version_of(path.stat())
     except OSError as error:
         raise AudioFault("missing", f"{path}: {error.strerror}") from error
-    return _decoded(path, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+    with _waves_lock:
+        wave = _waves.pop(key, None)
+    if wave is None and opened is not None:
+        wave = _read(opened)
+    elif wave is None:
+        with open_audio(path) as audio:
+            wave = _read(audio)
+    with _waves_lock:
+        _waves[key] = wave
+        kept = sum(one.nbytes for one in _waves.values())
+        while kept > _KEPT_BYTES and len(_waves) > 1:
+            kept -= _waves.popitem(last=False)[1].nbytes
+    return wave
 
 
-@lru_cache(maxsize=1)
-def _decoded(path: Path, version: tuple[int, ...]) -> Samples:
-    """The file at 16 kHz. `version` is part of the cache's key: a file that is written anew is decoded anew."""
-    del version
-    wave = decode(path)
-    return resample(to_mono(wave.samples), wave.rate)
+def _read(audio: Audio) -> Samples:
+    blocks = [to_mono(np.asarray(block, np.float32)) for block in read_blocks(audio, "float32")]
+    return resample(np.concatenate(blocks), audio.samplerate)
 
 
 def _moments(blocks: Iterable[Samples]) -> Statistics:

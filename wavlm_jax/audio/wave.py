@@ -1,25 +1,28 @@
 """Decoding of audio files: bytes to samples, down-mixing and resampling, with a name for every fault (USERS #15).
 
-Everything is read through libsndfile (wav, flac, mp3, ogg, opus). Files are hostile: a FIFO does not hang, a header
-that lies is found by counting samples, and no memory is allocated for samples that a header only claims. Long files can
-be read in blocks, so that memory does not grow with their length.
+Everything is read through libsndfile (wav, flac, mp3, ogg, opus), what it does not know through PyAV (m4a, webm). Files
+are hostile: a FIFO does not hang, a header that lies is found by comparing it with the bytes and with the samples, and
+no memory is allocated for samples that a header only claims. Long files can be read in blocks, so that memory does not
+grow with their length.
 """
 
 import errno
 import io
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import soundfile
 import soxr
 from jaxtyping import Float32, Int16
 
-from wavlm_jax.audio.mpeg import contents, with_length
+from wavlm_jax.audio.containers import CHECKED, ContradictionError, Parts, Spliced, Stream, whole
+from wavlm_jax.audio.transcoding import as_au, demuxer_of
+from wavlm_jax.extras import MissingExtraError
 from wavlm_jax.files import open_regular
 from wavlm_jax.shapes import SAMPLE_RATE
 
@@ -33,30 +36,28 @@ FaultName = Literal[
     "empty",
     "not_finite",
     "wrong_rate",
-    "length_unknown",
     "length_mismatch",
     "checksum_mismatch",
     "too_short",
     "too_long",
 ]
 """What can be wrong with an audio file. "unreadable": not audio; "damaged": the decoder stopped with an error;
-"truncated": fewer samples than its header says. too_short and too_long come from the length limits of a corpus, they
-are not faults of the file."""
+"truncated": fewer samples than its header says; "length_mismatch": more, or another number than a manifest says.
+too_short and too_long come from the length limits of a corpus, they are not faults of the file."""
 
 AudioSource: TypeAlias = "bytes | memoryview | Path"
 FULL_SCALE = 32768
 """int16 samples are float samples in [-1, 1) times this."""
 
 BLOCK_SAMPLES = 1 << 18
-_MOST_SAMPLES = 1 << 40
-"""libsndfile reports 2^63 - 1 samples for a FLAC whose header does not say; 2^40 are two years of 16 kHz audio."""
-
-
 _LOSSY_SECONDS = 0.1
 _ROUNDED_SECONDS = 0.05
 _LOSSY = ("MP3", "OGG")
-_DELAY_FRAMES = 6
-"""Of MP3, at both ends: samples that are in the bytes and that the Info frame tells decoders to leave out."""
+_RATES = (2_000, 768_000)
+"""Hz. A header that claims less or more makes hours of a few bytes, or the other way round."""
+MOST_SECONDS = 24 * 3600.0
+"""Of one file, where nobody gives another limit: what cannot be meant is refused."""
+_MOST_SCANS = 4096
 
 
 class AudioFault(ValueError):  # noqa: N818  (a fault is counted and skipped, an error stops)
@@ -85,7 +86,7 @@ def decode(source: AudioSource) -> Wave:
     """The whole of an audio file.
 
     Raises:
-        AudioFault: missing, not_a_file, unreadable, damaged, truncated, empty, not_finite, length_unknown.
+        AudioFault: whatever keeps it from being read.
 
     """
     with open_audio(source) as audio:
@@ -93,31 +94,81 @@ def decode(source: AudioSource) -> Wave:
         return Wave(samples=samples, rate=audio.samplerate)
 
 
+class Audio(soundfile.SoundFile):
+    """A libsndfile handle whose errors are an `AudioFault`: those of others are not touched."""
+
+    mended = False
+    """Whether its header is one of ours."""
+    transcoded = False
+    """Whether its samples were decoded before, by PyAV."""
+
+    def read(self, *how: Any, **more: Any) -> Any:
+        """See soundfile."""
+        with _as_faults():
+            return super().read(*how, **more)
+
+    def seek(self, frames: int, whence: int = os.SEEK_SET) -> int:
+        """See soundfile. A file that cannot seek (GSM) is read up to there, from where it stands."""
+        with _as_faults():
+            if self.seekable():
+                return int(super().seek(frames, whence))
+            left = frames
+            while left and (found := len(super().read(min(left, BLOCK_SAMPLES)))):
+                left -= found
+            return frames - left
+
+
 @contextmanager
-def open_audio(source: AudioSource) -> Iterator[soundfile.SoundFile]:
-    """An open libsndfile handle whose header was checked; errors of libsndfile inside the block become `AudioFault`.
+def open_audio(source: AudioSource, *, joined: bool = True) -> Iterator[Audio]:
+    """An open libsndfile handle whose header was checked, and compared with the bytes that are there.
+
+    Args:
+        source: bytes or path of an audio file.
+        joined: see `containers.whole`; what a corpus stores was searched when it was made.
 
     Raises:
-        AudioFault: missing, not_a_file, unreadable, truncated, empty, length_unknown; damaged for what libsndfile
-            reports while the caller reads.
+        AudioFault: missing, not_a_file, unreadable, truncated, empty, wrong_rate (no rate of sound), length_mismatch;
+            damaged for what libsndfile reports while the caller reads.
 
     """
-    handle = _regular_file(source) if isinstance(source, Path) else io.BytesIO(source)
-    with handle:
-        if not handle.seek(0, os.SEEK_END):
-            raise AudioFault("empty", "0 bytes")
-        handle.seek(0)
-        try:
-            with soundfile.SoundFile(handle) as audio:
-                whole = _whole_mp3(audio, handle) if audio.format == "MP3" else None
-                if whole is None:
-                    _check_header(audio, handle)
-                    yield audio
-            if whole is not None:
-                with soundfile.SoundFile(whole) as audio:
-                    yield audio
-        except (soundfile.LibsndfileError, soundfile.SoundFileRuntimeError, OSError) as error:
-            raise _as_fault(error) from error
+    with ExitStack() as stack:
+        file: Stream = _regular_file(source) if isinstance(source, Path) else io.BytesIO(source)
+        handle: Stream = stack.enter_context(file)
+        with _as_faults():
+            if not handle.seek(0, os.SEEK_END):
+                raise AudioFault("empty", "0 bytes")
+            handle.seek(0)
+            demuxer = demuxer_of(handle.read(16))
+            handle.seek(0)
+            if demuxer is not None:
+                handle = stack.enter_context(as_au(handle, demuxer))
+            parts = _scanned(handle, joined) if demuxer is None else None
+            audio = stack.enter_context(Audio(handle if parts is None else Spliced(handle, parts)))
+        audio.mended, audio.transcoded = parts is not None, demuxer is not None
+        _check_header(audio)
+        yield audio
+
+
+_scans: dict[tuple[int, ...], Parts | None] = {}
+
+
+def _scanned(handle: Stream, joined: bool) -> Parts | None:
+    """`containers.whole`, once for each version of a file: some formats have to be read to their end."""
+    version = version_of(os.fstat(handle.fileno())) if isinstance(handle, io.FileIO) else ()
+    if version in _scans:
+        return _scans[version]
+    parts = whole(handle, joined=joined or bool(version))
+    handle.seek(0)
+    if version:
+        if len(_scans) >= _MOST_SCANS:
+            _scans.clear()
+        _scans[version] = parts
+    return parts
+
+
+def version_of(status: os.stat_result) -> tuple[int, ...]:
+    """Another tuple for another file, and for one that was written anew."""
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 class Span(NamedTuple):
@@ -206,7 +257,7 @@ def read_crop(source: AudioSource, start: int, num_samples: int | None) -> Int16
         AudioFault: whatever keeps the crop from being read, and truncated where it is shorter than asked for.
 
     """
-    with open_audio(source) as audio:
+    with open_audio(source, joined=False) as audio:
         wanted = audio.frames - start if num_samples is None else num_samples
         if start:
             audio.seek(start)
@@ -254,48 +305,34 @@ def _regular_file(path: Path) -> io.FileIO:
         raise AudioFault(fault, f"{path}: {error.strerror}") from error
 
 
-def _whole_mp3(audio: soundfile.SoundFile, handle: io.IOBase) -> io.BytesIO | None:
-    """The file with a header that counts all its frames, where the one it has counts fewer; else None."""
-    position = handle.tell()
-    handle.seek(0)
-    data = handle.read()
-    handle.seek(position)
-    found = contents(data)
-    if not found.num_frames:
-        return None
-    delay = _DELAY_FRAMES * found.num_samples // found.num_frames
-    return io.BytesIO(with_length(data, found)) if found.num_samples > audio.frames + delay else None
-
-
-def _check_header(audio: soundfile.SoundFile, handle: io.IOBase) -> None:
-    if audio.frames > _MOST_SAMPLES:
+def _check_header(audio: Audio) -> None:
+    if audio.format not in CHECKED:
         raise AudioFault(
-            "length_unknown", "its header does not say how many samples it holds (written to a pipe?); encode it again"
+            "unreadable", f"{audio.format}, a kind whose length cannot be checked; convert it to wav or flac"
         )
     if audio.frames == 0:
         raise AudioFault("empty", "0 samples")
-    if audio.format == "WAV":
-        _check_riff_size(audio, handle)
+    if not _RATES[0] <= audio.samplerate <= _RATES[1]:
+        found = f"its header says {audio.samplerate} Hz"
+        raise AudioFault("wrong_rate", f"{found}, expected {_RATES[0]} to {_RATES[1]}; the header is damaged")
 
 
-def _check_riff_size(audio: soundfile.SoundFile, handle: io.IOBase) -> None:
-    """Refuses a WAV that was cut off: libsndfile shortens it silently, but its RIFF header says the original size.
-
-    0 and 2^32 - 1 mean that the size was unknown when the header was written (a stream).
-    """
-    position = handle.tell()
-    handle.seek(4)
-    claimed = int.from_bytes(handle.read(4), "little")
-    found = handle.seek(0, os.SEEK_END)
-    handle.seek(position)
-    if claimed not in (0, 0xFFFFFFFF) and claimed + 8 > found + 1:
-        raise AudioFault(
-            "truncated", f"{found} bytes ({audio.frames} samples), its RIFF header says {claimed + 8} bytes"
-        )
-
-
-def _as_fault(error: Exception) -> AudioFault:
-    message = str(error).removeprefix("Error : ")
-    if "Error opening" in message:
-        return AudioFault("unreadable", f"not audio that libsndfile knows ({message.rpartition(': ')[2]})")
-    return AudioFault("damaged", f"libsndfile stopped reading: {message}")
+@contextmanager
+def _as_faults() -> Iterator[None]:
+    """Errors of libsndfile, and of reading a file's bytes, as an `AudioFault`."""
+    try:
+        yield
+    except ContradictionError as error:
+        raise AudioFault(*error.args) from error
+    except MissingExtraError as error:
+        raise AudioFault("unreadable", str(error)) from error
+    except soundfile.SoundFileError as error:
+        message = str(error).removeprefix("Error : ")
+        if "Error opening" in message:
+            detail = f"not audio that libsndfile knows ({message.rpartition(': ')[2]})"
+            raise AudioFault("unreadable", detail) from error
+        raise AudioFault("damaged", f"libsndfile stopped reading: {message}") from error
+    except OSError as error:
+        if error.errno == errno.ENOSPC:  # of the place for temporary files
+            raise
+        raise AudioFault("unreadable", f"its bytes cannot be read: {error.strerror}") from error

@@ -19,6 +19,8 @@ from jaxtyping import Float32, Int16
 
 from wavlm_jax.audio.wave import (
     FULL_SCALE,
+    MOST_SECONDS,
+    Audio,
     AudioFault,
     AudioSource,
     is_about,
@@ -88,7 +90,7 @@ def conform(
     with open_audio(source) as audio:
         _check(audio, policy, declared)
         warnings: set[WarningName] = set()
-        kept_form = (audio.format, audio.subtype, audio.channels, audio.samplerate) == (
+        kept_form = not audio.mended and (audio.format, audio.subtype, audio.channels, audio.samplerate) == (
             "FLAC",
             "PCM_16",
             1,
@@ -113,15 +115,16 @@ def conform(
     return kept, warnings
 
 
-def _check(audio: soundfile.SoundFile, policy: Policy, declared: int | None) -> None:
+def _check(audio: Audio, policy: Policy, declared: int | None) -> None:
     """What a header tells: the manifest's length, the rate, the longest length."""
     if declared is not None and not is_about(declared, audio):
         raise AudioFault("length_mismatch", f"found {audio.frames} samples, the manifest says {declared}")
     if audio.samplerate != SAMPLE_RATE and policy.rate == "error":
         raise AudioFault("wrong_rate", f"{audio.samplerate} Hz, expected {SAMPLE_RATE}; pass --rate-policy resample")
     num_samples = round(audio.frames * SAMPLE_RATE / audio.samplerate)
-    if policy.max_samples is not None and num_samples > policy.max_samples and policy.long == "drop":
-        raise AudioFault("too_long", f"{num_samples} samples, the longest allowed are {policy.max_samples}")
+    most = int(MOST_SECONDS * SAMPLE_RATE) if policy.max_samples is None else policy.max_samples
+    if num_samples > most and policy.long == "drop":
+        raise AudioFault("too_long", f"{num_samples} samples, the longest allowed are {most} (--max-seconds)")
 
 
 @dataclass

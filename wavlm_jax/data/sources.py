@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from wavlm_jax.audio.folders import AUDIO_SUFFIXES, AudioFolder, counted, walk
+from wavlm_jax.audio.folders import AUDIO_SUFFIXES, AudioFolder, counted, cure_of, walk
 from wavlm_jax.audio.wave import AudioFault
 from wavlm_jax.data.entries import (
     COLUMNS,
@@ -201,7 +201,8 @@ def from_folder(folder: AudioFolder | Path, root: Path | None = None, *, plain: 
         folder = walk(folder.resolve())
     place = folder.root
     if not folder.audio:
-        found = f"only {counted(folder.unread)}, which are not read" if folder.unread else "no audio file"
+        unread = f"only {counted(folder.unread)}, which are not read ({cure_of(folder.unread)})"
+        found = unread if folder.unread else "no audio file"
         raise SourceError(f"{place}: {found}, expected some of *{', *'.join(sorted(AUDIO_SUFFIXES))}")
     stems = [os.path.splitext(path)[0] for path in folder.audio]  # noqa: PTH122  (Path would normalise odd names)
     counts = Counter(stems)

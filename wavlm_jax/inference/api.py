@@ -113,7 +113,12 @@ def classify(model: Model, files: Sequence[File], running: InferenceSettings = _
 
 def _recordings(model: Model, files: Sequence[File], settings: InferenceSettings) -> list[Recording]:
     paths = [Path(file) for file in files]
-    return open_recordings(paths, resampling=settings.resampling, geometry=geometry_of(model.config))
+    return open_recordings(
+        paths,
+        resampling=settings.resampling,
+        geometry=geometry_of(model.config),
+        max_seconds=settings.max_seconds,
+    )
 
 
 def _in_order(recordings: Sequence[Recording], answers: Iterator[tuple[Recording, T]]) -> list[T]:

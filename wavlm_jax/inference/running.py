@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from wavlm_jax.audio.recordings import ChunkSettings, Inputs, OnFault, Piece, Recording, Samples, cut, normalize, pad
-from wavlm_jax.audio.wave import AudioFault
+from wavlm_jax.audio.wave import MOST_SECONDS, AudioFault
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.model.heads import HEADS
 from wavlm_jax.shapes import SAMPLE_RATE, Geometry, num_frames, samples_for
@@ -50,6 +50,8 @@ class InferenceSettings:
     """Called for a recording that cannot be read or does not fit its text, and gets no answer; None: it is an error."""
     resampling: bool = False
     """Whether files at other rates than 16 kHz are taken; they are held in memory whole."""
+    max_seconds: float = MOST_SECONDS
+    """A file has at most as many samples as this has at 16 kHz."""
 
 
 def model_for(model: Model, command: str) -> Model:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from wavlm_jax.audio.folders import walk
 from wavlm_jax.audio.recordings import ChunkSettings, OnFault, Recording, first_of, open_recordings, renamed
+from wavlm_jax.audio.wave import MOST_SECONDS
 from wavlm_jax.command_line import plain_number
 from wavlm_jax.files import check_writable, named, printable, write_text
 from wavlm_jax.inference.answers import Answers, AsFault, Journal
@@ -73,6 +74,8 @@ def add_shared(
     add("--device", choices=("cpu", "gpu", "tpu"), help="where to compute; the fastest there is if not given")
     add("--resample", action="store_true", help="take files at other rates than 16 kHz")
     add("--batch-seconds", type=plain_number, default=60.0, help="most audio in a batch (default: 60)")
+    limit = "most samples of a file, as seconds at 16 kHz (default: 24 h)"
+    add("--max-seconds", type=plain_number, default=MOST_SECONDS, help=limit)
     add("--chunk-seconds", type=plain_number, help=f"of the pieces that longer files are cut into (default: {chunk})")
     add("--overlap-seconds", type=plain_number, help=f"that neighbouring pieces share (default: {overlap})")
     add("--strict", action="store_true", help="a file that cannot be used ends the work; else it is skipped (exit 3)")
@@ -95,8 +98,9 @@ def open_work(options: Options, command: str, paths: Sequence[Path] | None = Non
     length = chunks.seconds if length is None else length
     overlap = chunks.overlap_seconds * length / chunks.seconds if overlap is None else overlap
     chunks = ChunkSettings(seconds=length, overlap_seconds=overlap)
-    if not options.batch_seconds > 0:
-        raise UsageError(f"--batch-seconds: found {options.batch_seconds}, expected more than 0")
+    for option, seconds in (("--batch-seconds", options.batch_seconds), ("--max-seconds", options.max_seconds)):
+        if not seconds > 0:
+            raise UsageError(f"{option}: found {seconds}, expected more than 0")
     faults = dict[Path, tuple[str, str]]()
 
     def on_fault(name: str, path: Path, fault: ValueError) -> None:
@@ -105,13 +109,18 @@ def open_work(options: Options, command: str, paths: Sequence[Path] | None = Non
 
     kept = None if options.strict else on_fault
     settings = InferenceSettings(
-        chunks=chunks, batch_seconds=options.batch_seconds, resampling=options.resample, on_fault=kept
+        chunks=chunks,
+        batch_seconds=options.batch_seconds,
+        resampling=options.resample,
+        max_seconds=options.max_seconds,
+        on_fault=kept,
     )
     paths = _paths_of(options.files, kept) if paths is None else paths
     recordings = open_recordings(
         [path for path in paths if path not in faults],
         resampling=options.resample,
         geometry=geometry_of(model.config),
+        max_seconds=options.max_seconds,
         on_fault=kept,
     )
     if not recordings:
@@ -236,7 +245,7 @@ def answer(
 
 
 _NO_IDENTITY = {"name", "model", "step", "files", "out", "device", "batch_seconds", "quiet", "strict", "root", "text"}
-_NO_IDENTITY |= {"texts", "reference", "uem", "collar", "score_windows"}
+_NO_IDENTITY |= {"max_seconds", "texts", "reference", "uem", "collar", "score_windows"}
 """Options on which no answer depends, or which the key of each answer has."""
 
 
