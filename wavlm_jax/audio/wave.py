@@ -132,8 +132,8 @@ def open_audio(source: AudioSource, *, joined: bool = True) -> Iterator[Audio]:
 
     """
     with ExitStack() as stack:
-        file: Stream = _regular_file(source) if isinstance(source, Path) else io.BytesIO(source)
-        handle: Stream = stack.enter_context(file)
+        handle: Stream = _regular_file(source) if isinstance(source, Path) else io.BytesIO(source)
+        stack.enter_context(handle)
         with _as_faults():
             if not handle.seek(0, os.SEEK_END):
                 raise AudioFault("empty", "0 bytes")
