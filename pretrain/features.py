@@ -293,7 +293,7 @@ class LayerFeatures:
         self, teacher: Teacher, layer: int, *, piece_seconds: float, batch_seconds: float, num_threads: int
     ) -> None:
         self._config = teacher.up_to(layer).config
-        self.geometry = Geometry(self._config.conv_kernel, self._config.conv_stride)
+        self.geometry = self._config.geometry
         self.dim = self._config.hidden_size
         frames_a_second = SAMPLE_RATE / self.geometry.hop
         self._longest = max(SMALLEST_BUCKET, int(piece_seconds * frames_a_second))

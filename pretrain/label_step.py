@@ -46,7 +46,7 @@ from pretrain.labels import LabelError, LabelSettings
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.data.corpus import Corpus
 from wavlm_jax.model.wavlm import WavLM
-from wavlm_jax.shapes import SAMPLE_RATE, Geometry, samples_for
+from wavlm_jax.shapes import SAMPLE_RATE, samples_for
 
 
 def trace_label_step(labels: LabelSettings, devices: Sequence[jax.Device]) -> tuple[str, Traced, float, Mesh]:
@@ -64,7 +64,7 @@ def trace_label_step(labels: LabelSettings, devices: Sequence[jax.Device]) -> tu
         traced = label_program(mfcc_frames, rows_of).trace((), frames, centroids)
         return f"labels mfcc {block}", traced, block / labels.rate_hz, mesh
     teacher = dataclasses.replace(teacher_config(Path(labels.run)), num_hidden_layers=labels.layer, padding="exact")
-    geometry = Geometry(teacher.conv_kernel, teacher.conv_stride)
+    geometry = teacher.geometry
     a_second = SAMPLE_RATE / geometry.hop
     bucket = int(labels.piece_seconds * a_second)
     rows = rows_for(bucket, int(labels.batch_seconds * a_second), len(devices) // hosts) * hosts
@@ -81,7 +81,7 @@ def trace_label_step(labels: LabelSettings, devices: Sequence[jax.Device]) -> tu
 
 
 def _abstract(teacher: WavLMConfig) -> Any:
-    samples = samples_for(1, Geometry(teacher.conv_kernel, teacher.conv_stride))
+    samples = samples_for(1, teacher.geometry)
 
     def init() -> Any:
         return WavLM(teacher).init(jax.random.key(0), jnp.zeros((1, samples)), jnp.full((1,), samples, jnp.int32))

@@ -317,7 +317,12 @@ def feature_source(settings: LabelSettings) -> FeatureSource:
             batch_seconds=settings.batch_seconds,
             num_threads=settings.num_threads,
         )
-    rate = SAMPLE_RATE // source.geometry.hop
+    rate, rest = divmod(SAMPLE_RATE, source.geometry.hop)
+    if rest:
+        raise LabelError(
+            f"config.labels.run: frames of {source.geometry.hop} samples; expected a teacher whose frames are a whole "
+            "number of times in a second, as the rate of labels is in Hz"
+        )
     if rate != settings.rate_hz:
         raise LabelError(
             f"config.labels.rate_hz: found {settings.rate_hz}, but {settings.teacher!r} gives {rate} labels a second; "

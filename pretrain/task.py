@@ -260,7 +260,9 @@ def label_step(config: Mapping[str, Any], devices: Sequence[jax.Device]) -> tupl
 
 def _read(config: Mapping[str, Any]) -> PretrainSettings:
     refuse_unknown_sections(config, PretrainSettings, RunSettings)
-    return read_sections(config, PretrainSettings)
+    settings = read_sections(config, PretrainSettings)
+    settings.model.require_standard_frames("labels and masks are laid on these frames")
+    return settings
 
 
 def _assemble(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 from wavlm_jax.settings import check_sizes
-from wavlm_jax.shapes import Params
+from wavlm_jax.shapes import STANDARD, Geometry, Params
 
 Padding = Literal["exact", "huggingface", "microsoft"]
 Remat = Literal["none", "full", "dots"]
@@ -133,6 +133,24 @@ class WavLMConfig:
     def conv_layers(self) -> tuple[tuple[int, int, int], ...]:
         """(channels, kernel, stride) of each conv layer."""
         return tuple(zip(self.conv_dim, self.conv_kernel, self.conv_stride, strict=True))
+
+    @property
+    def geometry(self) -> Geometry:
+        """Kernels and strides of the conv encoder: how many frames samples give, and how long a frame is."""
+        return Geometry(self.conv_kernel, self.conv_stride)
+
+    def require_standard_frames(self, why: str) -> None:
+        """Refuses a model whose frames are not the standard ones.
+
+        Raises:
+            ValueError: other kernels or strides; `why` ends the message.
+
+        """
+        if self.geometry != STANDARD:
+            raise ValueError(
+                f"config.model.conv_kernel, conv_stride: found {self.conv_kernel}, {self.conv_stride}, expected "
+                f"{STANDARD.kernels}, {STANDARD.strides}; {why}"
+            )
 
     def another_function(self, found: "WavLMConfig") -> list[str]:
         """Why weights of a model with the config `found` compute another function here: one line per field.

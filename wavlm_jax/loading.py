@@ -23,7 +23,7 @@ from wavlm_jax.lora import BRANCH, LoRASettings, merged
 from wavlm_jax.model.heads import HEADS, recognise
 from wavlm_jax.model.wavlm import WavLM
 from wavlm_jax.settings import SettingsError, read
-from wavlm_jax.shapes import SAMPLE_RATE, Geometry, Params, samples_for
+from wavlm_jax.shapes import SAMPLE_RATE, Params, samples_for
 from wavlm_jax.text.vocabulary import files_of_record
 from wavlm_jax.training.checkpoint import FOLDER, Manifest, load_stored
 from wavlm_jax.training.workdir import absolute, address, exists, list_names, read_bytes
@@ -127,7 +127,7 @@ def _weights_of_run(workdir: Path | str, manifest: Manifest, params: Mapping[str
     files = {}
     if "vocabulary" in manifest.config:
         files = files_of_record(manifest.config["vocabulary"])
-    origin = Origin("run", str(workdir), notes, _facts(workdir, manifest), files, _longest_row(manifest.config, config))
+    origin = Origin("run", str(workdir), notes, _facts(workdir, manifest), files, _longest_row(manifest.config))
     return Weights(config, params["wavlm"], params.get(_PRETRAINING_HEAD), task, origin)
 
 
@@ -189,12 +189,12 @@ def _facts(workdir: Path | str, manifest: Manifest) -> dict[str, str]:
     return facts
 
 
-def _longest_row(stored: Mapping[str, Any], config: WavLMConfig) -> float | None:
-    """Seconds of the training's largest bucket; None: unknown."""
+def _longest_row(stored: Mapping[str, Any]) -> float | None:
+    """Seconds of the training's largest bucket, which counts standard frames (`data.batches`); None: unknown."""
     buckets = stored["batch"].get("buckets") if isinstance(stored.get("batch"), dict) else None
     if not buckets:
         return None
-    return samples_for(max(buckets), Geometry(config.conv_kernel, config.conv_stride)) / SAMPLE_RATE
+    return samples_for(max(buckets)) / SAMPLE_RATE
 
 
 def _at(config: Any, *keys: str) -> str:

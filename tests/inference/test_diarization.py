@@ -15,6 +15,7 @@ from wavlm_jax.inference.diarization import TurnSettings, diarize, error_table, 
 from wavlm_jax.inference.running import InferenceSettings, Job, PieceResult
 from wavlm_jax.metrics import DiarizationError, diarization_error, one_speaker, one_voice
 from wavlm_jax.model.heads import FrameOutput, WavLMForAudioFrameClassification
+from wavlm_jax.shapes import Geometry
 from wavlm_jax.text.records import Region, Turn
 from wavlm_jax.weights import Model, Weights
 
@@ -133,6 +134,9 @@ def test_turns_by_hand():
     assert turns("r", activity, how) == speakers
     filled = turns("r", activity, TurnSettings(fill_seconds=0.11, least_seconds=0.1))
     assert filled[0] == Turn("r", 0.1, 0.5, "speaker1")
+    other = Geometry(strides=(5, 2, 2, 2, 2, 2, 4))  # 40 ms
+    slower = turns("r", activity, TurnSettings(fill_seconds=0.1, least_seconds=0.2), other)
+    assert slower[0] == Turn("r", 0.2, 0.4, "speaker1")
 
 
 def test_pieces_of_a_long_file_agree_on_who_is_who(tmp_path):

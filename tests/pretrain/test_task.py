@@ -221,6 +221,14 @@ def start(config):
     task.initial_params(jax.eval_shape(task.init, jax.random.key(0)))
 
 
+def test_a_model_of_other_frames_is_refused(config):
+    changed = {**config, "model": {**config["model"], "conv_stride": (5, 2, 2, 2, 2, 2, 1)}}
+    with pytest.raises(
+        ValueError, match=r"conv_kernel, conv_stride: found .* labels and masks are laid on these frames"
+    ):
+        outline(changed, ONE)
+
+
 def test_the_outline_of_a_task_knows_the_batches_that_its_data_will_give(config, task):
     """`wavlm_jax.plan` compiles what train.py compiles, without corpus and labels."""
     planned = outline(config, ONE)

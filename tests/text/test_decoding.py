@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from tests.support.every_path import SPECIAL, TINY, best_by_text, log_probs_of, seeds
 from tests.support.language_models import WORDS
 from wavlm_jax.extras import MissingExtraError
+from wavlm_jax.shapes import STANDARD
 from wavlm_jax.text import beam
 from wavlm_jax.text.beam import BeamSearch, read_lexicon, words_of_arpa
 from wavlm_jax.text.decoding import (
@@ -54,7 +55,7 @@ def test_the_vector_of_the_fact_sheet():
     spans = [("H", 0, 2), ("E", 3, 4), ("L", 4, 6), ("L", 7, 8), ("O", 8, 10), (" ", 10, 12), ("H", 12, 13)]
     assert heard.characters == tuple(Span(*span) for span in spans)
     assert heard.words == (Span("HELLO", 0, 10), Span("H", 12, 13))
-    assert (seconds(heard.words[1].start), seconds(heard.words[1].end)) == (0.24, 0.26)
+    assert (seconds(heard.words[1].start, STANDARD), seconds(heard.words[1].end, STANDARD)) == (0.24, 0.26)
 
 
 def test_dropping_special_tokens_keeps_doubled_letters(theirs):

@@ -19,7 +19,7 @@ from wavlm_jax.convert.microsoft import identity, import_microsoft, microsoft_na
 from wavlm_jax.convert.state_dict import ConversionError
 from wavlm_jax.extras import extra
 from wavlm_jax.files import read_json
-from wavlm_jax.shapes import Geometry, samples_for
+from wavlm_jax.shapes import samples_for
 from wavlm_jax.weights import Model, Output, ready
 
 with extra("torch", "the comparison with transformers"):
@@ -74,7 +74,7 @@ def probes(model: Model) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
 
     The clip is so long that every bucket of the position bias is reached.
     """
-    shortest, geometry = _SHORTEST, Geometry(model.config.conv_kernel, model.config.conv_stride)
+    shortest, geometry = _SHORTEST, model.config.geometry
     if model.weights.task is not None:
         head = model.weights.task.config
         frames = head.tdnn_context + 4

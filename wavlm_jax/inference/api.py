@@ -16,7 +16,7 @@ from wavlm_jax.audio.recordings import Recording, open_recordings
 from wavlm_jax.inference import diarization, recognition, utterances
 from wavlm_jax.inference.diarization import TurnSettings, pieces_of
 from wavlm_jax.inference.recognition import TranscribedRecording
-from wavlm_jax.inference.running import InferenceSettings, geometry_of, model_for
+from wavlm_jax.inference.running import InferenceSettings, model_for
 from wavlm_jax.inference.utterances import Answer
 from wavlm_jax.text.beam import BeamSearch
 from wavlm_jax.text.decoding import Transcript
@@ -116,7 +116,7 @@ def _recordings(model: Model, files: Sequence[File], settings: InferenceSettings
     return open_recordings(
         paths,
         resampling=settings.resampling,
-        geometry=geometry_of(model.config),
+        geometry=model.config.geometry,
         max_seconds=settings.max_seconds,
     )
 

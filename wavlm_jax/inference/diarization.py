@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from scipy.optimize import linear_sum_assignment
 
 from wavlm_jax.audio.recordings import ChunkSettings, Recording
-from wavlm_jax.inference.running import InferenceSettings, PieceResult, by_recording, geometry_of
+from wavlm_jax.inference.running import InferenceSettings, PieceResult, by_recording
 from wavlm_jax.metrics import diarization_error, one_speaker, one_voice
 from wavlm_jax.model.heads import FrameOutput
 from wavlm_jax.shapes import STANDARD, Geometry, num_frames
@@ -64,7 +64,8 @@ def diarize(
 
     """
     for recording, results in by_recording(model, _probabilities, recordings, settings, framewise=False):
-        yield recording, turns(recording.name, join(results, geometry_of(model.config)), turn_settings)
+        geometry = model.config.geometry
+        yield recording, turns(recording.name, join(results, geometry), turn_settings, geometry)
 
 
 def _probabilities(output: FrameOutput) -> jax.Array:
@@ -104,25 +105,25 @@ def _matched(
     return np.asarray(linear_sum_assignment(cost - _FAMILIAR_WEIGHT * familiar)[1])
 
 
-def turns(name: str, activity: Activity, settings: TurnSettings) -> list[Turn]:
-    """The turns of a recording, by start; a frame that is active lasts for its 20 ms."""
+def turns(name: str, activity: Activity, settings: TurnSettings, geometry: Geometry = STANDARD) -> list[Turn]:
+    """The turns of a recording, by start; a frame that is active lasts until the next one begins (20 ms)."""
     found = []
     for speaker in range(activity.shape[1]):
-        for start, end in _stretches(activity[:, speaker] > settings.threshold, settings):
-            found.append(Turn(name, seconds(start), seconds(end - start), f"speaker{speaker + 1}"))
+        for start, end in _stretches(activity[:, speaker] > settings.threshold, settings, geometry):
+            found.append(Turn(name, seconds(start, geometry), seconds(end - start, geometry), f"speaker{speaker + 1}"))
     return sorted(found, key=lambda turn: (turn.start, turn.speaker))
 
 
-def _stretches(active: Bool[np.ndarray, "frames"], settings: TurnSettings) -> list[tuple[int, int]]:
+def _stretches(active: Bool[np.ndarray, "frames"], settings: TurnSettings, geometry: Geometry) -> list[tuple[int, int]]:
     """First frame of each turn, and one past its last."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], active, [False]]).astype(np.int8)))
     merged: list[tuple[int, int]] = []
     for start, end in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
-        if merged and seconds(start - merged[-1][1]) < settings.fill_seconds:
+        if merged and seconds(start - merged[-1][1], geometry) < settings.fill_seconds:
             merged[-1] = merged[-1][0], end
         else:
             merged.append((start, end))
-    return [(start, end) for start, end in merged if seconds(end - start) >= settings.least_seconds]
+    return [(start, end) for start, end in merged if seconds(end - start, geometry) >= settings.least_seconds]
 
 
 def error_table(

@@ -12,6 +12,7 @@ from wavlm_jax.audio.recordings import Recording, first_of
 from wavlm_jax.files import printable
 from wavlm_jax.inference.running import InferenceSettings, by_recording, frames_of, vocabulary_of
 from wavlm_jax.model.heads import CTCOutput
+from wavlm_jax.shapes import Geometry
 from wavlm_jax.text.beam import BeamSearch
 from wavlm_jax.text.decoding import AlignmentError, Span, Transcript, align, check_fit, decode, seconds
 from wavlm_jax.text.records import TimedWord, write_ctm
@@ -24,6 +25,8 @@ class TranscribedRecording(NamedTuple):
 
     recording: Recording
     transcript: Transcript
+    geometry: Geometry
+    """Of the model, whose frames the transcript counts."""
     confidence: tuple[float, ...] | None = None
 
 
@@ -47,7 +50,7 @@ def transcribe(
     answer = _best_tokens if search is None else _log_probs
     for recording, frames in _frames(model, answer, recordings, settings):
         transcript = decode(frames, vocabulary) if search is None else search(frames)[0].transcript
-        yield recording, TranscribedRecording(recording, transcript)
+        yield recording, TranscribedRecording(recording, transcript, model.config.geometry)
 
 
 def align_texts(
@@ -75,7 +78,7 @@ def align_texts(
     fitting = [recording for recording in texts if recording not in faults]
     for recording, log_probs in _frames(model, _log_probs, fitting, settings):
         aligned = align(log_probs, texts[recording], vocabulary)
-        yield recording, TranscribedRecording(recording, aligned.transcript, aligned.confidence)
+        yield recording, TranscribedRecording(recording, aligned.transcript, model.config.geometry, aligned.confidence)
 
 
 def as_json(found: Iterable[TranscribedRecording]) -> str:
@@ -86,7 +89,12 @@ def as_json(found: Iterable[TranscribedRecording]) -> str:
 def as_ctm(found: Iterable[TranscribedRecording]) -> str:
     """Words with start and duration."""
     return write_ctm(
-        TimedWord(one.recording.name, seconds(word.start), seconds(word.end - word.start), word.text)
+        TimedWord(
+            one.recording.name,
+            seconds(word.start, one.geometry),
+            seconds(word.end - word.start, one.geometry),
+            word.text,
+        )
         for one in found
         for word in one.transcript.words
     )
@@ -99,7 +107,7 @@ def as_tsv(found: Iterable[TranscribedRecording]) -> str:
 
 def _as_record(found: TranscribedRecording) -> dict[str, Any]:
     recording, transcript = found.recording, found.transcript
-    characters = [_times(span) for span in transcript.characters]
+    characters = [_times(span, found.geometry) for span in transcript.characters]
     if found.confidence is not None:
         for character, confidence in zip(characters, found.confidence, strict=True):
             character["confidence"] = round(confidence, 4)
@@ -108,13 +116,14 @@ def _as_record(found: TranscribedRecording) -> dict[str, Any]:
         "path": printable(recording.path),
         "seconds": recording.seconds,
         "text": transcript.text,
-        "words": [_times(span) for span in transcript.words],
+        "words": [_times(span, found.geometry) for span in transcript.words],
         "characters": characters,
     }
 
 
-def _times(span: Span) -> dict[str, Any]:
-    return {"text": span.text, "start": round(seconds(span.start), 3), "end": round(seconds(span.end), 3)}
+def _times(span: Span, geometry: Geometry) -> dict[str, Any]:
+    start, end = (round(seconds(frame, geometry), 3) for frame in (span.start, span.end))
+    return {"text": span.text, "start": start, "end": end}
 
 
 def _fitting_vocabulary(model: Model) -> Vocabulary:

@@ -22,7 +22,7 @@ from wavlm_jax.model.ecapa import ECAPA
 from wavlm_jax.model.frontend import Convolution
 from wavlm_jax.model.layers import Keys, Masks, Site, dropout, keep_where, linear, prefix_mask
 from wavlm_jax.model.wavlm import WavLM, WavLMOutput
-from wavlm_jax.shapes import FrameMask, Geometry, Hidden, NumSamples, Params, Waveform, num_frames, samples_for
+from wavlm_jax.shapes import FrameMask, Hidden, NumSamples, Params, Waveform, num_frames, samples_for
 
 Embeddings = Float[Array, "rows embedding"]
 
@@ -139,7 +139,7 @@ def _frames_behind_layer(num_frames: Any, head: HeadConfig) -> Any:
 
 def head_num_frames(num_samples: Any, config: WavLMConfig, head: HeadConfig) -> Any:
     """Frames that a head reads of so many samples (int or array): behind the adapter, if there is one."""
-    frames = num_frames(num_samples, Geometry(config.conv_kernel, config.conv_stride))
+    frames = num_frames(num_samples, config.geometry)
     for _ in range(head.num_adapter_layers if head.add_adapter else 0):
         frames = _frames_behind_layer(frames, head)
     return frames
@@ -523,7 +523,7 @@ def tree_shapes(config: WavLMConfig, kind: str | None = None, head: HeadConfig |
         frames = head.tdnn_context + 1
         if head.add_adapter:
             frames = (frames + head.adapter_kernel_size) * 2 * head.adapter_stride**head.num_adapter_layers
-    samples = samples_for(frames, Geometry(config.conv_kernel, config.conv_stride))
+    samples = samples_for(frames, config.geometry)
     variables = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, samples))))
     shapes: Params = variables["params"]
     return shapes

@@ -19,7 +19,6 @@ from wavlm_jax.config import Compute, WavLMConfig
 from wavlm_jax.shapes import (
     ChannelMask,
     FrameMask,
-    Geometry,
     NumSamples,
     RowKeys,
     StepKey,
@@ -202,7 +201,7 @@ def frame_mask(num_samples: NumSamples, num_frames: int, padded_samples: int, co
         frame or two more.
 
     """
-    geometry = Geometry(config.conv_kernel, config.conv_stride)
+    geometry = config.geometry
     if config.padding == "microsoft":
         valid = microsoft_num_frames(num_samples, padded_samples, geometry)
     elif config.padding == "huggingface":

@@ -14,7 +14,6 @@ from wavlm_jax.shapes import (
     ChannelMask,
     ConvFeatures,
     FrameMask,
-    Geometry,
     Hidden,
     NumSamples,
     RowKeys,
@@ -119,7 +118,7 @@ class WavLM(nn.Module):
     @property
     def receptive_field(self) -> int:
         """Samples of one frame (400): the shortest row that the model takes."""
-        return Geometry(self.config.conv_kernel, self.config.conv_stride).receptive_field
+        return self.config.geometry.receptive_field
 
     def _check(self, waveform: Waveform, step_key: StepKey | None, row_keys: RowKeys | None) -> None:
         if (step_key is None) != (row_keys is None):

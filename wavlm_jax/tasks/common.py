@@ -228,8 +228,8 @@ def spec_augment(config: WavLMConfig, row_keys: RowKeys, waveform: Waveform, num
     if config.mask_time_prob > 0:
         time = span_mask(
             row_keys,
-            num_frames(num_samples),
-            num_frames(waveform.shape[1]),
+            num_frames(num_samples, config.geometry),
+            num_frames(waveform.shape[1], config.geometry),
             prob=config.mask_time_prob,
             length=config.mask_time_length,
             min_masks=config.mask_time_min_masks,

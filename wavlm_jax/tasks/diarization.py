@@ -199,11 +199,7 @@ def _check(model: WavLMConfig, num_speakers: int) -> None:
             f"config.head.num_labels: found {num_speakers} speakers, expected {MOST_SPEAKERS} or fewer in a row; "
             "all their orders are tried. Shorter rows (batch.buckets) have fewer speakers"
         )
-    if (model.conv_kernel, model.conv_stride) != STANDARD:
-        raise SettingsError(
-            f"config.model.conv_kernel, conv_stride: found {model.conv_kernel}, {model.conv_stride}; turns are cut "
-            f"into the frames of {STANDARD.kernels}, {STANDARD.strides}"
-        )
+    model.require_standard_frames("turns are cut into these frames")
 
 
 @dataclass(frozen=True)

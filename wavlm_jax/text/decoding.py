@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int8
 
-from wavlm_jax.shapes import SAMPLE_RATE, STANDARD, Geometry
+from wavlm_jax.shapes import SAMPLE_RATE, Geometry
 from wavlm_jax.text.vocabulary import Vocabulary, VocabularyError
 
 Ids = Int[np.ndarray, "frames"]
@@ -89,7 +89,7 @@ def transcript(runs: Sequence[Run], vocabulary: Vocabulary) -> Transcript:
     return Transcript(" ".join("".join(shown).split()), characters, _words(characters))
 
 
-def seconds(frame: int, geometry: Geometry = STANDARD) -> float:
+def seconds(frame: int, geometry: Geometry) -> float:
     """Start of frame number `frame`, which is the end of the one before."""
     return frame * geometry.hop / SAMPLE_RATE
 
@@ -205,12 +205,12 @@ def check_fit(labels: Sequence[int] | Int[np.ndarray, "labels"], frames: int) ->
         raise AlignmentError("text: found nothing to align, expected at least one character")
     if needed > frames:
         raise AlignmentError(
-            f"text: {len(labels)} characters need {needed} frames, the audio has {frames} ({frames * 20} ms); is it "
+            f"text: {len(labels)} characters need {needed} frames, the audio has {frames}; is it "
             "the text of this audio?"
         )
     if frames * (2 * len(labels) + 1) > _MOST_PAIRS:
         raise AlignmentError(
-            f"text: {len(labels)} characters in {frames} frames ({frames / 3000:.0f} min) would take "
+            f"text: {len(labels)} characters in {frames} frames would take "
             f"{frames * (2 * len(labels) + 1) >> 30} GiB; cut audio and text into parts"
         )
 
