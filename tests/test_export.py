@@ -156,6 +156,9 @@ def test_half_precision(plain, tmp_path, dtype, too_large):
 
 def test_the_authors_layout_and_back(plain, ctc, tmp_path):
     wavlm_jax.save_microsoft(plain, tmp_path / "wavlm.pt", compared=False)
+    assert not {"final_proj.weight", "label_embs_concat"} & set(torch.load(tmp_path / "wavlm.pt")["model"])
+    assert wavlm_jax.load(tmp_path / "wavlm.pt").weights.head is None
+    wavlm_jax.save_microsoft(plain, tmp_path / "wavlm.pt", compared=False, with_head=True)
     assert compare.compare(tmp_path / "wavlm.pt")["max_error"] < 1e-4
     back = wavlm_jax.load(tmp_path / "wavlm.pt")
     jax.tree.map(np.testing.assert_array_equal, back.params, plain.params)
@@ -163,6 +166,23 @@ def test_the_authors_layout_and_back(plain, ctc, tmp_path):
     with pytest.raises(ValueError, match="no place for the head of a WavLMForCTC"):
         wavlm_jax.save_microsoft(ctc, tmp_path / "ctc.pt")
     assert [path.name for path in tmp_path.iterdir()] == ["wavlm.pt"]
+
+
+def test_a_failing_rename_leaves_the_older_export(plain, tmp_path, monkeypatch):
+    wavlm_jax.save_huggingface(plain, tmp_path / "out", compared=False)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    rename = Path.rename
+
+    def failing(self, target):
+        if self.name.endswith(".unproved"):
+            raise OSError(28, "no space left", str(self))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="no space left"):
+        wavlm_jax.save_huggingface(plain, tmp_path / "out", compared=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
 def test_an_export_that_is_not_exact_is_not_left_behind(plain, tmp_path, monkeypatch):

@@ -284,7 +284,11 @@ def test_quantised_weights_are_refused(folder):
     [
         ("config.json", {"hidden_size": 2**40}, "hidden_size is 1099511627776, expected at most"),
         ("config.json", {"conv_dim": [8] * 10_000}, "expected one each per conv layer"),
-        ("config.json", {k: [2] * 9999 for k in ("conv_dim", "conv_kernel", "conv_stride")}, "asks for 9999 layers"),
+        (
+            "config.json",
+            {"num_feat_extract_layers": 9999, **{k: [2] * 9999 for k in ("conv_dim", "conv_kernel", "conv_stride")}},
+            "asks for 9999 layers",
+        ),
         ("config.json", {"add_adapter": True}, "add_adapter is True"),
         ("config.json", {"model_type": "wav2vec2"}, "model_type is 'wav2vec2'"),
         ("wavlm_jax.json", {"format": 99}, "format: found 99"),

@@ -10,15 +10,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
-from wavlm_jax.settings import check_sizes
+from wavlm_jax.settings import SettingsError, check_sizes
 from wavlm_jax.shapes import STANDARD, Geometry, Params
 
 Padding = Literal["exact", "huggingface", "microsoft"]
 Remat = Literal["none", "full", "dots"]
 AttentionImplementation = Literal["auto", "dense", "chunked", "pallas_tpu", "pallas_gpu"]
 
+Activation = Literal[
+    "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_accurate", "quick_gelu", "relu", "silu", "swish", "tanh"
+]
+"""transformers' names, of functions that are 0 at 0, so that padding stays 0."""
+
 BASE_STRIDES = (5, 2, 2, 2, 2, 2, 2)
 BASE_KERNELS = (10, 3, 3, 3, 3, 2, 2)
+MAX_SIZE = 2**20
+"""No size of a model is larger; a larger one would only fill the memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +68,13 @@ class WavLMConfig:
     conv_kernel: tuple[int, ...] = BASE_KERNELS
     conv_stride: tuple[int, ...] = BASE_STRIDES
     conv_bias: bool = False
+    hidden_act: Activation = "gelu"
+    """Between the two linear maps of a layer. Every released WavLM has the exact GELU, here and in the next."""
+    feat_extract_activation: Activation = "gelu"
+    """Of the conv encoder and the positional convolution."""
     layer_norm_eps: float = 1e-5
+    conv_pos_batch_norm: bool = False
+    """HuBERT: a batch norm before the positional convolution in the place of weight norm; never updated here."""
     num_conv_pos_embeddings: int = 128
     num_conv_pos_embedding_groups: int = 16
     position_bias: bool = True
@@ -112,11 +125,13 @@ class WavLMConfig:
                 f"{self.num_buckets} num_buckets, which hold one distance each"
             )
         for name in ("feat_proj_dropout", "hidden_dropout", "attention_dropout", "activation_dropout", "layerdrop"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"model.{name}: found {getattr(self, name)}, expected a probability in [0, 1)")
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"model.{name}: found {getattr(self, name)}, expected a probability in [0, 1]")
 
     def _check_literals(self) -> None:
-        for name, allowed in (("feat_extract_norm", ("group", "layer")), ("padding", get_args(Padding))):
+        literals = {"feat_extract_norm": ("group", "layer"), "padding": get_args(Padding)}
+        literals |= dict.fromkeys(("hidden_act", "feat_extract_activation"), get_args(Activation))
+        for name, allowed in literals.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"model.{name}: found {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
 
@@ -143,11 +158,11 @@ class WavLMConfig:
         """Refuses a model whose frames are not the standard ones.
 
         Raises:
-            ValueError: other kernels or strides; `why` ends the message.
+            SettingsError: other kernels or strides; `why` ends the message.
 
         """
         if self.geometry != STANDARD:
-            raise ValueError(
+            raise SettingsError(
                 f"config.model.conv_kernel, conv_stride: found {self.conv_kernel}, {self.conv_stride}, expected "
                 f"{STANDARD.kernels}, {STANDARD.strides}; {why}"
             )
@@ -206,10 +221,16 @@ class WavLMConfig:
         merged = _HUGGINGFACE_DEFAULTS | {key: value for key, value in values.items() if key in names}
         for key in ("conv_dim", "conv_kernel", "conv_stride"):
             merged[key] = tuple(int(value) for value in merged[key])
+        merged["conv_pos_batch_norm"] = kind == "hubert" and merged.get("conv_pos_batch_norm", False)
         merged |= {"position_bias": kind == "wavlm", "padding": "huggingface", "layerdrop_first": False}
         merged["normalize_eps"] = 1e-7
         merged["do_normalize"] = merged["feat_extract_norm"] == "layer" if do_normalize is None else do_normalize
-        return cls(**merged)
+        config = cls(**merged)
+        if (said := values.get("num_feat_extract_layers", len(config.conv_dim))) != len(config.conv_dim):
+            raise ValueError(
+                f"config.json: num_feat_extract_layers is {said!r}, conv_dim has {len(config.conv_dim)} layers"
+            )
+        return config
 
     def to_huggingface(self) -> dict[str, Any]:
         """The object for Hugging Face's `config.json` (a bare WavLMModel or HubertModel)."""
@@ -217,8 +238,6 @@ class WavLMConfig:
         result: dict[str, Any] = {
             "architectures": [f"{kind}Model"],
             "model_type": kind.lower(),
-            "hidden_act": "gelu",
-            "feat_extract_activation": "gelu",
             "num_feat_extract_layers": len(self.conv_dim),
             "apply_spec_augment": True,
         }
@@ -228,6 +247,8 @@ class WavLMConfig:
                 result[field.name] = list(value) if isinstance(value, tuple) else value
         if not self.position_bias:
             del result["num_buckets"], result["max_bucket_distance"]
+        if not self.conv_pos_batch_norm:
+            del result["conv_pos_batch_norm"]
         return result
 
 
@@ -281,13 +302,7 @@ _TINY: dict[str, Any] = _BASE | {
     "max_bucket_distance": 80,
 }
 
-_ONLY = {
-    "hidden_act": "gelu",
-    "feat_extract_activation": "gelu",
-    "add_adapter": False,
-    "feat_proj_layer_norm": True,
-    "conv_pos_batch_norm": False,
-}
+_ONLY = {"add_adapter": False, "feat_proj_layer_norm": True}
 """Keys of `config.json` that have one supported value."""
 
 _HUGGINGFACE_DEFAULTS: dict[str, Any] = {
@@ -385,8 +400,8 @@ class HeadConfig:
                 f"pad_token_id (the CTC blank): found {self.pad_token_id}, expected one of the vocab_size "
                 f"{self.vocab_size} characters, so 0 to {self.vocab_size - 1}"
             )
-        if not 0 <= self.final_dropout < 1:
-            raise ValueError(f"final_dropout: found {self.final_dropout}, expected a probability in [0, 1)")
+        if not 0 <= self.final_dropout <= 1:
+            raise ValueError(f"final_dropout: found {self.final_dropout}, expected a probability in [0, 1]")
         sizes = len(self.tdnn_dim), len(self.tdnn_kernel), len(self.tdnn_dilation)
         if len(set(sizes)) != 1 or not self.tdnn_dim:
             raise ValueError(

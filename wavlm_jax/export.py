@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -98,20 +98,33 @@ def save_huggingface(model: Model, folder: Path | str, *, dtype: Precision = "fl
     return proof
 
 
-def save_microsoft(model: Model, path: Path | str, *, dtype: Precision = "float32", compared: bool = True) -> Proof:
-    """A `.pt` in the authors' layout, with the pre-training head if there is one.
+def save_microsoft(
+    model: Model,
+    path: Path | str,
+    *,
+    dtype: Precision = "float32",
+    compared: bool = True,
+    with_head: bool = False,
+) -> Proof:
+    """A `.pt` in the authors' layout.
 
     Args:
         model: of `wavlm_jax.load`; `dataclasses.replace(model, params=...)` has others.
         path: the file; an older one is replaced at once.
         dtype: of the numbers in the file.
         compared: whether to compare with transformers too, where it is installed.
+        with_head: whether the pre-training head, where there is one, is written too, as fairseq does. The authors' own
+            class loads strictly and has no place for its three tensors; what builds on it (s3prl) has none either.
 
     Raises:
-        ValueError: see `save_huggingface`; and a fine-tuned model, whose head the layout has no place for.
+        ValueError: see `save_huggingface`; no head that could be written; and a fine-tuned model, whose head the layout
+            has no place for.
 
     """
     weights, target = model.current, Path(path)
+    if with_head and weights.head is None:
+        raise ValueError(f"{weights.origin.path}: has no pre-training head that could be written")
+    weights = weights if with_head else replace(weights, head=None)
     if target.is_dir():
         raise ValueError(f"{target}: is a folder, expected the name of a file (wavlm.pt)")
     if weights.task is not None:
@@ -144,7 +157,12 @@ def _unproved(target: Path) -> Iterator[Path]:
         older = scratch.with_suffix(".older")
         if target.is_dir():
             target.rename(older)
-        scratch.rename(target)
+        try:
+            scratch.rename(target)
+        except OSError:
+            if older.is_dir():
+                older.rename(target)
+            raise
         _remove(older)
     finally:
         _remove(scratch)

@@ -13,9 +13,11 @@ import jax
 import numpy as np
 
 from wavlm_jax.config import HeadConfig, Padding, TaskHead, WavLMConfig
+from wavlm_jax.convert.bare import LIKE, import_bare, is_named_as
 from wavlm_jax.convert.huggingface import import_huggingface
 from wavlm_jax.convert.huggingface_files import fetch, is_hub_name
 from wavlm_jax.convert.microsoft import import_microsoft
+from wavlm_jax.convert.state_dict import state_in
 from wavlm_jax.convert.torch_file import read_torch_file
 from wavlm_jax.convert.torchaudio import import_torchaudio, is_torchaudio
 from wavlm_jax.files import named
@@ -34,7 +36,9 @@ _MAX_LOG = 2**30
 _PRETRAINING_HEAD = "head"
 
 
-def load_weights(path: Path | str, step: int | None = None) -> Weights:
+def load_weights(
+    path: Path | str, step: int | None = None, *, num_attention_heads: int | None = None, like: str | None = None
+) -> Weights:
     """The weights in `path`, as numpy arrays on the host.
 
     Args:
@@ -43,6 +47,9 @@ def load_weights(path: Path | str, step: int | None = None) -> Weights:
             HuBERT, with or without a head); a `.pt` of the authors, of fairseq or UniSpeech; a torchaudio state dict;
             or the name of a model on the Hugging Face hub.
         step: checkpoint of the run; None: the newest that verifies.
+        num_attention_heads: of a torchaudio HuBERT, which no tensor tells; None: as in the published model of its
+            width.
+        like: "base" or "large": the sizes of a state dict that has no config in it or beside it.
 
     Raises:
         ValueError: none of these, a step of something that has none, a head that `model.heads.HEADS` does not have, or
@@ -50,6 +57,20 @@ def load_weights(path: Path | str, step: int | None = None) -> Weights:
         OSError: files that are missing or cannot be read.
 
     """
+    if like is not None and like not in LIKE:
+        raise ValueError(f"like: found {like!r}, expected {' or '.join(LIKE)}")
+    if step is None and address(path) is None and (file := named(str(path))).is_file():
+        return _from_file(file, num_attention_heads, like)
+    if num_attention_heads is not None or like is not None:
+        name, kind = (
+            ("like", "state dict without a config") if like else ("num_attention_heads", "torchaudio state dict")
+        )
+        raise ValueError(f"{path}: {name} is for a {kind} alone; other sources tell it")
+    return _found(path, step)
+
+
+def _found(path: Path | str, step: int | None) -> Weights:
+    """The weights in anything but a file."""
     if (place := address(path)) is not None:
         return _from_bucket(place, step)
     path = named(str(path))
@@ -64,8 +85,6 @@ def load_weights(path: Path | str, step: int | None = None) -> Weights:
         )
     if path.is_dir():
         return _from_folder(path)
-    if path.is_file():
-        return _from_file(path)
     if is_hub_name(str(path)):
         return import_huggingface(fetch(str(path)))
     raise ValueError(f"{path}: no such file or folder; {_EXPECTED}")
@@ -84,12 +103,23 @@ def _from_folder(path: Path) -> Weights:
     return import_huggingface(path)
 
 
-def _from_file(path: Path) -> Weights:
-    if path.suffix in (".safetensors", ".bin") and (path.parent / _CONFIG).is_file():
-        return import_huggingface(path.parent)
-    if path.suffix == ".safetensors":
-        raise ValueError(f"{path}: no {_CONFIG} beside it; weights alone do not tell the model. Expected its folder")
-    return import_torchaudio(path) if is_torchaudio(read_torch_file(path)) else import_microsoft(path)
+def _from_file(path: Path, num_attention_heads: int | None, like: str | None) -> Weights:
+    value = None if path.suffix == ".safetensors" else read_torch_file(path)
+    if is_torchaudio(value) and like is None:
+        heads = {} if num_attention_heads is None else {"num_attention_heads": num_attention_heads}
+        return import_torchaudio(path, value, **heads)
+    if num_attention_heads is not None:
+        raise ValueError(f"{path}: num_attention_heads is for a torchaudio state dict alone; other sources tell it")
+    state = state_in(value)
+    if like is None and not is_named_as("huggingface", state) and _has_config(value):
+        return import_microsoft(path, value)
+    if like is None and (path.parent / _CONFIG).is_file() and (value is None or is_named_as("huggingface", state)):
+        return import_huggingface(path.parent, path)
+    return import_bare(path, value, like)
+
+
+def _has_config(value: Any) -> bool:
+    return isinstance(value, dict) and any(value.get(name) is not None for name in ("cfg", "args"))
 
 
 def _from_bucket(place: str, step: int | None) -> Weights:
@@ -251,6 +281,7 @@ def load(
     *,
     step: int | None = None,
     num_attention_heads: int | None = None,
+    like: str | None = None,
 ) -> Model:
     """The model in `path`, on the default device and ready to be called.
 
@@ -258,19 +289,14 @@ def load(
         path: see `loading.load_weights`.
         padding: overrides the source's convention: "exact", "huggingface" or "microsoft" (docs/parity.md).
         step: checkpoint of a run; None: the newest that verifies.
-        num_attention_heads: of a torchaudio HuBERT, which no tensor tells; None: as in the published model of its
-            width.
+        num_attention_heads: see `loading.load_weights`.
+        like: see `loading.load_weights`.
 
     Raises:
         ValueError: see `loading.load_weights`; a padding that there is not; heads of a source that tells them itself.
 
     """
-    if num_attention_heads is None:
-        weights = load_weights(Path(path), step)
-    elif step is None and named(str(path)).is_file() and is_torchaudio(read_torch_file(named(str(path)))):
-        weights = import_torchaudio(named(str(path)), num_attention_heads=num_attention_heads)
-    else:
-        raise ValueError(f"{path}: num_attention_heads is for a torchaudio state dict alone; other sources tell it")
+    weights = load_weights(path, step, num_attention_heads=num_attention_heads, like=like)
     if padding is not None:
         weights = dataclasses.replace(weights, config=dataclasses.replace(weights.config, padding=padding))
     return ready(weights)

@@ -289,26 +289,6 @@ def test_old_checkpoints_with_args(tmp_path):
     assert_same_hidden_states(model, imported)
 
 
-def test_a_config_of_omegaconf(tmp_path, monkeypatch):
-    """As OmegaConf 2 pickles it: nodes that know their parent, so that the config is a circle."""
-    node = fairseq_class(monkeypatch, "omegaconf.nodes", "AnyNode")
-    section = fairseq_class(monkeypatch, "omegaconf.dictconfig", "DictConfig")
-    enumeration = fairseq_class(monkeypatch, "fairseq.dataclass.constants", "ChoiceEnum")
-    enumeration.__reduce__ = lambda self: (enumeration, (self.value,))
-    enumeration.__new__ = lambda cls, *_: object.__new__(cls)
-    model = model_of("large")
-    checkpoint = checkpoint_of(model)
-    fields = checkpoint["cfg"] | {"extractor_mode": stateful(enumeration, value="layer_norm")}
-    inner, outer = section(), section()
-    inner.__dict__.update(
-        _parent=outer, _content={key: stateful(node, _val=value, _parent=inner) for key, value in fields.items()}
-    )
-    outer.__dict__.update(_parent=None, _content={"model": inner, "task": {"normalize": True}})
-    imported = import_microsoft(save({"cfg": outer, "model": checkpoint["model"]}, tmp_path / "o.pt"))
-    assert imported.config.feat_extract_norm == "layer"
-    assert_equal_trees(imported.params, expected_params(model, imported.config))
-
-
 def test_the_defaults_of_the_authors_class(tmp_path):
     """The reach of the position bias is 1280 where the file does not say it (FACTS E10)."""
     checkpoint = checkpoint_of(model_of())

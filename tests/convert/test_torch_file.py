@@ -4,6 +4,7 @@ import argparse
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tests.support import hostile
+from wavlm_jax.convert import pickle_machine
 from wavlm_jax.convert.pickle_machine import Inert
 from wavlm_jax.convert.torch_file import LazyTensor, read_torch_file
 from wavlm_jax.files import DamagedFile, HostileFile
@@ -395,3 +397,23 @@ def test_copies_cannot_be_multiplied(tmp_path):
 def test_millions_of_objects(tmp_path):
     hostile.pickle_in_archive(tmp_path / "o.pt", b"(" + b"}" * 5_000_000 + b"t")
     assert peak_growth(tmp_path / "o.pt") < 250e6
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        *(b"\x8f", b"(\x91", b"]", b"}", b"N\x94", b"N\x85", b"\x8c\x02ab", b"h\x00)R", b"ctyping\nAny\n"),
+        *(b"\x8f(K\x01K\x02K\x03\x90", b"}(K\x01NK\x02Nu", b"\x85", b"G12345678", b"\x8a\x02\x12\x34"),
+    ],
+    ids=repr,
+)
+def test_memory_is_bounded_by_the_size_of_the_file(tmp_path, monkeypatch, made):
+    monkeypatch.setattr(pickle_machine, "_FREE_BYTES", 2**16)
+    path = tmp_path / "o.pt"
+    hostile.pickle_in_archive(path, b"(cargparse\nNamespace\nq\x00" + made * (8_000 // len(made)) + b"t")
+    limit = 2**16 + 16 * path.stat().st_size
+    tracemalloc.start()
+    outcome(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.25 * limit

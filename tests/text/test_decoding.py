@@ -194,10 +194,10 @@ def test_texts_that_cannot_be_aligned_are_refused():
     log_probs = log_probs_of(0, 3)
     with pytest.raises(AlignmentError, match="nothing to align"):
         align(log_probs, "  ", TINY)
-    with pytest.raises(AlignmentError, match=r"2 characters need 3 frames, the audio has 2 \(40 ms\)"):
+    with pytest.raises(AlignmentError, match=r"2 characters need 3 frames, the audio has 2; is it"):
         align(log_probs[:2], "AA", TINY)
     with pytest.raises(UnknownCharactersError, match="'C'"):
         align(log_probs, "C", TINY)
     check_fit(TINY.encode("AB" * 15_000), 180_000)  # an hour
-    with pytest.raises(AlignmentError, match=r"60000 characters in 360000 frames \(120 min\) would take 40 GiB; cut"):
+    with pytest.raises(AlignmentError, match=r"60000 characters in 360000 frames would take 40 GiB; cut"):
         check_fit(TINY.encode("AB" * 30_000), 360_000)

@@ -10,6 +10,7 @@ import sys
 
 import jax
 
+from wavlm_jax.convert.bare import LIKE
 from wavlm_jax.export import conventions, save_huggingface, save_microsoft
 from wavlm_jax.files import named
 from wavlm_jax.loading import load
@@ -20,14 +21,19 @@ _SAVE = {"huggingface": save_huggingface, "microsoft": save_microsoft}
 
 def main() -> int:
     """The exit code: 0, or 2 and a message where the conversion cannot be done or proved."""
-    arguments = _parser().parse_args()
+    parser = _parser()
+    arguments = parser.parse_args()
+    if arguments.with_head and arguments.to != "microsoft":
+        parser.error("--with-head: is for --to microsoft; a folder always has the head, in a file of its own")
     jax.config.update("jax_platforms", "cpu")  # leaves the accelerators to runs
     try:
-        model = load(arguments.source, step=arguments.step, num_attention_heads=arguments.heads)
+        model = load(arguments.source, step=arguments.step, num_attention_heads=arguments.heads, like=arguments.like)
         print(f"{arguments.source}: {model.weights.origin.dialect}")
         for line in (*model.weights.origin.notes, *conventions(model.weights)):
             print(f"  {line}")
-        proof = _SAVE[arguments.to](model, arguments.out, dtype=arguments.dtype, compared=not arguments.no_compare)
+        options = {"with_head": True} if arguments.with_head else {}
+        options |= {"dtype": arguments.dtype, "compared": not arguments.no_compare}
+        proof = _SAVE[arguments.to](model, arguments.out, **options)
     except (ValueError, OSError) as error:
         print(f"wavlm_jax.convert: {error}", file=sys.stderr)
         return EXIT_WRONG
@@ -44,15 +50,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     bring = commands.add_parser("import", help="anything -> a folder that wavlm_jax.load and transformers read")
-    bring.set_defaults(to="huggingface")
+    bring.set_defaults(to="huggingface", with_head=False)
     export = commands.add_parser("export", help="write weights in another project's format")
     export.add_argument("--to", choices=sorted(_SAVE), required=True, help="whose format")
+    export.add_argument(
+        "--with-head",
+        action="store_true",
+        help="microsoft: the pre-training head too, which the authors' class refuses",
+    )
     for command in (bring, export):
         command.add_argument("source", help="folder, file, workdir of a run, or name on the hub")
         command.add_argument("out", type=named, help="folder (or, for microsoft, file) to write")
         command.add_argument("--step", type=int, help="checkpoint of the run; the newest if not given")
         command.add_argument(
             "--heads", type=int, help="attention heads of a torchaudio HuBERT; those of the published size if not given"
+        )
+        command.add_argument(
+            "--like", choices=sorted(LIKE), help="sizes of a state dict that has no config in it or beside it"
         )
         command.add_argument(
             "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the numbers written"

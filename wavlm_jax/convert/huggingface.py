@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 
 import numpy as np
 
-from wavlm_jax.config import Compat, HeadConfig, Padding, States, TaskHead, WavLMConfig
+from wavlm_jax.config import MAX_SIZE, Compat, HeadConfig, Padding, States, TaskHead, WavLMConfig
 from wavlm_jax.convert.huggingface_files import WEIGHTS, open_safetensors, open_weights, write_safetensors
 from wavlm_jax.convert.state_dict import (
     ENCODER,
@@ -25,6 +25,7 @@ from wavlm_jax.convert.state_dict import (
     Tensors,
     from_torch,
     head_tensors,
+    read_float32,
     read_head,
     to_torch,
 )
@@ -38,11 +39,22 @@ from wavlm_jax.weights import Origin, Weights
 CONFIG, PREPROCESSOR, CONVENTIONS = "config.json", "preprocessor_config.json", "wavlm_jax.json"
 _PROCESSOR, _EXTRACTORS = "processor_config.json", ("feature_extractor", "audio_processor")
 """Where transformers 5 writes the feature extractor: a file, and the key in it that holds what PREPROCESSOR held."""
+_EXTRACTOR_DEFAULTS = {
+    "do_normalize": True,
+    "padding_side": "right",
+    "padding_value": 0,
+    "return_attention_mask": False,
+}
+_EXTRACTOR_ONLY = {
+    "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+    "feature_size": 1,
+    "sampling_rate": SAMPLE_RATE,
+}
+"""Of the feature extractor: transformers' defaults, and fields that have one supported value."""
 _PRETRAINING_HEAD = "pretraining_head.safetensors"
 _FORMAT = 1
-_MAX_SIZE = 2**20
-"""No size in a config is larger; a larger one would only fill the memory."""
 _MASK_VECTOR = "masked_spec_embed"
+_POSITIONS, _BATCH_NORM_EPS = "encoder.pos_conv_embed.", 1e-5
 _PREFIXES = (f"{ENCODER}.", "hubert.")
 
 _CONVENTIONS = ("padding", "normalize_eps", "feature_grad_mult", "layerdrop_first")
@@ -52,6 +64,12 @@ _UNKNOWN_THERE = ("ecapa_dim", "ecapa_output_dim")
 """Fields of a head that transformers has no class for."""
 _NOT_STORED = (*_HEAD_CONVENTIONS, *_UNKNOWN_THERE, "num_labels")
 """Fields of HeadConfig that are neither written to a config.json nor read from one; the labels tell their number."""
+_CONCERNS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("vocab_size", "pad_token_id", "final_dropout", "ctc_loss_reduction"), ("WavLMForCTC",)),
+    **dict.fromkeys(("tdnn_dim", "tdnn_kernel", "tdnn_dilation", "xvector_output_dim"), ("WavLMForXVector",)),
+    "classifier_proj_size": ("WavLMForSequenceClassification",),
+}
+"""Fields of HeadConfig that only some kinds of heads read; in a config.json of others they may be anything."""
 _HEAD_DEFAULTS: Mapping[str, Any] = {"compat": "huggingface", "ctc_loss_reduction": "mean"}
 """What transformers assumes, where that is not our own default."""
 
@@ -82,13 +100,14 @@ class Conventions:
         return {name: getattr(self, name) for name in names}
 
 
-def import_huggingface(folder: Path) -> Weights:
+def import_huggingface(folder: Path, file: Path | None = None) -> Weights:
     """The model in a Hugging Face folder, or in one of ours.
 
     Args:
         folder: holds config.json and the weights (model.safetensors, pytorch_model.bin, or shards of either with their
             index), and may hold processor_config.json or preprocessor_config.json, a vocabulary, and what we write
             beside these.
+        file: the weights that are wanted, where the folder has several; None: as transformers chooses.
 
     Raises:
         FileNotFoundError: no config.json or weights, naming what the folder has instead.
@@ -99,7 +118,8 @@ def import_huggingface(folder: Path) -> Weights:
     """
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder / CONFIG}: no such file; expected the folder of a Hugging Face model")
-    path, found = open_weights(folder)
+    left_out: list[str] = []
+    path, found = open_weights(folder, file, left_out)
     found = _our_names(found, path)
     values = read_json(folder / CONFIG)
     kind = _kind(found, values, path)
@@ -108,18 +128,27 @@ def import_huggingface(folder: Path) -> Weights:
         conventions = read(read_json(folder / CONVENTIONS), Conventions, str(folder / CONVENTIONS))
     config = _config(values, folder, conventions, has_head=kind is not None)
     num_labels = _num_labels(kind, found, path)
-    head = None if kind is None else _head_config(values, folder / CONFIG, num_labels, conventions)
+    head = None if kind is None else _head_config(values, folder / CONFIG, kind, num_labels, conventions)
     _check_counts(config, head, len(found), folder / CONFIG)
     absent = {}
-    if not _has_mask_vector(config) and (name := _prefix(kind) + _MASK_VECTOR) not in found:
-        # transformers does not make the vector where the config never masks; nothing reads it here either
+    if (name := _prefix(kind) + _MASK_VECTOR) not in found:
+        # transformers does not make the vector where the config never masks; else it draws a new one
         absent[name] = np.zeros(config.hidden_size, np.float32)
+        if _has_mask_vector(config):
+            left_out.append(f"filled with zeros: {_MASK_VECTOR}, which the file does not have; only masking reads it")
+    if config.conv_pos_batch_norm:
+        found = _folded(found, _prefix(kind) + _POSITIONS, path)
     tree = from_torch(found, tree_shapes(config, kind, head), path, absent=absent)
     task = None
     if kind is not None and head is not None:
         params = tree.pop(ENCODER)
         task, tree = TaskHead(kind, head, tree, _labels(values, num_labels, folder / CONFIG)), params
-    origin = Origin("huggingface", str(folder), _notes(config, task, conventions), files=tokenizer_files(folder))
+    origin = Origin(
+        "huggingface",
+        str(folder),
+        (*_notes(config, task, conventions), *_extractor_notes(folder), *left_out),
+        files=tokenizer_files(folder),
+    )
     return Weights(config, tree, _pretraining_head(folder, config.hidden_size), task, origin)
 
 
@@ -133,6 +162,38 @@ def _our_names(found: Mapping[str, StoredTensor], path: Path) -> dict[str, Store
     if len(named) != len(found):
         raise ConversionError(f"{path}: has tensors with and without {prefix} before the same name")
     return named
+
+
+def _folded(found: Mapping[str, StoredTensor], prefix: str, path: Path) -> dict[str, StoredTensor | np.ndarray]:
+    """The tensors of a HuBERT with batch norm as ours: a scale and a shift, and a convolution that is weight-normed."""
+    names = ("conv.weight", *(f"batch_norm.{name}" for name in ("weight", "bias", "running_mean", "running_var")))
+    if missing := [prefix + name for name in names if prefix + name not in found]:
+        raise ConversionError(f"{path}: conv_pos_batch_norm is true in {CONFIG}; missing: {', '.join(missing)}")
+    kernel, weight, bias, mean, variance = (read_float32(name, found[prefix + name], path) for name in names)
+    scale = weight / np.sqrt(variance + np.float32(_BATCH_NORM_EPS))
+    made = {
+        "batch_norm.weight": scale,
+        "batch_norm.bias": bias - mean * scale,
+        "conv.parametrizations.weight.original1": kernel,
+    }
+    made["conv.parametrizations.weight.original0"] = _tap_norms(kernel)
+    others = {name: tensor for name, tensor in found.items() if name.removeprefix(prefix) not in names}
+    return others | {prefix + name: tensor for name, tensor in made.items()}
+
+
+def _unfolded(tensors: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """The other way round: a batch norm whose statistics are 0 and 1."""
+    gain, kernel = (tensors.pop(f"{prefix}conv.parametrizations.weight.original{part}") for part in (0, 1))
+    width = np.zeros(len(kernel), np.float32)
+    return tensors | {
+        f"{prefix}conv.weight": kernel * (gain / _tap_norms(kernel)),
+        f"{prefix}batch_norm.running_mean": width,
+        f"{prefix}batch_norm.running_var": width + np.float32(1 - _BATCH_NORM_EPS),
+    }
+
+
+def _tap_norms(kernel: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.square(kernel).sum(axis=(0, 1), keepdims=True))
 
 
 def _kind(names: Tensors, values: Mapping[str, Any], path: Path) -> str | None:
@@ -169,11 +230,22 @@ def _config(values: dict[str, Any], folder: Path, conventions: Conventions | Non
     do_normalize = None if path is None else extractor.get("do_normalize", True)
     if do_normalize is not None and not isinstance(do_normalize, bool):
         raise SettingsError(f"{path}: do_normalize is {do_normalize!r}, expected true or false")
-    if (rate := extractor.get("sampling_rate", SAMPLE_RATE)) != SAMPLE_RATE:
-        raise SettingsError(f"{path}: sampling_rate is {rate!r}; this model only takes {SAMPLE_RATE} Hz")
+    for key, allowed in _EXTRACTOR_ONLY.items():
+        if (found := extractor.get(key, allowed)) != allowed:
+            raise SettingsError(f"{path}: {key} is {found!r}; this model only takes {allowed!r}")
     typed = _typed(values, WavLMConfig, folder / CONFIG)
     config = WavLMConfig.from_huggingface(values | typed, do_normalize=do_normalize)
     return config if conventions is None else dataclasses.replace(config, **conventions.chosen(_CONVENTIONS))
+
+
+def config_of(folder: Path) -> WavLMConfig:
+    """The encoder that a folder's config.json describes, for weights that are somewhere else.
+
+    Raises:
+        ValueError: see `import_huggingface`.
+
+    """
+    return _config(read_json(folder / CONFIG), folder, None, has_head=True)
 
 
 def _feature_extractor(folder: Path) -> tuple[Path | None, dict[str, Any]]:
@@ -194,11 +266,33 @@ def _feature_extractor(folder: Path) -> tuple[Path | None, dict[str, Any]]:
     return (path, read_json(path)) if path.is_file() else (None, {})
 
 
+def _extractor_notes(folder: Path) -> list[str]:
+    """Where the two files of the feature extractor contradict each other, or ask for what is done otherwise here."""
+    path, taken = _feature_extractor(folder)
+    notes, older = [], folder / PREPROCESSOR
+    if path is not None and path != older and older.is_file():
+        other = read_json(older)
+        notes += [
+            f"{key} is {taken.get(key, default)!r} in {path.name} and {other.get(key, default)!r} in {older.name}; the "
+            "first is taken, as in transformers 5 (transformers 4 takes the second)"
+            for key, default in _EXTRACTOR_DEFAULTS.items()
+            if taken.get(key, default) != other.get(key, default)
+        ]
+    if path is None:
+        notes.append(f"no {PREPROCESSOR}: waves are normalised where the conv encoder has layer norms, else not")
+    if taken.get("padding_side", "right") != "right" or taken.get("padding_value", 0) != 0:
+        notes.append("rows of a batch are padded on the right with zeros, whatever padding_side and padding_value say")
+    return notes
+
+
 def _head_config(
-    values: Mapping[str, Any], path: Path, num_labels: int | None, conventions: Conventions | None
+    values: Mapping[str, Any], path: Path, kind: str, num_labels: int | None, conventions: Conventions | None
 ) -> HeadConfig:
-    """The head that config.json describes; `num_labels` None: it has no classes (CTC)."""
-    stored = {key: value for key, value in values.items() if key not in _NOT_STORED}
+    """The head that config.json describes, by the fields that concern it; `num_labels` None: no classes (CTC)."""
+    foreign = {key for key, kinds in _CONCERNS.items() if kind not in kinds}
+    stored = {key: value for key, value in values.items() if key not in {*_NOT_STORED, *foreign}}
+    if stored.get("ctc_loss_reduction") == "none":  # torch's third kind, one loss per row; only training asks
+        del stored["ctc_loss_reduction"]
     fields = {**_HEAD_DEFAULTS, **_typed(stored, HeadConfig, path)}
     if num_labels is not None:
         fields["num_labels"] = num_labels
@@ -234,8 +328,8 @@ def _typed(values: Mapping[str, Any], kind: type, path: Path) -> dict[str, Any]:
     known = {key: convert(value, hints[key], f"{where}.{key}") for key, value in values.items() if key in hints}
     for key, value in known.items():
         numbers = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(number, int) and abs(number) > _MAX_SIZE for number in numbers):
-            raise SettingsError(f"{path}: {key} is {str(value)[:80]}, expected at most {_MAX_SIZE}")
+        if any(isinstance(number, int) and abs(number) > MAX_SIZE for number in numbers):
+            raise SettingsError(f"{path}: {key} is {str(value)[:80]}, expected at most {MAX_SIZE}")
     return known
 
 
@@ -313,6 +407,8 @@ def huggingface_tensors(weights: Weights) -> dict[str, np.ndarray]:
     tensors = to_torch(weights.tree, tree_shapes(config, kind, head))
     if not _has_mask_vector(config):
         del tensors[_prefix(kind) + _MASK_VECTOR]
+    if config.conv_pos_batch_norm:
+        tensors = _unfolded(tensors, _prefix(kind) + _POSITIONS)
     if not config.position_bias:
         tensors = {re.sub(r"^wavlm\.", "hubert.", name): tensor for name, tensor in tensors.items()}
     return tensors

@@ -28,6 +28,7 @@ from wavlm_jax.convert.state_dict import (
     respelled,
     rounded,
     tensors_of,
+    unwrapped,
 )
 from wavlm_jax.convert.torch_file import read_torch_file
 from wavlm_jax.files import DamagedFile, read_json
@@ -37,6 +38,8 @@ INDEX = ".index.json"
 _MAX_SHARDS = 10_000
 _NAMES: Mapping[Precision, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _READABLE = frozenset({"F64", "F32", "F16", "BF16"})
+_BUFFERS = frozenset({"I64", "BOOL"})
+_SHARD = re.compile(r"-\d+-of-\d+$")
 _ALIGNMENT = 8
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _SMALL = ["*.json"]
@@ -77,6 +80,8 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
         with safe_open(path, "numpy") as file:
             for name in file.keys():  # noqa: SIM118 (no mapping)
                 part = file.get_slice(name)
+                if part.get_dtype() in _BUFFERS:  # positions, counts, masks: no weights are missing without them
+                    continue
                 if part.get_dtype() not in _READABLE:
                     raise ConversionError(
                         f"{path}: {name} holds {part.get_dtype()}, expected floating-point numbers "
@@ -113,8 +118,15 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], dtype: Prec
             file.write(rounded(name, tensors[name], dtype).reshape(-1).view(np.uint8).data)
 
 
-def open_weights(folder: Path) -> tuple[Path, dict[str, StoredTensor]]:
+def open_weights(
+    folder: Path, file: Path | None = None, notes: list[str] | None = None
+) -> tuple[Path, dict[str, StoredTensor]]:
     """The file (or index) that was taken, and its tensors by name, weight norm in the current spelling.
+
+    Args:
+        folder: of the model.
+        file: the weights in it that were asked for; None: model.safetensors, or else pytorch_model.bin, or shards.
+        notes: what is left out is added to them.
 
     Raises:
         FileNotFoundError: no weights; the message says what the folder has.
@@ -122,12 +134,20 @@ def open_weights(folder: Path) -> tuple[Path, dict[str, StoredTensor]]:
         ConversionError: an index that does not match its shards, or a tensor that is there twice.
 
     """
+    notes = [] if notes is None else notes
+
+    def named(path: Path, found: dict[str, StoredTensor]) -> tuple[Path, dict[str, StoredTensor]]:
+        return path, respelled(unwrapped(found, notes), current_name, path)
+
+    if file is not None and not _SHARD.search(file.stem):
+        reader = open_safetensors if file.suffix == ".safetensors" else _open_pickled
+        return named(file, reader(file))
     for name, reader in ((WEIGHTS, open_safetensors), (PICKLED, _open_pickled)):
         if (folder / name).is_file():
-            return folder / name, respelled(reader(folder / name), current_name, folder / name)
+            return named(folder / name, reader(folder / name))
         index = folder / (name + INDEX)
         if index.is_file():
-            return index, respelled(_open_shards(index, reader), current_name, index)
+            return named(index, _open_shards(index, reader))
     others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".safetensors", ".h5", ".msgpack"))
     raise FileNotFoundError(f"{folder / WEIGHTS}: no such file; the folder has {', '.join(others) or 'no weights'}")
 
@@ -173,19 +193,22 @@ def fetch(name: str) -> Path:
 
     """
     repository, _, revision = name.partition("@")
-    try:
-        return _snapshot(repository, revision or None, local_files_only=True)
-    except (LocalEntryNotFoundError, FileNotFoundError):
-        pass
-    try:
+    try:  # the hub first: what another program left in the cache may lack the vocabulary or the preprocessor
         return _snapshot(repository, revision or None, local_files_only=False)
-    except (OfflineModeIsEnabled, HfHubHTTPError, HFValidationError, OSError) as error:
+    except _HUB_FAULTS as error:
+        try:
+            return _snapshot(repository, revision or None, local_files_only=True)
+        except _HUB_FAULTS:
+            pass
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise ValueError(
             f"{name}: no such file or folder here, not in Hugging Face's cache, and not to be had from the hub "
             f"({reason}). Check the name; without a network, download it elsewhere ('hf download {repository}') and "
             "give the folder"
         ) from error
+
+
+_HUB_FAULTS = (OfflineModeIsEnabled, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError)
 
 
 def _snapshot(repository: str, revision: str | None, *, local_files_only: bool) -> Path:

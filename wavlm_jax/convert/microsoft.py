@@ -50,6 +50,7 @@ _FIELDS: Mapping[str, tuple[str, Any]] = {
     "encoder_embed_dim": ("hidden_size", 768),
     "encoder_ffn_embed_dim": ("intermediate_size", 3072),
     "encoder_attention_heads": ("num_attention_heads", 12),
+    "activation_fn": ("hidden_act", "gelu"),
     "layer_norm_first": ("do_stable_layer_norm", False),
     "conv_bias": ("conv_bias", False),
     "feature_grad_mult": ("feature_grad_mult", 1.0),
@@ -77,7 +78,7 @@ _OTHER_DEFAULTS: Mapping[str, Any] = {
     "gru_rel_pos": False,
 }
 _ONLY: Mapping[str, tuple[Any, ...]] = {
-    "activation_fn": ("gelu",),
+    "activation_fn": ("gelu", "relu", "tanh", "gelu_accurate", "gelu_fast"),
     "expand_attention_head_size": (-1, 0),
     "layer_type": ("transformer",),
     "pos_conv_depth": (1,),
@@ -86,8 +87,10 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
 }
 """Fields of which this model supports one value only (or several that mean the same)."""
 
+_ACTIVATIONS = {"gelu_new": "gelu_accurate", "gelu_pytorch_tanh": "gelu_accurate"}
+"""transformers' names of the GELU by tanh -> the authors'."""
+
 _FOR_EXPORT: Mapping[str, Any] = {
-    "activation_fn": "gelu",
     "dropout_features": 0.0,
     "mask_selection": "static",
     "mask_other": 0.0,
@@ -133,8 +136,12 @@ _BESIDE_THE_MODEL = frozenset(
 """Entries that fairseq stores beside the weights; they are ignored."""
 
 
-def import_microsoft(path: Path) -> Weights:
+def import_microsoft(path: Path, checkpoint: Any = None) -> Weights:
     """The model in an authors' or fairseq checkpoint: config, parameters, and the pre-training head if it is there.
+
+    Args:
+        path: the file.
+        checkpoint: what `read_torch_file` gives for it; None: it is read here.
 
     Raises:
         HostileFile, DamagedFile: see `read_torch_file`.
@@ -142,12 +149,13 @@ def import_microsoft(path: Path) -> Weights:
         ValueError: a config that this model does not do, naming the field.
 
     """
-    config, tensors = open_microsoft(path)
+    left_out: list[str] = []
+    config, tensors = open_microsoft(path, checkpoint, left_out)
     fields = _model_fields(config, str(path))
     prefix, encoder = _encoder(tensors, path)
-    notes = [f"left out: {name}" for name in tensors if name.removeprefix(prefix) not in encoder]
+    notes = left_out + [f"left out: {name}" for name in tensors if name.removeprefix(prefix) not in encoder]
     model = _config(fields, str(path))
-    head = _take_head(encoder, model.hidden_size, path, notes)
+    head = take_head(encoder, model.hidden_size, path, notes)
     check_layers(model.num_hidden_layers, encoder, path)
 
     def name_of(name: str) -> str:
@@ -158,14 +166,16 @@ def import_microsoft(path: Path) -> Weights:
     return Weights(model, params, head, origin=Origin("microsoft", str(path), tuple(notes)))
 
 
-def open_microsoft(path: Path) -> tuple[Any, dict[str, LazyTensor]]:
-    """The config of a checkpoint, as the file has it, and its tensors in the authors' names.
+def open_microsoft(
+    path: Path, checkpoint: Any = None, notes: list[str] | None = None
+) -> tuple[Any, dict[str, LazyTensor]]:
+    """The config of a checkpoint, as the file has it, and its tensors in the authors' names; adds to `notes`.
 
     Raises:
         HostileFile, DamagedFile, ConversionError: see `import_microsoft`.
 
     """
-    checkpoint = read_torch_file(path)
+    checkpoint = read_torch_file(path) if checkpoint is None else checkpoint
     if not isinstance(checkpoint, dict) or "model" not in checkpoint:
         raise ConversionError(
             f"{path}: no checkpoint of the authors' or fairseq's, which have the entries cfg and model"
@@ -177,7 +187,7 @@ def open_microsoft(path: Path) -> tuple[Any, dict[str, LazyTensor]]:
     unknown = sorted(str(key)[:80] for key in set(checkpoint) - _BESIDE_THE_MODEL - {"model"})
     if unknown:
         raise ConversionError(f"{path}: unknown entries beside the model: {', '.join(unknown[:8])}")
-    return config, tensors_of(checkpoint["model"], path)
+    return config, tensors_of(checkpoint["model"], path, notes)
 
 
 def _encoder(tensors: Mapping[str, LazyTensor], path: Path) -> tuple[str, dict[str, LazyTensor]]:
@@ -194,7 +204,7 @@ def _encoder(tensors: Mapping[str, LazyTensor], path: Path) -> tuple[str, dict[s
     return prefixes[0], encoder
 
 
-def _take_head(encoder: dict[str, LazyTensor], width: int, path: Path, notes: list[str]) -> dict[str, Any] | None:
+def take_head(encoder: dict[str, LazyTensor], width: int, path: Path, notes: list[str]) -> dict[str, Any] | None:
     """The pre-training head, removed from the tensors; None where not all of it is there. Adds to `notes`."""
     found = {name: encoder.pop(name) for name in HEAD_NAMES if name in encoder}
     if len(found) < len(HEAD_NAMES):
@@ -397,6 +407,7 @@ def _authors_config(config: WavLMConfig) -> dict[str, Any]:
         "relative_position_embedding": config.position_bias,
         "gru_rel_pos": config.position_bias,
         **{name: getattr(config, ours) for name, (ours, _) in _FIELDS.items()},
+        "activation_fn": _ACTIVATIONS.get(config.hidden_act, config.hidden_act),
         **_FOR_EXPORT,
     }
 
@@ -411,6 +422,14 @@ def microsoft_tensors(weights: Weights, path: Path) -> dict[str, np.ndarray]:
     config = weights.config
     if config.layer_norm_eps != 1e-5:  # noqa: PLR2004 (the authors' code knows no other)
         raise ConversionError(f"layer_norm_eps is {config.layer_norm_eps}; the authors' layout has no place for it")
+    activation = _ACTIVATIONS.get(config.hidden_act, config.hidden_act)
+    if config.feat_extract_activation != "gelu" or activation not in _ONLY["activation_fn"]:
+        raise ConversionError(
+            f"feat_extract_activation is {config.feat_extract_activation!r}, hidden_act is {config.hidden_act!r}; the "
+            f"authors' layout has a place for 'gelu', and for {', '.join(_ONLY['activation_fn'])}"
+        )
+    if config.conv_pos_batch_norm:
+        raise ConversionError("conv_pos_batch_norm is true; the authors' layout has no place for this batch norm")
     tensors = to_torch(weights.params, tree_shapes(config))
     for name, array in identity(config).items():
         if not np.array_equal(tensors.pop(name), array):

@@ -3,10 +3,11 @@
 `pickletools.genops` of the standard library decodes the opcodes, and a small stack machine obeys those that
 `torch.save` writes. It builds plain containers and scalars. A global name is only ever looked up: in a table of our
 own functions that stand for it, in a list of classes whose objects become inert records, or else it is refused. Every
-object that is made costs at least one opcode, so memory stays within a small multiple of the pickle's size.
+object that is made is counted by its size, so memory stays within 16 MiB and 16 times the file.
 """
 
 import pickletools
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from io import BufferedReader, BytesIO
@@ -22,6 +23,11 @@ _MAX_LINE_BYTES = 512
 _MAX_MARKS = 1000
 _MAX_KEY_PARTS = 16
 _PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+_PYTHON_2_NAMES = {"builtins.long": "builtins.int", "builtins.unicode": "builtins.str"}
+"""What protocol 2 calls modules and types; pickle's own tables do the same."""
+_FREE_BYTES = 16 * 2**20
+_BYTES_PER_BYTE = 16
+"""Memory that a pickle may fill for each byte of its file: twice what optimizer states need, the densest there are."""
 
 
 class BoundedReader(BufferedReader):
@@ -124,6 +130,9 @@ class _Machine:
         """The stacks below each mark."""
         self.memo: dict[int, Any] = {}
         self.num_opcodes = 0
+        self.num_bytes = 0
+        """Of all objects made so far, about."""
+        self.most_bytes = _FREE_BYTES + _BYTES_PER_BYTE * path.stat().st_size
 
     def obey(self, name: str, argument: Any) -> None:
         self.num_opcodes += 1
@@ -132,6 +141,12 @@ class _Machine:
         if name not in _OPCODES:
             raise HostileFile(f"{self.path}: pickle opcode {name}, which torch.save never writes")
         _OPCODES[name](self, argument)
+        self.count(_COSTS.get(name, 8) + (0 if argument is None else sys.getsizeof(argument)))
+
+    def count(self, num_bytes: int) -> None:
+        self.num_bytes += num_bytes
+        if self.num_bytes > self.most_bytes:
+            raise HostileFile(f"{self.path}: its pickle would fill more than {self.most_bytes} bytes of memory")
 
     def result(self) -> Any:
         if len(self.stack) != 1 or self.below:
@@ -171,6 +186,7 @@ class _Machine:
 
     def set_items(self, pairs: Iterable[Any]) -> None:
         target, pairs = self.stack[-1], list(pairs)
+        self.count(len(pairs) * _ENTRY_BYTES // 2)
         items = zip(pairs[::2], pairs[1::2], strict=True)
         if isinstance(target, Inert):
             target.items.extend(items)
@@ -182,12 +198,14 @@ class _Machine:
     def add_items(self, values: list[Any]) -> None:
         if not isinstance(self.stack[-1], set):
             raise TypeError(f"a {type(self.stack[-1]).__name__} is no set")
+        self.count(len(values) * _ENTRY_BYTES)
         self.stack[-1].update(map(_as_key, values))
 
     def push_name(self, module: Any, attribute: Any) -> None:
         if not isinstance(module, str) or not isinstance(attribute, str):
             raise TypeError("a class is not named by two strings")
         name = f"{_PYTHON_2.get(module, module)}.{attribute}"
+        name = _PYTHON_2_NAMES.get(name, name)
         if name not in self.known:
             raise HostileFile(
                 f"{self.path}: asks for {name[:120]!r}, which is not among the few names that a checkpoint needs. "
@@ -230,6 +248,17 @@ def _as_key(value: Any) -> Any:
     return value
 
 
+_ENTRY_BYTES = 104
+"""Of an entry in a growing dictionary or set, whose table is doubled while the old one is still there."""
+_COSTS = {
+    **dict.fromkeys(("EMPTY_SET", "FROZENSET"), 216),
+    **dict.fromkeys(("EMPTY_DICT", "DICT", "EMPTY_LIST", "LIST", "MARK"), 72),
+    **dict.fromkeys(("REDUCE", "NEWOBJ", "NEWOBJ_EX"), 208),
+    **dict.fromkeys(("GLOBAL", "STACK_GLOBAL"), 160),
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT", "MEMOIZE"), _ENTRY_BYTES),
+    **dict.fromkeys(("TUPLE1", "TUPLE2", "TUPLE3", "TUPLE", "BINPERSID"), 80),
+}
+"""Bytes of what an opcode makes beside its argument; of all others a place on the stack."""
 _SCALARS = (str, bytes, int, float, Global)
 _LITERALS = (
     *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINSTRING", "SHORT_BINSTRING", "NONE"),

@@ -61,6 +61,7 @@ class StoredTensor(Protocol):
         ...
 
 
+_Value = TypeVar("_Value")
 Tensors: TypeAlias = Mapping[str, StoredTensor | np.ndarray]
 """A torch state dict: name -> tensor, in a file or in memory."""
 
@@ -270,14 +271,47 @@ def head_tensors(head: Params, width: int, path: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def tensors_of(state: Any, path: Path) -> dict[str, LazyTensor]:
-    """The tensors of a state dict out of a torch file, weight norm in the old spelling.
+_SECTIONS = ("state_dict", "model_state_dict", "model", "module", "net")
+"""Where trainers keep the state dict (Lightning, hand-written loops, DeepSpeed, ...)."""
+_WRAPPERS = ("module.", "model.", "net.", "_orig_mod.", "_forward_module.")
+"""Before all names of a model in DataParallel, in a LightningModule, compiled."""
+_BUFFERS = re.compile(r"(^|\.)(num_batches_tracked|position_ids|dummy_weight|_float_tensor|version)$")
+
+
+def state_in(value: Any) -> Any:
+    """The state dict in what a trainer saved, found by the names of the sections; else `value` itself."""
+    for _ in range(len(_SECTIONS)):
+        if not isinstance(value, dict) or any(isinstance(part, LazyTensor) for part in value.values()):
+            break
+        value = next((value[name] for name in _SECTIONS if isinstance(value.get(name), dict)), value)
+    return value
+
+
+def unwrapped(state: Mapping[str, _Value], notes: list[str]) -> dict[str, _Value]:
+    """The tensors of a model: without buffers that are no weights, and without what wrappers put before all names.
+
+    Adds what was left out to `notes`.
+    """
+    found = {
+        name: tensor
+        for name, tensor in state.items()
+        if not _BUFFERS.search(name) and getattr(tensor, "dtype", None) not in (np.int64, np.bool_)
+    }
+    notes += [f"left out: {name[:160]}, which is no weight" for name in state if name not in found]
+    while found and (wrapper := next((w for w in _WRAPPERS if all(name.startswith(w) for name in found)), "")):
+        found = {name.removeprefix(wrapper): tensor for name, tensor in found.items()}
+    return found
+
+
+def tensors_of(state: Any, path: Path, notes: list[str] | None = None) -> dict[str, LazyTensor]:
+    """The tensors of a state dict out of a torch file (see `unwrapped`), weight norm in the old spelling.
 
     Raises:
         ConversionError: it holds something else than named tensors, or weight norm in both spellings.
         HostileFile: its tensors overlap so much that they are larger than the file.
 
     """
+    state = state_in(state)
     if not isinstance(state, dict) or not state:
         raise ConversionError(f"{path}: found a {type(state).__name__} where a state dict was expected")
     for key, tensor in state.items():
@@ -286,10 +320,7 @@ def tensors_of(state: Any, path: Path) -> dict[str, LazyTensor]:
     total = sum(tensor.num_bytes for tensor in state.values())
     if total > 2 * path.stat().st_size:
         raise HostileFile(f"{path}: its tensors look at the same numbers so often that they would take {total} bytes")
-    return respelled(state, old_name, path)
-
-
-_Value = TypeVar("_Value")
+    return respelled(unwrapped(state, [] if notes is None else notes), old_name, path)
 
 
 def respelled(found: Mapping[str, _Value], name_of: Callable[[str], str], path: Path) -> dict[str, _Value]:

@@ -60,14 +60,19 @@ _INERT = (
     *("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "_codecs.encode"),
     *("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"),
     *("builtins.set", "builtins.frozenset", "builtins.bytes", "builtins.bytearray", "builtins.complex"),
-    *("torch.device", "torch.Generator"),
+    *("torch.device", "torch.Generator", "_operator.getitem"),
+    *("pytorch_lightning.", "lightning.", "lightning_fabric.", "collections.Counter"),
 )
-"""Classes whose objects become records: what fairseq puts into its checkpoints beside the weights."""
+"""Classes whose objects become records: what trainers put into their checkpoints beside the weights.
+
+`_operator.getitem` stands for types such as `typing.List[int]`, which are pickled as this call.
+"""
 
 _NAMES = frozenset(
     {
         *_STORAGE_DTYPES,
-        *("typing.Any", "typing.Union", "typing.Optional", "typing.List", "typing.Dict", "numpy.ndarray"),
+        *(f"typing.{name}" for name in ("Any", "Union", "Optional", "List", "Dict", "Tuple", "Set", "Sequence")),
+        *("numpy.ndarray", "builtins.Ellipsis"),
         *(f"builtins.{name}" for name in ("dict", "list", "tuple", "int", "float", "str", "bool", "object", "type")),
         *(f"torch.{name}" for name in ("float16", "bfloat16", "float32", "float64", "int32", "int64", "uint8", "bool")),
     }
@@ -406,6 +411,13 @@ def _size(values: tuple[int, ...]) -> tuple[int, ...]:
     return values
 
 
+def _type_of(value: Any) -> Global:
+    """The only types that are pickled as this call."""
+    if value is not None and value != Global("builtins.Ellipsis"):
+        raise TypeError("the type of an object")
+    return Global("builtins.type")
+
+
 def _rebuild_tensor(
     storage: Any, offset: Any, shape: Any, strides: Any, requires_grad: Any, hooks: Any, metadata: Any = None
 ) -> LazyTensor:
@@ -425,6 +437,7 @@ def _rebuild_parameter(tensor: Any, requires_grad: Any, hooks: Any) -> LazyTenso
 _CALLS: Mapping[str, Callable[..., Any]] = {
     "collections.OrderedDict": _empty_dict,
     "collections.defaultdict": _empty_dict,
+    "builtins.type": _type_of,
     "torch.Size": _size,
     "torch._utils._rebuild_tensor": _make_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,

@@ -21,6 +21,7 @@ from wavlm_jax.convert.state_dict import (
     old_name,
     read_float32,
     read_head,
+    state_in,
     tensors_of,
 )
 from wavlm_jax.convert.torch_file import LazyTensor, read_torch_file
@@ -43,17 +44,18 @@ _HEAD_WIDTH = 64
 
 def is_torchaudio(state: Any) -> bool:
     """Whether a file's value is one of torchaudio's state dicts."""
+    state = state_in(state)
     return isinstance(state, dict) and any(
-        isinstance(name, str) and name.removeprefix(_PRE_TRAINING).startswith("encoder.transformer.layers.0.")
-        for name in state
+        isinstance(name, str) and "encoder.transformer.layers.0." in name for name in state
     )
 
 
-def import_torchaudio(path: Path, **changes: Any) -> Weights:
+def import_torchaudio(path: Path, state: Any = None, **changes: Any) -> Weights:
     """The model in a torchaudio state dict: WavLM with fused projections, or HuBERT, with its pre-training head.
 
     Args:
         path: what `torch.save(model.state_dict(), path)` wrote.
+        state: what `read_torch_file` gives for it; None: it is read here.
         changes: fields of `WavLMConfig` that the file does not show and that differ from the released models.
 
     Raises:
@@ -62,13 +64,14 @@ def import_torchaudio(path: Path, **changes: Any) -> Weights:
         ValueError: sizes or `changes` that make no model.
 
     """
-    state = read_torch_file(path)
+    state = read_torch_file(path) if state is None else state
     if not is_torchaudio(state):
         raise ConversionError(f"{path}: no state dict of torchaudio's; its names begin with encoder.transformer.layers")
-    tensors = tensors_of(state, path)
+    notes: list[str] = []
+    tensors = tensors_of(state, path, notes)
     head = {name: tensors.pop(name) for name in _HEAD if name in tensors}
     vector = tensors.pop(_MASK_VECTOR, None)
-    notes = [f"left out: {name}" for name in tensors if _FINE_TUNING.match(name)]
+    notes += [f"left out: {name}" for name in tensors if _FINE_TUNING.match(name)]
     encoder = {
         name: tensor
         for key, lazy in tensors.items()

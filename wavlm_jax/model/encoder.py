@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from wavlm_jax.config import AttentionImplementation, Compute, WavLMConfig
 from wavlm_jax.model.attention import Attention, choose, current_device
 from wavlm_jax.model.fused_attention import ATTENDED
-from wavlm_jax.model.layers import Site, dropout, gelu, keep_where, layer_norm, linear, site_keys
+from wavlm_jax.model.layers import ACTIVATIONS, Site, dropout, keep_where, layer_norm, linear, site_keys
 from wavlm_jax.model.position import PairBias, PositionalConvolution, Profile, RelativePositionTable, toeplitz
 from wavlm_jax.shapes import FrameMask, Hidden, RowKeys, StepKey
 
@@ -50,7 +50,7 @@ class EncoderOutput(NamedTuple):
 
 
 class FeedForward(nn.Module):
-    """W2 . GELU(W1 x), each with its dropout."""
+    """W2 . GELU(W1 x) (or another activation), each with its dropout."""
 
     config: WavLMConfig
     compute: Compute
@@ -62,7 +62,7 @@ class FeedForward(nn.Module):
 
     def __call__(self, x: Hidden, row_keys: RowKeys | None) -> Hidden:
         """(rows, frames, width) in the compute dtype."""
-        inner = gelu(self.intermediate_dense(x))
+        inner = ACTIVATIONS[self.config.hidden_act](self.intermediate_dense(x))
         inner = dropout(inner, self.config.activation_dropout, row_keys, Site.INTERMEDIATE)
         return dropout(self.output_dense(inner), self.config.hidden_dropout, row_keys, Site.OUTPUT)
 
@@ -127,7 +127,7 @@ class Encoder(nn.Module):
         """The encoded frames; padded frames of `hidden` must be 0."""
         config = self.config
         norm = layer_norm(config, name="layer_norm")
-        hidden = hidden + PositionalConvolution(config, self.compute, name="pos_conv_embed")(hidden)
+        hidden = hidden + PositionalConvolution(config, self.compute, name="pos_conv_embed")(hidden, frame_mask)
         if frame_mask is not None and config.padding == "exact":
             # Base's norm would scale up the rounding errors in empty frames.
             hidden = keep_where(frame_mask, hidden)

@@ -17,7 +17,16 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from wavlm_jax.config import Compute, WavLMConfig
-from wavlm_jax.model.layers import Site, dropout, gelu, keep_where, layer_norm, matrix_product, prefix_mask
+from wavlm_jax.model.layers import (
+    ACTIVATIONS,
+    ChannelNorm,
+    Site,
+    dropout,
+    keep_where,
+    layer_norm,
+    matrix_product,
+    prefix_mask,
+)
 from wavlm_jax.shapes import Batch, ConvFeatures, FrameMask, Geometry, Hidden, NumSamples, RowKeys, Waveform, num_frames
 
 Windows = Float[Array, "rows taps frames"]
@@ -275,18 +284,6 @@ class Convolution(nn.Module):
         return kernel, self.param("bias", uniform(1 / math.sqrt(self.taps * channels)), (self.features,))
 
 
-class ChannelNorm(nn.Module):
-    """The parameters of a norm: one scale and one bias per channel."""
-
-    features: int
-
-    @nn.compact
-    def __call__(self) -> tuple[Float[Array, " features"], Float[Array, " features"]]:
-        """Scale and bias, float32."""
-        shape = (self.features,)
-        return self.param("scale", nn.initializers.ones, shape), self.param("bias", nn.initializers.zeros, shape)
-
-
 class FirstLayer(nn.Module):
     """Convolution of the waveform, norm, GELU, as one matrix product (see the top of this module)."""
 
@@ -307,7 +304,7 @@ class FirstLayer(nn.Module):
         frames = num_frames(x.shape[1], Geometry((kernel.shape[0],), (self.stride,)))
         count = jnp.full(x.shape[:1], frames) if mask is None else mask.sum(axis=1)
         normed = layer_normed if self.config.feat_extract_norm == "layer" else group_normed
-        return gelu(normed(layer, x[:, :, 0], count))
+        return ACTIVATIONS[self.config.feat_extract_activation](normed(layer, x[:, :, 0], count))
 
 
 class ConvLayer(nn.Module):
@@ -330,7 +327,7 @@ class ConvLayer(nn.Module):
         y = self.conv(x)
         if self.config.feat_extract_norm == "layer":
             y = self.layer_norm(y).astype(y.dtype)
-        y = gelu(y)
+        y = ACTIVATIONS[self.config.feat_extract_activation](y)
         return y if mask is None else keep_where(mask, y)
 
 

@@ -4,7 +4,7 @@ Randomness has no state: every random number is a function of a key and of the `
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import IntEnum
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from flax import linen as nn
 from flax.linen.spmd import logical_to_mesh_axes
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from wavlm_jax.config import Compute, WavLMConfig
+from wavlm_jax.config import Activation, Compute, WavLMConfig
 from wavlm_jax.shapes import (
     ChannelMask,
     FrameMask,
@@ -91,6 +91,8 @@ def dropout(
     """
     if row_keys is None or rate == 0:
         return x
+    if rate == 1:
+        return jnp.zeros_like(x)
     threshold = min(round(rate * _RESOLUTION), _RESOLUTION - 1)
     draw = jax.vmap(partial(_random_uint16, shape=x.shape[1:]))
     keep = draw(site_keys(row_keys, site)) >= jnp.asarray(threshold, jnp.uint16)
@@ -135,6 +137,25 @@ def _normal_cdf(x: Array) -> Array:
     return 0.5 + 0.5 * jax.lax.erf(x * 2**-0.5)
 
 
+def _float32(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    return lambda x: function(x.astype(jnp.float32)).astype(x.dtype)
+
+
+_tanh_gelu = _float32(partial(jax.nn.gelu, approximate=True))
+ACTIVATIONS: Mapping[Activation, Callable[[Array], Array]] = {
+    "gelu": gelu,
+    "gelu_new": _tanh_gelu,
+    "gelu_fast": _tanh_gelu,
+    "gelu_pytorch_tanh": _tanh_gelu,
+    "gelu_accurate": _tanh_gelu,
+    "quick_gelu": _float32(lambda x: x * jax.nn.sigmoid(1.702 * x)),
+    "relu": jax.nn.relu,
+    "silu": _float32(jax.nn.silu),
+    "swish": _float32(jax.nn.silu),
+    "tanh": _float32(jnp.tanh),
+}
+
+
 def scale_gradient(x: Float[Array, "*shape"], factor: float) -> Float[Array, "*shape"]:
     """`x` forward, `factor` times its gradient backward; 0 stops the gradient (FACTS A1 step 3)."""
     if factor == 1:
@@ -162,6 +183,18 @@ def keep_where(
 def layer_norm(config: WavLMConfig, name: str | None = None) -> nn.LayerNorm:
     """LayerNorm over the last axis, computed and returned in float32."""
     return nn.LayerNorm(epsilon=config.layer_norm_eps, dtype=jnp.float32, use_fast_variance=False, name=name)
+
+
+class ChannelNorm(nn.Module):
+    """The parameters of a norm: one scale and one bias per channel."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self) -> tuple[Float[Array, " features"], Float[Array, " features"]]:
+        """Scale and bias, float32."""
+        shape = (self.features,)
+        return self.param("scale", nn.initializers.ones, shape), self.param("bias", nn.initializers.zeros, shape)
 
 
 def linear(width: int, config: WavLMConfig, compute: Compute) -> nn.Dense:

@@ -23,8 +23,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from wavlm_jax.config import Compute, WavLMConfig
-from wavlm_jax.model.layers import gelu, mesh_axes
-from wavlm_jax.shapes import Hidden
+from wavlm_jax.model.layers import ACTIVATIONS, ChannelNorm, keep_where, mesh_axes
+from wavlm_jax.shapes import FrameMask, Hidden
 
 Profile = Float[Array, "heads distances"]
 """Bias of each distance key - query, from -(frames - 1) to frames - 1."""
@@ -245,7 +245,11 @@ def spectral_convolution(x: Hidden, weight: TapWeights, groups: int) -> Hidden:
     filters = jnp.einsum("cnf,goin->fgcio", analysis[:, :taps], kernels)
     product = jnp.einsum("fgrbci,fgcio->fgrbo", crossed, filters)
     outputs = jnp.einsum("rfn,fgrbo->bngo", synthesis[:, :, :hop], product)
-    return outputs.reshape(rows, count * hop, width)[:, :frames].astype(x.dtype)
+    outputs = outputs.reshape(rows, count * hop, width)[:, :frames]
+    # What sees zeros alone is 0, as in torch. Rounding of the transform would be blown up by a norm of empty frames.
+    sums = jnp.cumsum(jnp.pad((padded != 0).any(axis=2), ((0, 0), (1, 0))).astype(jnp.int32), axis=1)
+    empty = sums[:, taps : taps + frames] == sums[:, :frames]
+    return jnp.where(empty[:, :, None], outputs - jax.lax.stop_gradient(outputs), outputs).astype(x.dtype)
 
 
 def _fourier_matrices(length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -281,15 +285,22 @@ class WeightNormConvolution(nn.Module):
 
 
 class PositionalConvolution(nn.Module):
-    """GELU of the convolution, to be added to its input (FACTS A3)."""
+    """GELU (or another activation) of the convolution, to be added to its input (FACTS A3)."""
 
     config: WavLMConfig
     compute: Compute
 
     def setup(self) -> None:
-        """The one convolution, named as Hugging Face's."""
+        """The convolution, and the batch norm where the model has one, named as Hugging Face's."""
         self.conv = WeightNormConvolution(self.config, self.compute)
+        if self.config.conv_pos_batch_norm:
+            self.batch_norm = ChannelNorm(self.config.hidden_size)
 
-    def __call__(self, x: Hidden) -> Hidden:
-        """(rows, frames, width), as many frames as in `x`."""
-        return gelu(self.conv(x))
+    def __call__(self, x: Hidden, mask: FrameMask | None = None) -> Hidden:
+        """(rows, frames, width), as many frames as in `x`, whose frames outside of the mask are 0."""
+        if self.config.conv_pos_batch_norm:
+            scale, bias = self.batch_norm()
+            x = (x * scale + bias).astype(x.dtype)
+            if mask is not None and self.config.padding == "exact":
+                x = keep_where(mask, x)
+        return ACTIVATIONS[self.config.feat_extract_activation](self.conv(x))

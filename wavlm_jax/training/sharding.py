@@ -39,7 +39,7 @@ ENCODER_AXES: AxesTable = (
     (r"(.*/)?feature_projection/projection/kernel", (None, "embed")),
     (r"(.*/)?feature_projection/projection/bias", (None,)),
     (r"(.*/)?encoder/pos_conv_embed/conv/weight_[vg]", (None, None, None)),
-    (r"(.*/)?encoder/pos_conv_embed/conv/bias", (None,)),
+    (r"(.*/)?encoder/pos_conv_embed/(conv/bias|batch_norm/(scale|bias))", (None,)),
     (r"(.*/)?encoder/layer_norm/(scale|bias)", (None,)),
     (r"(.*/)?encoder/rel_attn_embed/embedding", (None, "heads")),
     (r"(.*/)?encoder/layers/attention/[qkv]_proj/kernel", ("layers", "embed", "heads")),
