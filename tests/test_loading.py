@@ -20,6 +20,7 @@ from tests.support.foreign_layouts import microsoft_config, microsoft_head, micr
 from tests.support.hostile import code_in_tensor_slot
 from tests.support.speech import make_corpora, tiny_config
 from tests.support.torch_twins import small_config, torch_model
+from wavlm_jax.convert import huggingface_files
 from wavlm_jax.convert.state_dict import ConversionError
 from wavlm_jax.files import DamagedFile, HostileFile
 from wavlm_jax.loading import _task_head, load_weights
@@ -191,6 +192,22 @@ def test_a_hub_name_comes_from_the_cache(folder, expected, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     assert_same(load_weights(Path("someone/wavlm")), expected)
     assert_same(wavlm_jax.load("someone/wavlm@main").weights, expected)
+
+
+def test_a_partial_snapshot_in_the_cache_does_not_win(folder, expected, tmp_path, monkeypatch):
+    """transformers' AutoModel leaves config and weights there; the vocabulary is fetched when it is wanted."""
+    (tmp_path / "partial").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(folder / name, tmp_path / "partial")
+
+    def download(_, *, local_files_only, **__):
+        return str(tmp_path / "partial") if local_files_only else str(folder)
+
+    monkeypatch.setattr(huggingface_files, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    found = load_weights("someone/wavlm")
+    assert_same(found, expected)
+    assert found.origin.path == str(folder)
 
 
 def test_a_hub_name_without_network_says_what_to_do(tmp_path, monkeypatch):

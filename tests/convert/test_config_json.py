@@ -1,4 +1,4 @@
-"""What may stand in config.json and beside it: odd but clear values load with transformers' numbers, others are named."""
+"""config.json and the files beside it: odd but clear values load as in transformers, others are named."""
 
 import json
 import shutil
@@ -107,6 +107,7 @@ def test_what_does_not_concern_the_model_is_no_reason_to_refuse(folders, tmp_pat
         ({"layer_norm_eps": float("nan")}, "layer_norm_eps: found nan, expected a finite number"),
         ({"layerdrop": float("nan")}, "layerdrop: found nan, expected a finite number"),
         ({"mask_time_prob": float("inf")}, "mask_time_prob: found inf, expected a finite number"),
+        ({"layer_norm_eps": -1e-5}, "layer_norm_eps: found -1e-05, expected a finite number, 0 or more"),
         ({"hidden_size": 0}, "hidden_size: found 0, expected 1 to 1048576"),
         ({"hidden_size": -32}, "hidden_size: found -32, expected 1 to 1048576"),
         ({"hidden_size": 10**9}, "hidden_size is 1000000000, expected at most 1048576"),
@@ -132,7 +133,7 @@ def test_a_mask_vector_that_is_missing_is_filled_and_said(tmp_path):
 
 
 def test_files_of_the_feature_extractor_that_contradict_each_other(folders, tmp_path):
-    """transformers 5 reads processor_config.json first; what it leaves out has the default, and the other file is told."""
+    """As transformers 5 reads them: processor_config.json first, defaults for what it leaves out; the other is told."""
     old = {"do_normalize": False, "padding_side": "left"}
     folder = changed(folders["WavLMModel"], tmp_path / "one", "preprocessor_config.json", **old)
     found = import_huggingface(folder)
