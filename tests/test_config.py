@@ -58,7 +58,7 @@ def test_base_and_large_differ_as_published():
         ({"hidden_size": 33}, "model.hidden_size: found 33, expected a multiple of 2"),
         ({"num_buckets": 30}, "expected a multiple of 4"),
         ({"num_buckets": 32, "max_bucket_distance": 8}, "max_bucket_distance: found 8, expected more"),
-        ({"layerdrop": 1.0}, "model.layerdrop: found 1.0, expected a probability"),
+        ({"layerdrop": 1.5}, "model.layerdrop: found 1.5, expected a probability"),
         ({"num_attention_heads": 0}, "model.num_attention_heads: found 0, expected 1 or more"),
         ({"num_conv_pos_embedding_groups": -4}, "model.num_conv_pos_embedding_groups: found -4, expected 1 or more"),
         ({"hidden_size": 10**9}, "model.hidden_size: found 1000000000, expected at most 1048576"),
@@ -76,8 +76,8 @@ def test_impossible_values_are_named(changes, message):
     ("values", "message"),
     [
         ({"model_type": "wav2vec2"}, "model_type is 'wav2vec2', expected wavlm or hubert"),
-        ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
-        ({"model_type": "hubert", "conv_pos_batch_norm": True}, "conv_pos_batch_norm is True"),
+        ({"hidden_act": "sigmoid"}, "hidden_act: found 'sigmoid', expected one of gelu"),
+        ({"num_feat_extract_layers": 6}, "num_feat_extract_layers is 6, conv_dim has 7 layers"),
         ({"add_adapter": True}, "add_adapter is True"),
     ],
 )

@@ -245,10 +245,11 @@ def test_the_command_line(plain, tmp_path, monkeypatch, capsys):
         return (code, *capsys.readouterr())
 
     source = str(tmp_path / "a")
-    code, out, _ = run(
-        "export", source, str(tmp_path / "w.pt"), "--to", "microsoft", "--no-compare", "--dtype", "float16"
-    )
-    assert code == 0
+    options = ("export", source, str(tmp_path / "w.pt"), "--to", "microsoft", "--no-compare", "--dtype", "float16")
+    code, out, _ = run(*options)
+    assert "left out: the pre-training head" in out
+    code, out, _ = run(*options, "--with-head")
+    assert (code, "left out" in out) == (0, False)
     assert "padding: exact" in out
     code, out, _ = run("import", str(tmp_path / "w.pt"), str(tmp_path / "b"), "--no-compare")
     assert code == 0

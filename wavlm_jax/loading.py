@@ -163,7 +163,7 @@ def _weights_of_run(workdir: Path | str, manifest: Manifest, params: Mapping[str
 
 def _check_body(config: WavLMConfig, body: Params, where: str) -> None:
     """Whether the parameters are those of the config, found without computing anything."""
-    found, geometry = shapes_of(body), Geometry(config.conv_kernel, config.conv_stride)
+    found, geometry = shapes_of(body), config.geometry
     if len(config.conv_dim) > len(found):
         raise ValueError(
             f"{where}: config.model asks for {len(config.conv_dim)} conv layers, it has {len(found)} arrays"

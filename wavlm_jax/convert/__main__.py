@@ -41,6 +41,8 @@ def main() -> int:
     print(f"{arguments.out}: {', '.join(files)}")
     for line in proof.lines():
         print(f"  {line}")
+    if arguments.to == "microsoft" and model.weights.head is not None and not arguments.with_head:
+        print("  left out: the pre-training head, which the authors' class refuses; --with-head writes it too")
     return 0
 
 

@@ -98,7 +98,7 @@ def _config(path: Path, like: str | None, dialect: Any, position_bias: bool) -> 
             f"{path}: the {CONFIG} beside it tells the model; expected no other word on it (like)"
             if beside
             else f"{path}: weights alone, without the model's config (cfg); put the model's {CONFIG} beside the file, "
-            f"or say which published sizes it has: --like {' or '.join(LIKE)} (from Python: like=...)"
+            f"or say which sizes it has: python -m wavlm_jax.convert import {path} OUT --like {' or '.join(LIKE)}"
         )
     if like is None:
         return config_of(path.parent)

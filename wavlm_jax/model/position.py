@@ -300,7 +300,7 @@ class PositionalConvolution(nn.Module):
         """(rows, frames, width), as many frames as in `x`, whose frames outside of the mask are 0."""
         if self.config.conv_pos_batch_norm:
             scale, bias = self.batch_norm()
-            x = (x * scale + bias).astype(x.dtype)
+            x = (x * scale[None, None] + bias[None, None]).astype(x.dtype)
             if mask is not None and self.config.padding == "exact":
                 x = keep_where(mask, x)
         return ACTIVATIONS[self.config.feat_extract_activation](self.conv(x))
