@@ -288,16 +288,22 @@ def _extractor_notes(folder: Path) -> list[str]:
 def _head_config(
     values: Mapping[str, Any], path: Path, kind: str, num_labels: int | None, conventions: Conventions | None
 ) -> HeadConfig:
-    """The head that config.json describes, by the fields that concern it; `num_labels` None: no classes (CTC)."""
+    """The head that config.json describes; `num_labels` None: no classes (CTC).
+
+    Fields of other kinds of heads are kept for an export where all of them are sound, and left out else.
+    """
     foreign = {key for key, kinds in _CONCERNS.items() if kind not in kinds}
-    stored = {key: value for key, value in values.items() if key not in {*_NOT_STORED, *foreign}}
+    stored = {key: value for key, value in values.items() if key not in _NOT_STORED}
     if stored.get("ctc_loss_reduction") == "none":  # torch's third kind, one loss per row; only training asks
         del stored["ctc_loss_reduction"]
-    fields = {**_HEAD_DEFAULTS, **_typed(stored, HeadConfig, path)}
-    if num_labels is not None:
-        fields["num_labels"] = num_labels
+    fixed = {} if num_labels is None else {"num_labels": num_labels}
     if conventions is not None:
-        fields |= conventions.chosen(_HEAD_CONVENTIONS)
+        fixed |= conventions.chosen(_HEAD_CONVENTIONS)
+    try:
+        return HeadConfig(**(_HEAD_DEFAULTS | _typed(stored, HeadConfig, path) | fixed))
+    except ValueError:
+        own = {key: value for key, value in stored.items() if key not in foreign}
+    fields = _HEAD_DEFAULTS | _typed(own, HeadConfig, path) | fixed
     try:
         return HeadConfig(**fields)
     except ValueError as error:

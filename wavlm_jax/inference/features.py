@@ -21,7 +21,7 @@ import numpy as np
 from wavlm_jax.audio.recordings import Inputs, Recording
 from wavlm_jax.config import WavLMConfig
 from wavlm_jax.files import printable, read_json, write_json
-from wavlm_jax.inference.running import Compute, InferenceSettings, digest_of, frames_of, geometry_of, jobs_of, run
+from wavlm_jax.inference.running import Compute, InferenceSettings, digest_of, frames_of, jobs_of, run
 from wavlm_jax.model.wavlm import WavLM, WavLMOutput
 from wavlm_jax.settings import SettingsError
 from wavlm_jax.shapes import SAMPLE_RATE, Params
@@ -162,7 +162,7 @@ def _fill(
             raise FeatureError(f"{recording.path}: {found}{cure}")
         array[start + piece.keep_from : start + piece.keep_to] = values.reshape(len(values), *array.shape[1:])
         array.flush()
-        progress((piece.keep_to - piece.keep_from) * geometry_of(config).hop)
+        progress((piece.keep_to - piece.keep_from) * config.geometry.hop)
     failed = {recording: faults[recording.path] for recording in shard.recordings if recording.path in faults}
     for recording in failed:
         array[starts[recording] : starts[recording] + frames_of(recording, config)] = np.nan
@@ -205,7 +205,7 @@ def _header(
     recordings: Sequence[Recording], model: Model, settings: FeatureSettings, running: InferenceSettings
 ) -> dict[str, Any]:
     """Everything that the numbers depend on, and how to read them."""
-    geometry = geometry_of(model.config)
+    geometry = model.config.geometry
     files = hashlib.sha256()
     for recording in recordings:
         with recording.path.open("rb") as file:  # by content: a file that was written anew has other features

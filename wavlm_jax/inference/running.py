@@ -96,11 +96,6 @@ def vocabulary_of(model: Model) -> Vocabulary:
     return parse_vocabulary(origin.files, Path(origin.path), num_outputs=model.module.head.vocab_size)
 
 
-def geometry_of(config: WavLMConfig) -> Geometry:
-    """Kernels and strides of the model's conv encoder, from which its frames follow."""
-    return Geometry(config.conv_kernel, config.conv_stride)
-
-
 def digest_of(model: Model) -> str:
     """SHA-256 of the parameters."""
     digest = hashlib.sha256()
@@ -112,7 +107,7 @@ def digest_of(model: Model) -> str:
 
 def frames_of(recording: Recording, config: WavLMConfig) -> int:
     """Frames of the whole recording."""
-    return int(num_frames(recording.num_samples, geometry_of(config)))
+    return int(num_frames(recording.num_samples, config.geometry))
 
 
 class Job(NamedTuple):
@@ -133,7 +128,7 @@ class PieceResult(NamedTuple):
 def jobs_of(recordings: Iterable[Recording], config: WavLMConfig, settings: InferenceSettings) -> Iterator[Job]:
     """The pieces of all recordings, in order."""
     for recording in recordings:
-        for piece in cut(recording.num_samples, settings.chunks, geometry_of(config)):
+        for piece in cut(recording.num_samples, settings.chunks, config.geometry):
             yield Job(recording, piece)
 
 
@@ -153,7 +148,7 @@ def run(
         AudioFault: a file that cannot be read to its end, where `settings.on_fault` does not take it.
 
     """
-    geometry = geometry_of(config)
+    geometry = config.geometry
     statistics = lru_cache(maxsize=1)(Recording.statistics)  # once for all pieces of a recording
     failed = set[Recording]()
 

@@ -23,7 +23,7 @@ from wavlm_jax.command_line import plain_number
 from wavlm_jax.files import check_writable, named, printable, write_text
 from wavlm_jax.inference.answers import Answers, AsFault, Journal
 from wavlm_jax.inference.diarization import pieces_of
-from wavlm_jax.inference.running import InferenceSettings, UsageError, digest_of, geometry_of, model_for
+from wavlm_jax.inference.running import InferenceSettings, UsageError, digest_of, model_for
 from wavlm_jax.loading import load
 from wavlm_jax.shapes import SAMPLE_RATE
 from wavlm_jax.weights import Model
@@ -119,7 +119,7 @@ def open_work(options: Options, command: str, paths: Sequence[Path] | None = Non
     recordings = open_recordings(
         [path for path in paths if path not in faults],
         resampling=options.resample,
-        geometry=geometry_of(model.config),
+        geometry=model.config.geometry,
         max_seconds=options.max_seconds,
         on_fault=kept,
     )
