@@ -16,7 +16,6 @@ from wavlm_jax.files import named
 from wavlm_jax.loading import load
 
 EXIT_WRONG = 2
-_SAVE = {"huggingface": save_huggingface, "microsoft": save_microsoft}
 
 
 def main() -> int:
@@ -31,9 +30,13 @@ def main() -> int:
         print(f"{arguments.source}: {model.weights.origin.dialect}")
         for line in (*model.weights.origin.notes, *conventions(model.weights)):
             print(f"  {line}")
-        options = {"with_head": True} if arguments.with_head else {}
-        options |= {"dtype": arguments.dtype, "compared": not arguments.no_compare}
-        proof = _SAVE[arguments.to](model, arguments.out, **options)
+        compared = not arguments.no_compare
+        if arguments.to == "microsoft":
+            proof = save_microsoft(
+                model, arguments.out, dtype=arguments.dtype, compared=compared, with_head=arguments.with_head
+            )
+        else:
+            proof = save_huggingface(model, arguments.out, dtype=arguments.dtype, compared=compared)
     except (ValueError, OSError) as error:
         print(f"wavlm_jax.convert: {error}", file=sys.stderr)
         return EXIT_WRONG
@@ -54,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     bring = commands.add_parser("import", help="anything -> a folder that wavlm_jax.load and transformers read")
     bring.set_defaults(to="huggingface", with_head=False)
     export = commands.add_parser("export", help="write weights in another project's format")
-    export.add_argument("--to", choices=sorted(_SAVE), required=True, help="whose format")
+    export.add_argument("--to", choices=("huggingface", "microsoft"), required=True, help="whose format")
     export.add_argument(
         "--with-head",
         action="store_true",

@@ -70,7 +70,7 @@ _CONCERNS: Mapping[str, tuple[str, ...]] = {
     "classifier_proj_size": ("WavLMForSequenceClassification",),
 }
 """Fields of HeadConfig that only some kinds of heads read; in a config.json of others they may be anything."""
-_HEAD_DEFAULTS: Mapping[str, Any] = {"compat": "huggingface", "ctc_loss_reduction": "mean"}
+_HEAD_DEFAULTS: dict[str, Any] = {"compat": "huggingface", "ctc_loss_reduction": "mean"}
 """What transformers assumes, where that is not our own default."""
 
 
@@ -137,8 +137,10 @@ def import_huggingface(folder: Path, file: Path | None = None) -> Weights:
         if _has_mask_vector(config):
             left_out.append(f"filled with zeros: {_MASK_VECTOR}, which the file does not have; only masking reads it")
     if config.conv_pos_batch_norm:
-        found = _folded(found, _prefix(kind) + _POSITIONS, path)
-    tree = from_torch(found, tree_shapes(config, kind, head), path, absent=absent)
+        tensors: Tensors = _folded(found, _prefix(kind) + _POSITIONS, path)
+    else:
+        tensors = found
+    tree = from_torch(tensors, tree_shapes(config, kind, head), path, absent=absent)
     task = None
     if kind is not None and head is not None:
         params = tree.pop(ENCODER)
@@ -296,7 +298,7 @@ def _head_config(
     stored = {key: value for key, value in values.items() if key not in _NOT_STORED}
     if stored.get("ctc_loss_reduction") == "none":  # torch's third kind, one loss per row; only training asks
         del stored["ctc_loss_reduction"]
-    fixed = {} if num_labels is None else {"num_labels": num_labels}
+    fixed: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
     if conventions is not None:
         fixed |= conventions.chosen(_HEAD_CONVENTIONS)
     try:

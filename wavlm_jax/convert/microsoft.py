@@ -11,7 +11,7 @@ import ast
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -204,7 +204,7 @@ def _encoder(tensors: Mapping[str, LazyTensor], path: Path) -> tuple[str, dict[s
     return prefixes[0], encoder
 
 
-def take_head(encoder: dict[str, LazyTensor], width: int, path: Path, notes: list[str]) -> dict[str, Any] | None:
+def take_head(encoder: MutableMapping[str, Any], width: int, path: Path, notes: list[str]) -> dict[str, Any] | None:
     """The pre-training head, removed from the tensors; None where not all of it is there. Adds to `notes`."""
     found = {name: encoder.pop(name) for name in HEAD_NAMES if name in encoder}
     if len(found) < len(HEAD_NAMES):
