@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import unicodedata
 from dataclasses import asdict, replace
 
@@ -197,7 +198,10 @@ WITH_A_GAP = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "|": 4, "A": 5, "B": 
     ("ids", "num_outputs"), [(LACKING, 5), (LACKING, 6), (LACKING, 7), (LACKING, 10), (WITH_A_GAP, 8), (WITH_A_GAP, 10)]
 )
 def test_tokens_fit_the_outputs_of_the_head_and_spell_as_transformers_does(tmp_path, ids, num_outputs):
-    """Tokens that transformers adds by itself, a gap in the ids, and outputs that no token has."""
+    """Tokens that transformers adds by itself, a gap in the ids, and outputs that no token has.
+
+    But for runs of spaces, which are one space here (docs/parity.md).
+    """
     (tmp_path / "vocab.json").write_text(json.dumps(ids))
     Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json")).save_pretrained(tmp_path)  # adds <s> and </s> where they lack
     theirs = Wav2Vec2CTCTokenizer.from_pretrained(tmp_path)
@@ -206,7 +210,7 @@ def test_tokens_fit_the_outputs_of_the_head_and_spell_as_transformers_does(tmp_p
     assert found == parse_vocabulary(tokenizer_files(tmp_path), tmp_path, num_outputs=num_outputs)
     assert len(found) == num_outputs
     path = np.random.default_rng(0).integers(num_outputs, size=200)
-    assert decode(path, found).text == theirs.decode(path)
+    assert decode(path, found).text == re.sub(" +", " ", theirs.decode(path))
     for token_id in range(num_outputs):
         assert found.spell([ids["A"], token_id, ids["A"]]) == theirs.decode(
             [ids["A"], token_id, ids["A"]], group_tokens=False
