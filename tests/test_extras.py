@@ -54,7 +54,7 @@ USES = [
     ("torch", "torch", lambda _: runpy.run_module("wavlm_jax.convert.compare")),
     ("torch", "transformers", lambda _: runpy.run_module("wavlm_jax.convert.compare")),
     ("decode", "flashlight.lib.text.dictionary", lambda _: _search()),
-    ("evaluate", "pyannote.metrics.diarization", lambda _: scorer()),
+    ("evaluate", "pyannote.metrics", lambda _: scorer()),
     ("containers", "av", lambda _: as_au(io.BytesIO(), "mov").__enter__()),
     ("gcs", "gcsfs", lambda _: exists("gs://bucket/run")),
     ("plan", "libtpu", lambda _: open_target("v5e:2x2", 1)),
@@ -96,7 +96,7 @@ def test_an_export_without_torch_says_why_it_is_not_compared(monkeypatch):
 
 
 def test_errors_are_asked_for_before_anything_is_computed(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyannote.metrics.diarization", None)
+    monkeypatch.setitem(sys.modules, "pyannote.metrics", None)
     parser = argparse.ArgumentParser()
     commands.COMMANDS["diarize"].add_options(parser)
     options = parser.parse_args(["a.wav", "--model", "nowhere", "--reference", "a.rttm"])
