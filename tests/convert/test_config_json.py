@@ -84,7 +84,7 @@ def test_a_fresh_model_is_proved_on_its_padding_too(tmp_path):
     [
         ("WavLMForSequenceClassification", {"pad_token_id": None}),
         ("WavLMForSequenceClassification", {"pad_token_id": 40, "tdnn_dim": []}),
-        ("WavLMForXVector", {"pad_token_id": -1, "vocab_size": None, "classifier_proj_size": 0}),
+        ("WavLMForXVector", {"pad_token_id": -1, "classifier_proj_size": 0}),
         ("WavLMModel", {"pad_token_id": 40, "vocab_size": None, "tdnn_dim": "x"}),
         ("WavLMModel", {"layerdrop": 1.0, "hidden_dropout": 1, "mask_time_prob": 1.0}),
         ("WavLMForCTC", {"ctc_loss_reduction": "none"}),

@@ -65,7 +65,7 @@ _UNKNOWN_THERE = ("ecapa_dim", "ecapa_output_dim")
 _NOT_STORED = (*_HEAD_CONVENTIONS, *_UNKNOWN_THERE, "num_labels")
 """Fields of HeadConfig that are neither written to a config.json nor read from one; the labels tell their number."""
 _CONCERNS: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("vocab_size", "pad_token_id", "final_dropout", "ctc_loss_reduction"), ("WavLMForCTC",)),
+    **dict.fromkeys(("pad_token_id", "final_dropout", "ctc_loss_reduction"), ("WavLMForCTC",)),
     **dict.fromkeys(("tdnn_dim", "tdnn_kernel", "tdnn_dilation", "xvector_output_dim"), ("WavLMForXVector",)),
     "classifier_proj_size": ("WavLMForSequenceClassification",),
 }
