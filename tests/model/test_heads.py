@@ -155,7 +155,7 @@ def test_statistics_are_torch_s_and_finite_for_one_frame():
         ({"pad_token_id": 11}, "0 to 10"),
         ({"tdnn_kernel": (5, 3)}, "one each per layer"),
         ({"add_adapter": True, "use_weighted_layer_sum": True}, "expected one of them"),
-        ({"final_dropout": 1.0}, "probability"),
+        ({"final_dropout": 1.5}, "probability"),
         ({"num_labels": 0}, "1 or more"),
     ],
 )
