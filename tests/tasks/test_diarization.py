@@ -313,7 +313,7 @@ def test_wrong_uses_get_an_answer(root, folders, capsys):
     ):
         (root / "wrong.rttm").write_text(text)
         words = [same, "--out", str(root / "corpus" / "same"), "--rttm", str(root / "wrong.rttm")]
-        assert data_main(words) == 1
+        assert data_main(words) == 2
         assert message in capsys.readouterr().err
     assert attach_turns(Corpus.open(folders["same"]), read_rttm(root / "same.rttm")) == 10
 
