@@ -84,7 +84,8 @@ class LabelRequest:
 
     def existing(self) -> LabelHeader | None:
         """The header of a store that answers this request, perhaps for fewer splits; None where there is none yet."""
-        self._check_request()
+        if self.folder.exists() and {path.name for path in self.folder.iterdir()} - {REQUEST, LEASE}:
+            self.check()  # else nothing was made of the request before
         if not (self.folder / HEADER).exists():
             return None
         header = LabelHeader.load(self.folder)
@@ -98,10 +99,16 @@ class LabelRequest:
                 )
         return header
 
-    def _check_request(self) -> None:
+    def check(self) -> None:
+        """Checks that request.json, if there is one, is this request.
+
+        Raises:
+            LabelError: it is another one; the message names what differs.
+
+        """
         file = self.folder / REQUEST
-        if not file.exists() or {path.name for path in self.folder.iterdir()} <= {REQUEST, LEASE}:
-            return  # nothing was made of the one before
+        if not file.exists():
+            return
         found, wanted = read_json(file), self.request
         other = [key for key in wanted if key not in found or found[key] != wanted[key]]
         if other:
@@ -274,8 +281,8 @@ def _missing(request: LabelRequest) -> tuple[LabelHeader | None, dict[str, Corpu
 
 def _make_missing(request: LabelRequest, header: LabelHeader | None, missing: Mapping[str, Corpus]) -> LabelHeader:
     first = Share.here().first
-    if first:
-        request.claim()
+    run_on_all_hosts("the folder of the labels", lambda: request.claim() if first else None)
+    run_on_all_hosts("the request of the labels", request.check)
     clusters = request.clusters()
     header = header or request.header(clusters)
     for split, corpus in missing.items():

@@ -175,7 +175,7 @@ def test_headers_that_are_missing_or_broken_or_from_the_future_are_refused(copy:
         ("[]", "not a corpus header"),
         (json.dumps(values | {"format": 99}), "corpus format 99, this version reads 1"),
         (json.dumps(values | {"count": "many"}), "not a corpus header.*count"),
-        (json.dumps(values | {"count": 10**30}), "count is 1000.*, its shards have"),
+        (json.dumps(values | {"count": 10**30}), "count: found 1000"),
         (json.dumps(values | {"hours": float("nan")}), "hours: found nan"),
         (
             json.dumps(values | {"shards": [values["shards"][0] | {"file": "../../x"}]}),

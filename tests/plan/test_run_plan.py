@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from configs.pretrain import base, base_plus, large
 from pretrain.task import outline
 from tests.support import tpu_programs
+from wavlm_jax.extras import MissingExtraError
 from wavlm_jax.plan import targets
 from wavlm_jax.plan.cost import Module, executed, memory_traffic
 from wavlm_jax.plan.program import Memory, loop_outputs, matrix_flops, program_text
@@ -341,5 +342,5 @@ def test_gpus_need_the_plugin_and_say_so(monkeypatch):
         open_target("h100:8")
     with pytest.raises(PlanTargetError, match="just h100:N"):
         open_target("h100:8", slices=2)
-    with pytest.raises(PlanTargetError, match="needs its compiler, not a TPU"):
+    with pytest.raises(MissingExtraError, match=r"its compiler, not a TPU.*wavlm-jax\[plan\]"):
         open_target("v5e:2x2")

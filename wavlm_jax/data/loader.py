@@ -81,8 +81,8 @@ class LoaderSettings:
     """Share of rows that cannot be decoded above which the run stops; five are always tolerated."""
 
     def __post_init__(self) -> None:
-        check_sizes(self, "threads", "prefetch", most=1024)
-        check_sizes(self, "workers", least=0, most=1024)
+        check_sizes(self, "prefetch", most=1024)
+        check_sizes(self, "workers", "threads", least=0, most=1024)
 
 
 @dataclass(frozen=True)
