@@ -47,6 +47,14 @@ def test_librispeech(tmp_path: Path):
     )
 
 
+def test_plain_takes_the_audio_alone(tmp_path: Path):
+    tree(tmp_path / "in", {"19/198/19-198-0000.flac": encoded(WAVE), "19/198/19-198.trans.txt": "19-198-0000 A TEXT\n"})
+    for options, text in (((), "A TEXT"), (("--plain",), "")):
+        out = tmp_path / f"out{len(options)}"
+        assert run(tmp_path / "in", *options, "--out", out) == 0
+        assert list(Corpus.open(out).texts) == [text]
+
+
 def test_libri_light(tmp_path: Path):
     meta = json.dumps({"speaker": "100", "book_meta": {"id": "1"}, "snr": 9.0})
     files = {"small/100/book/a_00.flac": FLAC, "small/100/book/a_00.json": meta, "small/7/b/c.flac": FLAC}

@@ -65,7 +65,13 @@ def _prepare(words: Sequence[str]) -> None:
         parser.error(f"--root: {options.root}: no such folder")
     turns = [turn for file in _rttm_files(options.rttm) for turn in read_rttm(file)]
     source = open_source(
-        str(named(options.source)), options.root, options.subset, options.split, _chosen(options), whole=bool(turns)
+        str(named(options.source)),
+        options.root,
+        options.subset,
+        options.split,
+        _chosen(options),
+        whole=bool(turns),
+        plain=options.plain,
     )
     for note in source.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -165,6 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--subset", default=None, help="configuration of a hub data set, or folder of parquet files")
     add("--split", default=None, help="which of several splits: its name, or 'train*' for all that match")
+    add("--plain", action="store_true", help="of a folder, the audio files alone, whatever stands beside them")
     for key, names in COLUMNS.items():
         if key in ("id", "path", "speaker", "text"):
             word = "audio" if key == "path" else key
