@@ -26,7 +26,7 @@ from orbax.checkpoint import v1 as orbax
 import wavlm_jax.training.metric_writers
 import wavlm_jax.training.watchdog  # noqa: F401  all of them: a fork has them then
 from tests.attacks import ROOT, Tally, attempt, options
-from tests.support.speech import NOISY, TINY, make_corpora
+from tests.support.speech import make_corpora, tiny_flags
 from tests.support.toy_task import digest
 from wavlm_jax.training.checkpoint import CheckpointStore, newest_valid, verify
 
@@ -40,31 +40,16 @@ TIMED = {"seconds", "_per_second", "wait", "time", "elapsed", "memory"}
 
 def flags_of(root: Path) -> list[str]:
     """A tiny model with everything that is random, saved and evaluated all the time."""
-    folders = make_corpora(root, train=20, valid=8)
-    values = {
-        "data.train": folders["train"],
-        "data.evaluation": (str(folders["valid"]),),
-        "data.evaluation_buckets": (160,),
-        "train.eval_splits": ("valid",),
+    changes = {
         "train.num_steps": STEPS,
         "train.eval_every": EVALUATIONS,
         "train.compilation_cache": os.environ.get("JAX_COMPILATION_CACHE_DIR", root / "cache"),
         "checkpoint.every": SAVES,
         "checkpoint.keep_last": 2,
-        "metrics.log_every": 1,
         "metrics.tensorboard": False,
-        "optim.warmup_steps": 4,
-        "batch.buckets": (48,),
-        "batch.seconds_per_update": 7.7,
-        "batch.row_multiple": 8,
-        "mixing.prob": 0.5,
-        "labels.path": root / "labels",
-        "labels.num_clusters": 8,
-        "labels.min_entropy": 0.05,
-        "labels.kmeans.passes": 2,
-        **{f"model.{name}": value for name, value in (TINY | NOISY | {"num_hidden_layers": 1}).items()},
+        "model.num_hidden_layers": 1,
     }
-    return [f"--config.{name}={value}" for name, value in values.items()]
+    return tiny_flags(root, make_corpora(root, train=20, valid=8), changes)
 
 
 def train(words: list[str], log: Path, fresh: bool) -> None:

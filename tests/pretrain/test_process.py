@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.speech import NOISY, TINY, make_corpora
+from tests.support.speech import make_corpora, tiny_flags
 from wavlm_jax.training.checkpoint import load_params
 
 ROOT = Path(__file__).parents[2]
@@ -23,30 +23,13 @@ PREEMPTED = 75
 def flags(tmp_path_factory):
     """A tiny demo config with dropout, layer drop and mixing on; labels are made by the first run."""
     root = tmp_path_factory.mktemp("process")
-    folders = make_corpora(root, train=20, valid=4)
-    model = {**TINY, **NOISY}
-    values = {
-        "data.train": folders["train"],
-        "data.evaluation": (str(folders["valid"]),),
-        "data.evaluation_buckets": (160,),
-        "train.eval_splits": ("valid",),
+    changes = {
         "train.num_steps": STEPS,
         "train.eval_every": 6,
         "train.compilation_cache": os.environ["JAX_COMPILATION_CACHE_DIR"],
         "checkpoint.every": 3,
-        "metrics.log_every": 1,
-        "optim.warmup_steps": 4,
-        "batch.buckets": (48,),
-        "batch.seconds_per_update": 7.7,
-        "batch.row_multiple": 8,
-        "mixing.prob": 0.5,
-        "labels.path": root / "labels",
-        "labels.num_clusters": 8,
-        "labels.min_entropy": 0.05,
-        "labels.kmeans.passes": 2,
-        **{f"model.{name}": value for name, value in model.items()},
     }
-    return [f"--config.{name}={value}" for name, value in values.items()]
+    return tiny_flags(root, make_corpora(root, train=20, valid=4), changes)
 
 
 def start(workdir, flags):

@@ -52,6 +52,28 @@ def make_corpora(root: Path, train: int = 24, valid: int = 7) -> dict[str, Path]
     return folders
 
 
+def tiny_flags(root: Path, folders: dict[str, Path], changes: dict[str, object]) -> list[str]:
+    """Flags that make the demo's config a run of seconds, with all that is random; its labels are made in `root`."""
+    values = {
+        "data.train": folders["train"],
+        "data.evaluation": (str(folders["valid"]),),
+        "data.evaluation_buckets": (160,),
+        "train.eval_splits": ("valid",),
+        "metrics.log_every": 1,
+        "optim.warmup_steps": 4,
+        "batch.buckets": (48,),
+        "batch.seconds_per_update": 7.7,
+        "batch.row_multiple": 8,
+        "mixing.prob": 0.5,
+        "labels.path": root / "labels",
+        "labels.num_clusters": 8,
+        "labels.min_entropy": 0.05,
+        "labels.kmeans.passes": 2,
+        **{f"model.{name}": value for name, value in (TINY | NOISY).items()},
+    }
+    return [f"--config.{name}={value}" for name, value in (values | changes).items()]
+
+
 def tiny_config(root: Path, folders: dict[str, Path], **model) -> dict:
     """The demo's config for a tiny model on these corpora, resolved to JSON values."""
     config = demo.get_config()
