@@ -85,7 +85,7 @@ class NoiseClips:
             clip = self.corpus.random_piece(which, where, size)
             count = len(clip)
             noise[:count] = clip
-            number = int(which * len(self.corpus))  # as `random_piece` chooses it
+            number = self.corpus.random_index(which)
             power = self.corpus.means[number] ** 2 + self.corpus.variances[number]
         return {
             "noise": noise,

@@ -15,7 +15,7 @@ from wavlm_jax.audio.wave import FULL_SCALE
 from wavlm_jax.config import TaskHead, WavLMConfig
 from wavlm_jax.model.heads import Headed, module_of
 from wavlm_jax.model.wavlm import WavLM
-from wavlm_jax.shapes import FrameMask, Geometry, Hidden, NumSamples, Params, Waveform
+from wavlm_jax.shapes import FrameMask, Hidden, NumSamples, Params, Waveform
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Model:
                 full scale is unknown; the message has its number.
 
         """
-        shortest, found = Geometry(self.config.conv_kernel, self.config.conv_stride).receptive_field, []
+        shortest, found = self.config.geometry.receptive_field, []
         for number, given in enumerate(waves):
             wave = np.asarray(_samples(given, f"wave {number}"))
             if wave.ndim == 0:

@@ -398,6 +398,11 @@ def export_microsoft(weights: Weights, path: Path, dtype: Precision = "float32")
     write_torch_file(path, {"cfg": _authors_config(weights.config), "model": model})
 
 
+def _activation(config: WavLMConfig) -> str:
+    """The authors' name of the activation."""
+    return _ACTIVATIONS.get(config.hidden_act, config.hidden_act)
+
+
 def _authors_config(config: WavLMConfig) -> dict[str, Any]:
     """The `cfg` of the authors' checkpoints: every field of their config class, plain values only."""
     mode = {ours: theirs for theirs, ours in _NORMS.items()}[config.feat_extract_norm]
@@ -407,7 +412,7 @@ def _authors_config(config: WavLMConfig) -> dict[str, Any]:
         "relative_position_embedding": config.position_bias,
         "gru_rel_pos": config.position_bias,
         **{name: getattr(config, ours) for name, (ours, _) in _FIELDS.items()},
-        "activation_fn": _ACTIVATIONS.get(config.hidden_act, config.hidden_act),
+        "activation_fn": _activation(config),
         **_FOR_EXPORT,
     }
 
@@ -422,8 +427,7 @@ def microsoft_tensors(weights: Weights, path: Path) -> dict[str, np.ndarray]:
     config = weights.config
     if config.layer_norm_eps != 1e-5:  # noqa: PLR2004 (the authors' code knows no other)
         raise ConversionError(f"layer_norm_eps is {config.layer_norm_eps}; the authors' layout has no place for it")
-    activation = _ACTIVATIONS.get(config.hidden_act, config.hidden_act)
-    if config.feat_extract_activation != "gelu" or activation not in _ONLY["activation_fn"]:
+    if config.feat_extract_activation != "gelu" or _activation(config) not in _ONLY["activation_fn"]:
         raise ConversionError(
             f"feat_extract_activation is {config.feat_extract_activation!r}, hidden_act is {config.hidden_act!r}; the "
             f"authors' layout has a place for 'gelu', and for {', '.join(_ONLY['activation_fn'])}"

@@ -252,6 +252,10 @@ class Corpus:
         except AudioFault as error:
             raise AudioFault(error.fault, f"{self.path}: utterance {self.ids[index]}: {error.detail}") from error
 
+    def random_index(self, which: float) -> int:
+        """The utterance that `which`, in [0, 1), chooses."""
+        return int(which * len(self))
+
     def random_piece(self, which: float, where: float, size: int) -> Int16[np.ndarray, "samples"]:
         """A random crop of a random utterance, such as noise to mix into speech.
 
@@ -264,7 +268,7 @@ class Corpus:
             AudioFault: as `wave`.
 
         """
-        index = int(which * len(self))
+        index = self.random_index(which)
         length = int(self.lengths[index])
         count = min(length, size)
         return self.wave(index, int(where * (length - count + 1)), count)

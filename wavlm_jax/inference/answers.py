@@ -21,10 +21,15 @@ AsFault: TypeAlias = Callable[[str, Path, str], str]
 """Name, path and fault of a file without an answer -> its line in the output."""
 
 
+def stamp_of(path: Path) -> str:
+    """Size and time of a file, which are others when it was written anew."""
+    status = path.stat()
+    return f"{status.st_size}@{status.st_mtime_ns}"
+
+
 def key_of(recording: Recording, *more: str) -> Key:
-    """The key of a recording's answer, which is another one when its file was written anew."""
-    status = recording.path.stat()
-    return (recording.name, str(recording.path), f"{status.st_size}@{status.st_mtime_ns}", *more)
+    """The key of a recording's answer."""
+    return (recording.name, str(recording.path), stamp_of(recording.path), *more)
 
 
 class Journal:

@@ -228,10 +228,11 @@ def by_recording(
 
 def _windows(recordings: Iterable[Recording], most: float) -> Iterator[list[Recording]]:
     """Neighbours with `most` samples together: answers come while later recordings wait."""
-    window = list[Recording]()
+    window, samples = list[Recording](), 0
     for recording in recordings:
         window.append(recording)
-        if sum(one.num_samples for one in window) >= most:
+        samples += recording.num_samples
+        if samples >= most:
             yield window
-            window = []
+            window, samples = [], 0
     yield window

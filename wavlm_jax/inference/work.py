@@ -21,7 +21,7 @@ from wavlm_jax.audio.recordings import ChunkSettings, OnFault, Recording, first_
 from wavlm_jax.audio.wave import MOST_SECONDS
 from wavlm_jax.command_line import plain_number
 from wavlm_jax.files import check_writable, named, printable, write_text
-from wavlm_jax.inference.answers import Answers, AsFault, Journal
+from wavlm_jax.inference.answers import Answers, AsFault, Journal, stamp_of
 from wavlm_jax.inference.diarization import pieces_of
 from wavlm_jax.inference.running import InferenceSettings, UsageError, digest_of, model_for
 from wavlm_jax.loading import load
@@ -260,8 +260,8 @@ def _identity(work: Work, options: Options) -> dict[str, str]:
     }
     for name, value in vars(options).items():
         if name not in _NO_IDENTITY:
-            status = value.stat() if isinstance(value, Path) and value.exists() else None
-            identity[name] = f"{value}" if status is None else f"{value} {status.st_size}@{status.st_mtime_ns}"
+            there = isinstance(value, Path) and value.exists()
+            identity[name] = f"{value} {stamp_of(value)}" if there else f"{value}"
     return identity
 
 
